@@ -39,9 +39,9 @@ class Recipe:
 
     seed: int = 0
     scenes: int = 24_000
-    vae_steps: int = 800
+    vae_steps: int = 700
     vae_batch: int = 16
-    vae_peak_rate: float = 1.5e-3
+    vae_peak_rate: float = 1e-3
     denoiser_steps: int = 2_200
     denoiser_batch: int = 32
     denoiser_peak_rate: float = 1e-3
@@ -122,6 +122,7 @@ def new_pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=4,
+        norm_num_groups=16,
         cross_attention_dim=128,
     )
     vae = AutoencoderKL(
@@ -129,8 +130,10 @@ def new_pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
+        norm_num_groups=8,
         sample_size=64,
     )
+    _quieten(vae)
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -150,6 +153,15 @@ def new_pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def _quieten(vae: AutoencoderKL) -> None:
+    """Start with little posterior noise, or the decoder learns to ignore the latents."""
+    assert vae.quant_conv is not None  # noqa: S101 - the configuration above has one
+    with torch.no_grad():
+        vae.quant_conv.weight[vae.config.latent_channels :] *= 0.1
+        assert vae.quant_conv.bias is not None  # noqa: S101
+        vae.quant_conv.bias[vae.config.latent_channels :] = -6
 
 
 def train_tokenizer(recipe: Recipe) -> CLIPTokenizer:

@@ -1,0 +1,1 @@
+"""One file a module class of Diffusers or Transformers."""

@@ -1,0 +1,117 @@
+"""The two halves of AutoencoderKL."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InputError
+from ..component import Component, Port, Sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from ..component import Config, Runner
+
+
+def scale_factor(config: Config) -> int:
+    """Pixels a latent, along one side."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
+class _AutoencoderKLHalf(Component):
+    def load(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        ).eval()
+
+    def example(self, config: Config, sizes: Sizes, seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        (port,) = self.inputs(config)
+        return {port.name: torch.randn(port.shape(sizes.as_dict()), generator=generator)}
+
+    def stand_in(self, runners: Mapping[str, Runner], config: Config) -> object:
+        return _vae_stand_in(runners, config)
+
+
+class VaeEncoder(_AutoencoderKLHalf):
+    """`sample (batch, 3, s*height, s*width) in [-1, 1] -> latent_parameters (batch, 2*C, height, width)`.
+
+    The parameters are mean and log-variance, before the scaling factor; s is the VAE's scale factor.
+    """
+
+    name = "vae-encoder"
+
+    def inputs(self, config: Config) -> tuple[Port, ...]:
+        s = scale_factor(config)
+        return (Port("sample", "float32", ("batch", config["in_channels"], f"{s}*height", f"{s}*width")),)
+
+    def outputs(self, config: Config) -> tuple[Port, ...]:
+        return (Port("latent_parameters", "float32", ("batch", 2 * config["latent_channels"], "height", "width")),)
+
+    def flat(self, module: nn.Module) -> nn.Module:
+        return _FlatHalf(module.encoder, after=module.quant_conv)
+
+
+class VaeDecoder(_AutoencoderKLHalf):
+    """`latent_sample (batch, C, height, width) -> sample (batch, 3, s*height, s*width)`.
+
+    The latents are already divided by the scaling factor; s is the VAE's scale factor.
+    """
+
+    name = "vae-decoder"
+
+    def inputs(self, config: Config) -> tuple[Port, ...]:
+        return (Port("latent_sample", "float32", ("batch", config["latent_channels"], "height", "width")),)
+
+    def outputs(self, config: Config) -> tuple[Port, ...]:
+        s = scale_factor(config)
+        return (Port("sample", "float32", ("batch", config["out_channels"], f"{s}*height", f"{s}*width")),)
+
+    def flat(self, module: nn.Module) -> nn.Module:
+        return _FlatHalf(module.decoder, before=module.post_quant_conv)
+
+
+class _FlatHalf(nn.Module):
+    def __init__(self, half: object, before: object = None, after: object = None) -> None:
+        super().__init__()
+        stages = (before, half, after)
+        self.stages = nn.Sequential(*(stage for stage in stages if isinstance(stage, nn.Module)))
+
+    def forward(self, sample: Tensor) -> tuple[Tensor]:
+        return (self.stages(sample),)
+
+
+def _vae_stand_in(runners: Mapping[str, Runner], config: Config) -> object:
+    """Build a genuine AutoencoderKL whose two halves call runtimes: tiling and slicing stay Diffusers' own."""
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKL
+
+    class RuntimeAutoencoderKL(AutoencoderKL):
+        dtype = torch.float32
+        device = torch.device("cpu")
+
+    with init_empty_weights():
+        vae = RuntimeAutoencoderKL.from_config(dict(config))
+    vae.encoder = _RunnerModule(runners.get("vae_encoder"), "sample", "latent_parameters")
+    vae.decoder = _RunnerModule(runners.get("vae_decoder"), "latent_sample", "sample")
+    vae.quant_conv = vae.post_quant_conv = None
+    vae.register_to_config(use_quant_conv=False, use_post_quant_conv=False)
+    return vae
+
+
+class _RunnerModule(nn.Module):
+    def __init__(self, runner: Runner | None, takes: str, gives: str) -> None:
+        super().__init__()
+        self._runner, self._takes, self._gives = runner, takes, gives
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        if self._runner is None:
+            message = f"this artifact has no part that takes {self._takes!r}"
+            raise InputError(message, fix="export it again with all parts")
+        return self._runner.run({self._takes: tensor.float()})[self._gives]

@@ -1,0 +1,1 @@
+"""Capture a part once, lower it to files: one file a backend."""

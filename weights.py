@@ -1,0 +1,277 @@
+"""Checkpoints on disk: where each tensor's bytes lie, and how they come into an artifact without entering memory.
+
+The format is safetensors (https://huggingface.co/docs/safetensors): 8 bytes of header length, a JSON header of
+names, dtypes, shapes and offsets, then the bytes. Pickles are never opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from .errors import PickleError, SourceError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+CHUNK_BYTES = 16 << 20
+_HEADER_LIMIT_BYTES = 100 << 20
+_PREFIX_BYTES = 4096
+_FICLONE = 0x40049409
+_NAMES = ("diffusion_pytorch_model", "model")
+_PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
+WEIGHT_MODES = ("auto", "link", "copy")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor's place: file, first byte, length in bytes; dtype as safetensors spells it (`F32`, `BF16`…)."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The safetensors files of one module, sharded or not."""
+
+    files: tuple[Path, ...]
+    entries: Mapping[str, Entry]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read the headers of a module folder's safetensors files.
+
+        Raises:
+            PickleError: there are weights, but only as pickles.
+            SourceError: there are none, or a header is broken.
+        """
+        files = _find(folder)
+        return cls(files, {entry.name: entry for file in files for entry in read_header(file)})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.length for entry in self.entries.values())
+
+    @property
+    def largest_bytes(self) -> int:
+        return max((entry.length for entry in self.entries.values()), default=0)
+
+    @property
+    def float_dtypes(self) -> set[str]:
+        return {entry.dtype for entry in self.entries.values() if entry.dtype in _torch_dtypes()}
+
+    @cached_property
+    def _by_content(self) -> dict[tuple[int, bytes], list[Entry]]:
+        index: dict[tuple[int, bytes], list[Entry]] = {}
+        for entry in self.entries.values():
+            with entry.file.open("rb") as stream:
+                stream.seek(entry.offset)
+                prefix = stream.read(min(_PREFIX_BYTES, entry.length))
+            index.setdefault((entry.length, prefix), []).append(entry)
+        return index
+
+    def locate(self, tensor: Tensor) -> Entry | None:
+        """Find the entry whose bytes are this contiguous tensor's, whatever its name."""
+        data = as_bytes(tensor)
+        for entry in self._by_content.get((len(data), bytes(data[:_PREFIX_BYTES])), []):
+            if entry.shape == tuple(tensor.shape) and _same_bytes(entry, data):
+                return entry
+        return None
+
+
+def _find(folder: Path) -> tuple[Path, ...]:
+    for name in _NAMES:
+        index = folder / f"{name}.safetensors.index.json"
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return tuple(_inside(folder, shard) for shard in shards)
+        if (folder / f"{name}.safetensors").is_file():
+            return (folder / f"{name}.safetensors",)
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return (others[0],)
+    if others:
+        names = ", ".join(file.name for file in others)
+        message = f"{folder} has several safetensors files and no index: {names}"
+        raise SourceError(message, fix=f"keep one, as {_NAMES[0]}.safetensors")
+    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if pickles:
+        message = f"{folder} has its weights only as pickles ({', '.join(pickles)}), which can run code when opened"
+        raise PickleError(
+            message,
+            fix="if you trust them, convert once: python -c \"from diffusers import DiffusionPipeline as P; "
+            "P.from_pretrained('MODEL', use_safetensors=False).save_pretrained('MODEL-safe')\"",
+        )
+    message = f"no safetensors weights in {folder}"
+    raise SourceError(message)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    if "/" in name or "\\" in name or name in {"", ".", ".."}:
+        message = f"the index in {folder} names {name!r}, which is not a file of that folder"
+        raise SourceError(message)
+    return folder / name
+
+
+def read_header(file: Path) -> list[Entry]:
+    """Read the entries of one safetensors file.
+
+    Raises:
+        SourceError: the file is not safetensors, or says that tensors lie outside of it.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= min(_HEADER_LIMIT_BYTES, size - 8):
+            message = f"{file} is not a safetensors file: got a header of {length} bytes in {size}"
+            raise SourceError(message, fix="download or copy it again")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            message = f"{file} is not a safetensors file: its header is not JSON"
+            raise SourceError(message, fix="download or copy it again") from error
+    header.pop("__metadata__", None)
+    entries = []
+    for name, item in header.items():
+        begin, end = item["data_offsets"]
+        if not 0 <= begin <= end <= size - 8 - length:
+            message = f"{file} is cut short: {name} should end at byte {8 + length + end}, the file has {size}"
+            raise SourceError(message, fix="download or copy it again")
+        entries.append(Entry(name, file, item["dtype"], tuple(item["shape"]), 8 + length + begin, end - begin))
+    return entries
+
+
+def _same_bytes(entry: Entry, data: memoryview) -> bool:
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.offset)
+        for start in range(0, entry.length, CHUNK_BYTES):
+            length = min(CHUNK_BYTES, entry.length - start)
+            if stream.read(length) != data[start : start + length]:
+                return False
+    return True
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """View a contiguous CPU tensor's bytes without copying them."""
+    import torch
+
+    flat = tensor.detach().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def _torch_dtypes() -> dict[str, str]:
+    return {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def convert(checkpoint: Checkpoint, file: Path, dtype: str) -> None:
+    """Write all tensors to one file, floating-point ones as `dtype`, in chunks of a few MB."""
+    write_entries(checkpoint.entries.values(), file, dtype)
+
+
+def write_entries(entries: Iterable[Entry], file: Path, dtype: str | None = None) -> dict[str, Entry]:
+    """Stream entries into a new safetensors file, converting floats to `dtype` if given; return their new places."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries = list(entries)
+    end = 0
+    for entry in entries:
+        target = _target_dtype(entry, dtype)
+        begin, end = end, end + _converted_length(entry, target)
+        header[entry.name] = {"dtype": target, "shape": entry.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            for chunk in read_chunks(entry, _target_dtype(entry, dtype)):
+                stream.write(chunk)
+    return {entry.name: entry for entry in read_header(file)}
+
+
+def _target_dtype(entry: Entry, dtype: str | None) -> str:
+    return SAFETENSORS_DTYPES[dtype] if dtype and entry.dtype in _torch_dtypes() else entry.dtype
+
+
+def _converted_length(entry: Entry, target: str) -> int:
+    return entry.length if target == entry.dtype else entry.length // _width(entry.dtype) * _width(target)
+
+
+def _width(dtype: str) -> int:
+    return {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}[dtype]
+
+
+def read_chunks(entry: Entry, target: str) -> Iterable[bytes | memoryview]:
+    """Read an entry's bytes a few MB at a time, as another floating-point dtype if `target` differs."""
+    import torch
+
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.offset)
+        left = entry.length
+        while left:
+            data = bytearray(stream.read(min(CHUNK_BYTES, left)))
+            if not data:
+                message = f"{entry.file} ended while {entry.name} was read"
+                raise SourceError(message)
+            left -= len(data)
+            if target == entry.dtype:
+                yield data
+            else:
+                values = torch.frombuffer(data, dtype=getattr(torch, _torch_dtypes()[entry.dtype]))
+                yield as_bytes(values.to(getattr(torch, _torch_dtypes()[target])))
+
+
+def place(source: Path, target: Path, mode: str) -> str:
+    """Bring a file into a folder and say how: `reflinked`, `linked` or `copied`.
+
+    `auto` shares the bytes if the file system can and copies otherwise; `link` insists on sharing; `copy` never shares.
+
+    Raises:
+        UsageError: `link` was asked for, but the file system can't.
+    """
+    source = source.resolve()
+    if mode != "copy":
+        if _reflink(source, target):
+            return "reflinked"
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return "linked"
+        if mode == "link":
+            message = f"{source} can't be linked to {target}: they are on different file systems"
+            raise UsageError(message, fix="use --weights auto or --weights copy")
+    shutil.copyfile(source, target)
+    return "copied"
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    with source.open("rb") as reader, target.open("wb") as writer:
+        try:
+            fcntl.ioctl(writer, _FICLONE, reader.fileno())
+        except OSError:
+            target.unlink()
+            return False
+    return True
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
