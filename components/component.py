@@ -133,6 +133,10 @@ class Component(ABC):
         `runners` has all parts that come from the same module (`vae_encoder`, `vae_decoder`), by part name.
         """
 
+    def conventions(self, backend: str) -> Mapping[str, Port]:  # noqa: ARG002 - most components have none
+        """Return inputs that a backend's other readers feed in another dtype or rank, by name."""
+        return {}
+
     def limit(self, config: Config, sizes: Sizes) -> Sizes:  # noqa: ARG002 - most components have no limits
         """Bring sizes within what the model can take, such as a longest text."""
         return sizes

@@ -55,14 +55,13 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=Path("build/shapes-training"), help="folder for resuming")
     parser.add_argument("--vae-steps", type=int, default=Recipe.vae_steps)
     parser.add_argument("--denoiser-steps", type=int, default=Recipe.denoiser_steps)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the modules: faster, needs a C++ compiler")
     arguments = parser.parse_args()
     recipe = Recipe(vae_steps=arguments.vae_steps, denoiser_steps=arguments.denoiser_steps)
     arguments.state.mkdir(parents=True, exist_ok=True)
-    train(recipe, arguments.state, arguments.output, compiled=arguments.compile)
+    train(recipe, arguments.state, arguments.output)
 
 
-def train(recipe: Recipe, state: Path, output: Path, *, compiled: bool = False) -> None:
+def train(recipe: Recipe, state: Path, output: Path) -> None:
     """Run all stages, resuming from `state`, and write a fp16 Diffusers pipeline to `output`."""
     _claim(state, recipe)
     tokenizer = _stored_tokenizer(recipe, state / "tokenizer")
@@ -70,8 +69,8 @@ def train(recipe: Recipe, state: Path, output: Path, *, compiled: bool = False) 
     pipeline = new_pipeline(tokenizer)
     captions, pictures = draw_scenes(recipe)
     seconds = {
-        "vae": _train_vae(pipeline.vae, pictures, recipe, state, compiled=compiled),
-        "denoiser": _train_denoiser(pipeline, captions, pictures, recipe, state, compiled=compiled),
+        "vae": _train_vae(pipeline.vae, pictures, recipe, state),
+        "denoiser": _train_denoiser(pipeline, captions, pictures, recipe, state),
     }
     pipeline.to(torch.float16).save_pretrained(output)
     pipeline.tokenizer.backend_tokenizer.model.save(str(output / "tokenizer"))
@@ -199,26 +198,23 @@ def draw_scenes(recipe: Recipe) -> tuple[list[str], Tensor]:
     return [scene.caption for scene in scenes], torch.from_numpy(pictures)
 
 
-def _train_vae(vae: AutoencoderKL, pictures: Tensor, recipe: Recipe, state: Path, *, compiled: bool) -> float:
+def _train_vae(vae: AutoencoderKL, pictures: Tensor, recipe: Recipe, state: Path) -> float:
     vae = vae.to(memory_format=torch.channels_last)
 
     def loss_of(pixels: Tensor, noise: Tensor) -> Tensor:
-        moments = vae._encode(pixels)  # noqa: SLF001 - `encode` wraps it in an object that torch.compile splits on
-        mean, logvar = moments.float().chunk(2, dim=1)
-        logvar = logvar.clamp(-30, 20)
+        posterior = vae.encode(pixels).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
         latents = mean + (0.5 * logvar).exp() * noise
         decoded = vae.decode(latents, return_dict=False)[0].float()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return _picture_distance(decoded, pixels) + 1e-5 * divergence
-
-    step_of = torch.compile(loss_of, dynamic=False) if compiled else loss_of
 
     def loss_at(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         chosen = torch.randint(len(pictures), (recipe.vae_batch,), generator=generator)
         noise = torch.randn(recipe.vae_batch, 4, 16, 16, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            return step_of(_pixels(pictures[chosen]), noise)
+            return loss_of(_pixels(pictures[chosen]), noise)
 
     modules = torch.nn.ModuleDict({"vae": vae})
     return _optimize("vae", modules, loss_at, recipe.vae_steps, recipe.vae_peak_rate, recipe.ema, state)
@@ -232,7 +228,7 @@ def _picture_distance(decoded: Tensor, pixels: Tensor) -> Tensor:
 
 
 def _train_denoiser(
-    pipeline: StableDiffusionPipeline, captions: list[str], pictures: Tensor, recipe: Recipe, state: Path, *, compiled: bool
+    pipeline: StableDiffusionPipeline, captions: list[str], pictures: Tensor, recipe: Recipe, state: Path
 ) -> float:
     latents = _encode_all(pipeline.vae, pictures, state)
     pipeline.vae.register_to_config(scaling_factor=round(float(1 / latents.std()), 5))
@@ -249,8 +245,6 @@ def _train_denoiser(
         predicted = unet(noisy, timesteps, text_encoder(ids)[0], return_dict=False)[0]
         return functional.mse_loss(predicted.float(), velocity)
 
-    step_of = torch.compile(loss_of, dynamic=False) if compiled else loss_of
-
     def loss_at(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + 500_000 + step)
         chosen = torch.randint(len(latents), (recipe.denoiser_batch,), generator=generator)
@@ -258,7 +252,7 @@ def _train_denoiser(
         timesteps = torch.randint(1000, (len(chosen),), generator=generator)
         noise = torch.randn(latents[chosen].shape, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            return step_of(latents[chosen], torch.where(dropped, empty, tokens[chosen]), timesteps, noise)
+            return loss_of(latents[chosen], torch.where(dropped, empty, tokens[chosen]), timesteps, noise)
 
     modules = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
     return _optimize("denoiser", modules, loss_at, recipe.denoiser_steps, recipe.denoiser_peak_rate, recipe.ema, state)
@@ -312,7 +306,7 @@ def _optimize(
         with torch.no_grad():
             weights = modules.state_dict()
             torch._foreach_lerp_(list(averaged.values()), [weights[key] for key in averaged], 1 - min(ema, (step + 1) / (step + 10)))
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+        smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
         if step % 50 == 49:
             curve.append([step + 1, round(smooth, 5)])
             progress.set_postfix(loss=f"{smooth:.4f}", refresh=False)

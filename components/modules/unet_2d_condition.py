@@ -39,6 +39,10 @@ class UNet2DCondition(Component):
     def outputs(self, config: Config) -> tuple[Port, ...]:
         return (Port("out_sample", "float32", ("batch", config["out_channels"], "height", "width")),)
 
+    def conventions(self, backend: str) -> Mapping[str, Port]:
+        """Optimum Intel and OpenVINO GenAI feed OpenVINO's UNets an int64 timestep of rank 1."""
+        return {"timestep": Port("timestep", "int64", ("steps",))} if backend == "openvino" else {}
+
     def load(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         from diffusers import UNet2DConditionModel
 
@@ -66,6 +70,15 @@ class _FlatUNet(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        module.get_time_embed = self._time_embed
+
+    def _time_embed(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """Embed the one timestep, then expand it to the batch: the same numbers as the other way round.
+
+        A backend in bfloat16 can keep the angles in float32 (981 isn't a bfloat16), but not through an expand.
+        """
+        embedding: Tensor = self.module.time_proj(timestep[None])
+        return embedding.to(sample.dtype).expand(sample.shape[0], -1)
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor]:
         output: tuple[Tensor] = self.module(sample, timestep, encoder_hidden_states, return_dict=False)

@@ -1,0 +1,322 @@
+"""Bake a model: open the source, capture each part, lower it, write the artifact, prove it. The order is known here alone."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import plugins
+from .artifact import MANIFEST, SCHEMA, Artifact, FileEntry, Manifest, PartEntry, describe_files, key_of, list_files, staged
+from .errors import RecipeError, ResourceError, UsageError, unknown
+from .exporters.capture import capture
+from .exporters.exporter import Subject
+from .memory import available_bytes
+from .recipe import PartRecipe, Recipe, to_dict
+from .runtimes.opening import port_to_dict
+from .source import Source
+from .weights import SAFETENSORS_DTYPES, WEIGHT_MODES, Checkpoint, convert, place, sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch.export import ExportedProgram
+
+    from .components.component import Port
+    from .components.family import Part
+    from .exporters.exporter import Exporter
+
+    Progress = Callable[[str], None]
+
+EXPORT_BYTES = 1_000_000_000
+"""Anonymous memory of capture, lowering and writing, besides the largest tensor: a bound that the benchmark holds."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export will do and take, known before it starts."""
+
+    source: Source
+    recipe: Recipe
+    parts: dict[str, PartRecipe]
+    weights: str
+    key_fields: dict[str, Any]
+    part_fields: dict[str, dict[str, Any]]
+    peak_anon_bytes: int
+    disk_bytes: int
+
+    @property
+    def key(self) -> str:
+        return key_of(self.key_fields)
+
+
+def plan(model: str, recipe: Recipe, *, revision: str | None = None, weights: str = "auto") -> Plan:
+    """Resolve model and recipe, hash what decides the result, and predict memory and disk. Writes nothing.
+
+    Raises:
+        SourceError: the model can't be had.
+        RecipeError: the recipe names something unknown, or what its backend can't do.
+    """
+    if weights not in WEIGHT_MODES:
+        raise UsageError(unknown("weights mode", weights, WEIGHT_MODES))
+    source = Source.open(model, revision)
+    parts = recipe.resolve(part.name for part in source.family.parts)
+    for name, part_recipe in parts.items():
+        _check_backend(name, part_recipe)
+    fields = {name: _part_fields(source, source.family.part(name), parts[name], weights) for name in parts}
+    host = {str(file.relative_to(source.folder)): sha256(file) for file in source.host_files}
+    return Plan(
+        source=source,
+        recipe=recipe,
+        parts=parts,
+        weights=weights,
+        key_fields={"parts": {name: key_of(part) for name, part in fields.items()}, "host": host},
+        part_fields=fields,
+        peak_anon_bytes=EXPORT_BYTES + max(source.checkpoint(part.module).largest_bytes for part in source.family.parts),
+        disk_bytes=_disk_bytes(source, parts, weights),
+    )
+
+
+def _check_backend(part: str, recipe: PartRecipe) -> None:
+    exporter = plugins.exporter(recipe.backend)
+    if recipe.precision not in exporter.precisions:
+        message = f"{part}: {recipe.backend} can't bake {recipe.precision}; it bakes {', '.join(exporter.precisions)}"
+        raise RecipeError(message, fix=f"--recipe {recipe.backend}:{exporter.precisions[0]}")
+    for option in recipe.options:
+        if option not in exporter.options:
+            raise RecipeError(unknown(f"option of {recipe.backend}", option, exporter.options))
+
+
+def _part_fields(source: Source, part: Part, recipe: PartRecipe, weights: str) -> dict[str, Any]:
+    return {
+        "source": source.hashes(part.module),
+        "component": f"{part.component.name}@{part.component.version}",
+        "exporter": f"{recipe.backend}@{plugins.exporter(recipe.backend).version}",
+        "recipe": recipe.as_dict(),
+        "weights": "own" if weights == "copy" else "shared where possible",
+    }
+
+
+def _disk_bytes(source: Source, parts: dict[str, PartRecipe], weights: str) -> int:
+    """Predict the bytes written, links not counted: what changes dtype or format is written, the rest if copied."""
+    total = 20_000_000
+    for name, recipe in parts.items():
+        checkpoint = source.checkpoint(source.family.part(name).module)
+        exporter = plugins.exporter(recipe.backend)
+        converts = checkpoint.float_dtypes != {SAFETENSORS_DTYPES[exporter.storage(recipe.precision)]}
+        if recipe.backend == "openvino" or converts or weights == "copy":
+            total += checkpoint.nbytes * (2 if checkpoint.float_dtypes <= {"F16", "BF16"} else 1)
+    return total
+
+
+def _check_room(planned: Plan, target: Path) -> None:
+    parent = next(folder for folder in (target, *target.parents) if folder.exists())
+    for what, needed, free in (
+        ("memory", planned.peak_anon_bytes, available_bytes()),
+        ("disk", planned.disk_bytes, shutil.disk_usage(parent).free),
+    ):
+        if needed > free:
+            message = f"this export takes up to {needed / 1e9:.1f} GB of {what}, {free / 1e9:.1f} GB are free"
+            fix = "close other programs" if what == "memory" else f"free some space on the disk of {parent}, or use --weights link"
+            raise ResourceError(message, fix=fix)
+
+
+def export(
+    model: str,
+    output: str | Path,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    weights: str = "auto",
+    prove: bool = True,
+    force: bool = False,
+    progress: Progress = lambda message: None,
+    reuse: Sequence[str | Path] = (),
+) -> Artifact:
+    """Export a model into an artifact folder, whole or not at all.
+
+    An artifact with the same key that is already there is returned as it is. Parts whose key hasn't changed are
+    taken from the artifact being replaced and from those in `reuse`.
+
+    Args:
+        model: a Diffusers folder, a hub id, or `shapes`.
+        output: the artifact's folder.
+        recipe: what to bake.
+        revision: of a hub model.
+        weights: `auto`, `link` or `copy`: how weights that needn't change come into the folder.
+        prove: run each part against eager fp32 before the artifact counts as made.
+        force: replace what is at `output`.
+        progress: called with a line at each step.
+        reuse: other artifacts to take unchanged parts from.
+
+    Raises:
+        BakeoffError: with the fix; nothing is left at `output` then.
+    """
+    target = Path(output)
+    planned = plan(model, recipe, revision=revision, weights=weights)
+    present = _present(target, planned.key)
+    if present is not None and not force:
+        progress(f"{target} is up to date")
+        return present
+    _check_room(planned, target)
+    donors = [Artifact.open(Path(folder)) for folder in [*reuse, target] if (Path(folder) / MANIFEST).is_file()]
+    with staged(target, replace_existing=force) as folder:
+        with tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work:
+            entries = _write_parts(planned, folder, Path(work), donors if not force else donors[: len(reuse)], progress)
+        _copy_host_files(planned.source, folder)
+        _write_manifest(planned, folder, entries)
+        if prove:
+            progress("proving each part in a child process")
+            _prove(folder, planned.source)
+        else:
+            progress("not proved: --no-prove")
+    return Artifact.open(target)
+
+
+def _prove(folder: Path, source: Source) -> None:
+    from . import parity
+
+    artifact = Artifact.open(folder)
+    artifact.with_proof(parity.prove(artifact, str(source.folder) if source.id not in {"shapes"} else source.id))
+
+
+def _present(target: Path, key: str) -> Artifact | None:
+    if not (target / MANIFEST).is_file():
+        return None
+    artifact = Artifact.open(target)
+    return artifact if artifact.manifest.key == key else None
+
+
+def _write_parts(
+    planned: Plan, folder: Path, work: Path, donors: list[Artifact], progress: Progress
+) -> dict[str, PartEntry]:
+    entries = {}
+    count = len(planned.parts)
+    for number, name in enumerate(planned.parts, 1):
+        part_folder = folder / name
+        part_folder.mkdir()
+        key = key_of(planned.part_fields[name])
+        donor = next((d for d in donors if name in d.manifest.parts and d.manifest.parts[name].key == key), None)
+        if donor is not None:
+            progress(f"[{number}/{count}] {name}: taken from {donor.folder}")
+            entries[name] = _take(donor, name, part_folder)
+        else:
+            progress(f"[{number}/{count}] {name}: {planned.parts[name]}")
+            entries[name] = _write_part(planned, name, key, part_folder, work)
+        gc.collect()
+    return entries
+
+
+def _take(donor: Artifact, name: str, folder: Path) -> PartEntry:
+    for file in (donor.folder / name).iterdir():
+        place(file, folder / file.name, "auto")
+    return donor.manifest.parts[name]
+
+
+def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) -> PartEntry:
+    part, recipe = planned.source.family.part(name), planned.parts[name]
+    exporter = plugins.exporter(recipe.backend)
+    config = planned.source.config(part.module)
+    origin = _in_dtype(planned.source, part.module, exporter.storage(recipe.precision), work)
+    inputs, outputs = _ports(part, config, recipe), part.component.outputs(config)
+
+    def program() -> ExportedProgram:
+        return capture(name, part.component, config, origin, exporter.storage(recipe.precision))
+
+    subject = Subject(
+        part=name,
+        precision=recipe.precision,
+        inputs=inputs,
+        outputs=outputs,
+        source=origin,
+        checkpoint=Checkpoint.open(origin),
+        program=program,
+        weights=planned.weights,
+    )
+    shutil.copyfile(planned.source.folder / part.module / "config.json", folder / "config.json")
+    lowered = exporter.lower(subject, folder)
+    return PartEntry(
+        backend=recipe.backend,
+        precision=recipe.precision,
+        key=key,
+        key_fields=planned.part_fields[name],
+        inputs=[port_to_dict(port) for port in inputs],
+        outputs=[port_to_dict(port) for port in outputs],
+        weights=lowered.weights,
+        weight_bytes=lowered.weight_bytes,
+        tools=_versions(exporter),
+    )
+
+
+def _ports(part: Part, config: dict[str, Any], recipe: PartRecipe) -> tuple[Port, ...]:
+    """Return the part's inputs as its backend's readers feed them, unless the recipe asks for the plain ones."""
+    conventions = {} if recipe.options.get("timestep") == "f32" else part.component.conventions(recipe.backend)
+    return tuple(conventions.get(port.name, port) for port in part.component.inputs(config))
+
+
+def _in_dtype(source: Source, module: str, dtype: str, work: Path) -> Path:
+    """Return a folder with the module's weights in a dtype: the source's own, or a converted copy in `work`."""
+    checkpoint = source.checkpoint(module)
+    if checkpoint.float_dtypes <= {SAFETENSORS_DTYPES[dtype]}:
+        return source.folder / module
+    folder = work / f"{module}-{dtype}"
+    if not folder.exists():
+        folder.mkdir()
+        shutil.copyfile(source.folder / module / "config.json", folder / "config.json")
+        name = checkpoint.files[0].name.partition("-000")[0].partition(".safetensors")[0]
+        convert(checkpoint, folder / f"{name}.safetensors", dtype)
+    return folder
+
+
+def _versions(exporter: Exporter) -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in ("bakeoff", *exporter.packages())}
+
+
+def _copy_host_files(source: Source, folder: Path) -> None:
+    for file in source.host_files:
+        target = folder / file.relative_to(source.folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+
+
+def _write_manifest(planned: Plan, folder: Path, entries: dict[str, PartEntry]) -> None:
+    source = planned.source
+    manifest = Manifest(
+        schema=SCHEMA,
+        bakeoff=importlib.metadata.version("bakeoff"),
+        key=planned.key,
+        key_fields=planned.key_fields,
+        family=source.family.name,
+        pipeline=source.family.pipelines["text-to-image"],
+        source={"id": source.id, "revision": source.revision},
+        recipe={"asked": to_dict(planned.recipe), "resolved": {n: r.as_dict() for n, r in planned.parts.items()}},
+        hardware=None,
+        parts=entries,
+        files=describe_files(folder),
+    )
+    Artifact(folder, manifest).write_manifest()
+
+
+def why_rebuild(artifact: Artifact, planned: Plan) -> list[str]:
+    """Say which fields of an artifact's key differ from what an export would have now; empty if none."""
+    return list(_differences(artifact.manifest.key_fields["host"], planned.key_fields["host"], "host")) + [
+        line
+        for name in sorted({*artifact.manifest.parts, *planned.part_fields})
+        for line in _differences(
+            artifact.manifest.parts[name].key_fields if name in artifact.manifest.parts else {},
+            planned.part_fields.get(name, {}),
+            name,
+        )
+    ]
+
+
+def _differences(old: Any, new: Any, path: str) -> list[str]:  # noqa: ANN401 - any JSON value
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted({*old, *new})
+        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}")]
+    return [] if old == new else [f"{path}: {old} -> {new}"]

@@ -1,0 +1,27 @@
+"""The artifact of the null runtime: no files at all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from .exporter import Lowered
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .exporter import Subject
+
+
+class NullExporter:
+    version: ClassVar[int] = 1
+    precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    options: ClassVar[tuple[str, ...]] = ()
+
+    def storage(self, precision: str) -> str:  # noqa: ARG002
+        return "float32"
+
+    def packages(self) -> tuple[str, ...]:
+        return ()
+
+    def lower(self, subject: Subject, folder: Path) -> Lowered:  # noqa: ARG002
+        return Lowered(weights="written")

@@ -1,0 +1,202 @@
+"""What to bake: backend and precision of each part, in short form or TOML; and where to run it."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from .errors import RecipeError, unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic", "fp8")
+_LOAD_OPTIONS = ("compile", "threads", "provider")
+_WORD = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how an artifact runs. Given to `load`, never part of an artifact's key."""
+
+    device: str = "auto"
+    threads: int | None = None
+    """None: as many as there are physical cores to use, alike for all runtimes."""
+    compile: bool = False
+    """torch.compile, in the torch runtime."""
+    provider: str | None = None
+    """An execution provider of ONNX Runtime, by name."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"device": self.device, "threads": self.threads, "compile": self.compile, "provider": self.provider}
+
+
+@dataclass(frozen=True)
+class PartRecipe:
+    """How one part is baked."""
+
+    backend: str
+    precision: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.backend}:{self.precision}" + "".join(
+            f"+{key}={value}" if value else f"+{key}" for key, value in sorted(self.options.items())
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"backend": self.backend, "precision": self.precision, **dict(sorted(self.options.items()))}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe for a whole pipeline: one for all parts, and those that differ.
+
+    Short form: `backend:precision[+option…][@device]`, `part=` before those that differ, separated by commas:
+    `openvino:bf16,vae_decoder=torch:fp32`.
+    """
+
+    default: PartRecipe
+    parts: Mapping[str, PartRecipe] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return ",".join([str(self.default), *(f"{part}={recipe}" for part, recipe in sorted(self.parts.items()))])
+
+    def resolve(self, parts: Iterable[str]) -> dict[str, PartRecipe]:
+        """Return the recipe of each of these parts.
+
+        Raises:
+            RecipeError: the recipe names a part that isn't among them.
+        """
+        names = list(parts)
+        for part in self.parts:
+            if part not in names:
+                raise RecipeError(unknown("part", part, names))
+        return {part: self.parts.get(part, self.default) for part in names}
+
+    def with_option(self, backend: str, key: str, value: str) -> Recipe:
+        """Return the recipe with an option added wherever a part uses `backend`."""
+
+        def added(part: PartRecipe) -> PartRecipe:
+            return replace(part, options={**part.options, key: value}) if part.backend == backend else part
+
+        return Recipe(added(self.default), {name: added(part) for name, part in self.parts.items()})
+
+
+def parse(text: str) -> tuple[Recipe, Placement]:
+    """Parse a recipe's short form and the placement it may carry.
+
+    Raises:
+        RecipeError: with what was got, what was expected and the nearest known word.
+    """
+    default: PartRecipe | None = None
+    parts: dict[str, PartRecipe] = {}
+    placements: list[Placement] = []
+    for piece in text.split(","):
+        part, equals, rest = _split_part(piece.strip())
+        recipe, placement = _parse_part(rest)
+        placements.append(placement)
+        if not equals and default is None:
+            default = recipe
+        elif equals and part not in parts:
+            parts[part] = recipe
+        else:
+            message = f"recipe {text!r} says twice what {part or 'every part'} is to be"
+            raise RecipeError(message)
+    if default is None:
+        message = f"recipe {text!r} has no recipe for the other parts: expected backend:precision[,part=backend:precision…]"
+        raise RecipeError(message, fix=f"bakeoff export MODEL -o DIR --recipe torch:fp32,{text}")
+    if len(set(placements)) > 1:
+        message = f"recipe {text!r} places parts differently; one placement for all is supported"
+        raise RecipeError(message)
+    return Recipe(default, parts), placements[0]
+
+
+def _split_part(piece: str) -> tuple[str, str, str]:
+    match = re.match(r"([a-z0-9_]+)=(?=[a-z]+:)", piece)
+    return (match[1], "=", piece[match.end() :]) if match else ("", "", piece)
+
+
+def _parse_part(text: str) -> tuple[PartRecipe, Placement]:
+    body, _, device = text.partition("@")
+    head, *options = body.split("+")
+    backend, colon, precision = head.partition(":")
+    if not colon or not _WORD.fullmatch(backend) or not precision:
+        message = f"got recipe {text!r}, expected backend:precision[+option…][@device], such as openvino:bf16"
+        raise RecipeError(message)
+    _check_precision(precision)
+    placement = Placement(device=device or "auto")
+    baked: dict[str, str] = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        if key in _LOAD_OPTIONS:
+            placement = replace(placement, **{key: _load_value(key, value)})
+        else:
+            baked[key] = value
+    return PartRecipe(backend, precision, baked), placement
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise RecipeError(unknown("precision", precision, PRECISIONS))
+
+
+def _load_value(key: str, value: str) -> object:
+    if key == "threads":
+        if not value.isdecimal() or int(value) < 1:
+            message = f"got threads={value!r}, expected a whole number from 1"
+            raise RecipeError(message)
+        return int(value)
+    return True if key == "compile" else value
+
+
+def from_dict(data: Mapping[str, Any]) -> Recipe:
+    """Read the long form: backend, precision and options on top, the parts that differ under `parts`.
+
+    Raises:
+        RecipeError: a key is missing or isn't what it should be.
+    """
+    fields = dict(data)
+    parts = fields.pop("parts", {})
+    if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):
+        message = f"got parts = {parts!r}, expected a table for each part: [parts.vae_decoder]"
+        raise RecipeError(message)
+    default = _part_from_dict(fields)
+    base = {"backend": default.backend, "precision": default.precision}
+    return Recipe(default, {name: _part_from_dict({**base, **part}) for name, part in parts.items()})
+
+
+def _part_from_dict(data: Mapping[str, Any]) -> PartRecipe:
+    options = dict(data)
+    backend, precision = options.pop("backend", None), options.pop("precision", None)
+    if not isinstance(backend, str) or not isinstance(precision, str):
+        message = f"got {dict(data)}, expected backend and precision, such as backend = 'onnx' and precision = 'fp32'"
+        raise RecipeError(message)
+    _check_precision(precision)
+    for key, value in options.items():
+        if not isinstance(value, str):
+            message = f"got {key} = {value!r} in a recipe, expected text"
+            raise RecipeError(message)
+    return PartRecipe(backend, precision, options)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    long: dict[str, Any] = recipe.default.as_dict()
+    if recipe.parts:
+        long["parts"] = {name: part.as_dict() for name, part in sorted(recipe.parts.items())}
+    return long
+
+
+def from_toml(text: str) -> Recipe:
+    """Read a recipe from TOML.
+
+    Raises:
+        RecipeError: it isn't TOML, or not a recipe.
+    """
+    try:
+        return from_dict(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        message = f"the recipe is not TOML: {error}"
+        raise RecipeError(message) from error

@@ -1,0 +1,385 @@
+"""One `generate()` over all backends."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from .. import plugins
+from ..errors import Cancelled, InputError
+from ..recipe import Placement
+from .opening import Baked, open_part, read_folder
+from .pipeline import build_pipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from ..components.component import Port
+    from ..components.family import Part
+    from .runtime import Runtime
+
+    Callback = Callable[[int, float, Tensor], bool | None]
+
+DEFAULT_STEPS = 20
+DEFAULT_MAX_BATCH = 8
+_MAX_SEED = 2**63
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `generate` was asked for, checked: one entry a prompt in each tuple."""
+
+    prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...] | None
+    seeds: tuple[int, ...]
+    guidance: tuple[float, ...]
+    steps: int
+    height: int
+    width: int
+    latents: Tensor
+    """(B, …) float32, unit normal, before the scheduler's scaling."""
+
+    def rows(self, chosen: Sequence[int]) -> Request:
+        """Return the request for some of the prompts."""
+        negatives = self.negative_prompts
+        return replace(
+            self,
+            prompts=tuple(self.prompts[row] for row in chosen),
+            negative_prompts=None if negatives is None else tuple(negatives[row] for row in chosen),
+            seeds=tuple(self.seeds[row] for row in chosen),
+            guidance=tuple(self.guidance[row] for row in chosen),
+            latents=self.latents[list(chosen)],
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures and how they came about."""
+
+    images: NDArray[np.uint8]
+    """(B, H, W, 3)."""
+    seeds: tuple[int, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Host clock, by part, and `total`."""
+
+
+class _Station:
+    """A part's place in the engine: opens the runtime when it is first needed, and times it."""
+
+    def __init__(self, baked: Baked, part: Part, placement: Placement) -> None:
+        self._baked, self._part, self._placement = baked, part, placement
+        self.runtime: Runtime | None = None
+        self.seconds = 0.0
+        self.stages = False
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        return self._opened().inputs
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        runtime = self._opened()
+        started = time.perf_counter()
+        outputs = runtime.run(inputs)
+        if self.stages:
+            runtime.synchronize()
+        self.seconds += time.perf_counter() - started
+        return outputs
+
+    def _opened(self) -> Runtime:
+        if self.runtime is None:
+            name = self._part.name
+            folder, entry = self._baked.folders[name], self._baked.parts[name]
+            self.runtime = open_part(folder, self._part, entry, self._placement)
+        return self.runtime
+
+    def close(self) -> None:
+        if self.runtime is not None:
+            self.runtime.close()
+            self.runtime = None
+
+
+class RowGuidance:
+    """A guidance scale a row, for pipelines that compute `scale > 1` and `uncond + scale * difference`.
+
+    A row whose scale is at most `unguided_at_most` gets its conditional prediction, as it would alone.
+    """
+
+    def __init__(self, scales: Sequence[float], unguided_at_most: float, ndim: int) -> None:
+        import torch
+
+        effective = [1.0 if scale <= unguided_at_most else scale for scale in scales]
+        self._largest = max(scales)
+        self._tensor = torch.tensor(effective).reshape(-1, *[1] * (ndim - 1))
+
+    def __gt__(self, other: float) -> bool:
+        return self._largest > other
+
+    def __mul__(self, difference: Tensor) -> Tensor:
+        return self._tensor.to(difference.dtype) * difference
+
+
+class Engine:
+    """An opened artifact. A context manager; `generate` answers alike whatever the parts run on."""
+
+    def __init__(self, baked: Baked, placement: Placement) -> None:
+        self.folder = baked.folder
+        self.family = baked.family
+        self.recipe = baked.recipe
+        self.proof = baked.proof
+        self._stations = {
+            part.name: _Station(baked, part, placement) for part in baked.family.parts if part.name in baked.parts
+        }
+        self._configs = {part.module: baked.config(part) for part in baked.family.parts if part.name in baked.parts}
+        self.pipeline = build_pipeline(baked, self._stations)
+        """A genuine Diffusers pipeline around the runtimes."""
+        for hook in plugins.hooks("on_load"):
+            hook(self)
+
+    @property
+    def proved(self) -> bool:
+        return self.proof.get("status") == "proved"
+
+    @property
+    def configuration(self) -> dict[str, dict[str, Any]]:
+        """What each opened part read back: device, threads, precision executed, fallback."""
+        return {
+            name: dict(station.runtime.configuration) for name, station in self._stations.items() if station.runtime
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the runtimes. Opening them again is a matter of the next `generate`."""
+        for station in self._stations.values():
+            station.close()
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        negative_prompts: str | Sequence[str] | None = None,
+        seeds: int | Sequence[int] | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        steps: int = DEFAULT_STEPS,
+        size: tuple[int, int] | None = None,
+        latents: Tensor | None = None,
+        callback: Callback | None = None,
+        max_batch: int = DEFAULT_MAX_BATCH,
+        stages: bool = False,
+        progress: bool = False,
+    ) -> Result:
+        """Make a picture a prompt.
+
+        Args:
+            prompts: one, or a sequence.
+            negative_prompts: one for all, or one a prompt.
+            seeds: the first of consecutive ones, or one a prompt; random by default. Each prompt has its own CPU
+                generator, so its picture doesn't depend on the others.
+            guidance_scale: as in the family's own pipeline, whose default is the default; one for all, or one a prompt.
+            steps: denoising steps.
+            size: height and width in pixels; by default the model's own.
+            latents: unit-normal noise, float32, in the family's latent shape, instead of the seeds'.
+            callback: called after each step with (step, timestep, latents of this batch); False stops.
+            max_batch: most prompts in one batch; 1 makes a prompt's picture bitwise independent of the others.
+            stages: wait for devices after each part, so that `seconds` is exact by part.
+            progress: show Diffusers' progress bar.
+
+        Raises:
+            InputError: an argument can't be meant as it is.
+            Cancelled: the callback returned False.
+        """
+        request = self._check(prompts, negative_prompts, seeds, guidance_scale, steps, size, latents, max_batch)
+        for hook in plugins.hooks("before"):
+            hook(request)
+        started = time.perf_counter()
+        for station in self._stations.values():
+            station.seconds, station.stages = 0.0, stages
+        self.pipeline.set_progress_bar_config(disable=not progress)
+        images: dict[int, Any] = {}
+        for rows in self._batches(request, max_batch):
+            images |= zip(rows, self._make(request.rows(rows), callback), strict=True)
+        result = self._result(request, images, time.perf_counter() - started)
+        for hook in plugins.hooks("after"):
+            hook(request, result)
+        return result
+
+    def _result(self, request: Request, images: dict[int, Any], total: float) -> Result:
+        import numpy as np
+
+        seconds = {name: station.seconds for name, station in self._stations.items() if station.seconds}
+        pictures = np.stack([images[row] for row in range(len(request.prompts))])
+        return Result(pictures, request.seeds, {**seconds, "total": total})
+
+    def _batches(self, request: Request, max_batch: int) -> list[list[int]]:
+        """Cut the rows into batches; where rows can't differ in guidance, into batches of equal guidance."""
+        groups: dict[float | None, list[int]] = defaultdict(list)
+        for row, scale in enumerate(request.guidance):
+            groups[None if self.family.row_guidance else scale].append(row)
+        return [rows[i : i + max_batch] for rows in groups.values() for i in range(0, len(rows), max_batch)]
+
+    def _make(self, request: Request, callback: Callback | None) -> NDArray[np.uint8]:
+        """Run the pipeline on one batch; return (B, H, W, 3) uint8."""
+        import numpy as np
+        import torch
+
+        with torch.no_grad():
+            pictures = self.pipeline(
+                prompt=list(request.prompts),
+                negative_prompt=None if request.negative_prompts is None else list(request.negative_prompts),
+                height=request.height,
+                width=request.width,
+                num_inference_steps=request.steps,
+                guidance_scale=self._guidance(request),
+                generator=[_generator(seed, request.latents.shape[1:])[0] for seed in request.seeds],
+                latents=request.latents,
+                output_type="np",
+                callback_on_step_end=_step_end(callback),
+            ).images
+        if not np.isfinite(pictures).all():
+            message = "the pipeline produced NaN or infinite pixels"
+            raise InputError(message, fix="try a recipe in fp32; bakeoff verify --parity names a part that overflows")
+        uint8: NDArray[np.uint8] = (pictures * 255).round().astype(np.uint8)
+        return uint8
+
+    def _guidance(self, request: Request) -> float | RowGuidance:
+        if len(set(request.guidance)) == 1:
+            return request.guidance[0]
+        return RowGuidance(request.guidance, self.family.unguided_at_most, request.latents.ndim)
+
+    def _check(
+        self,
+        prompts: str | Sequence[str],
+        negative_prompts: str | Sequence[str] | None,
+        seeds: int | Sequence[int] | None,
+        guidance_scale: float | Sequence[float] | None,
+        steps: int,
+        size: tuple[int, int] | None,
+        latents: Tensor | None,
+        max_batch: int,
+    ) -> Request:
+        texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+        if not texts or not all(isinstance(text, str) for text in texts):
+            message = f"got prompts {prompts!r}, expected one text or a sequence of texts"
+            raise InputError(message)
+        count = len(texts)
+        negatives = None if negative_prompts is None else _one_each("negative_prompts", negative_prompts, count, str)
+        scale = self._default_guidance() if guidance_scale is None else guidance_scale
+        chosen = _seeds(seeds, count)
+        for name, value in (("steps", steps), ("max_batch", max_batch)):
+            if not isinstance(value, int) or value < 1:
+                message = f"got {name} = {value!r}, expected a whole number from 1"
+                raise InputError(message)
+        height, width = self._size(size)
+        return Request(
+            prompts=texts,
+            negative_prompts=negatives,
+            seeds=chosen,
+            guidance=tuple(float(each) for each in _one_each("guidance_scale", scale, count, int | float)),
+            steps=steps,
+            height=height,
+            width=width,
+            latents=self._latents(latents, chosen, height, width),
+        )
+
+    def _default_guidance(self) -> float:
+        import inspect
+
+        default: float = inspect.signature(self.pipeline.__call__).parameters["guidance_scale"].default
+        return default
+
+    def _size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        height, width = self.family.default_size(self._configs) if size is None else size
+        multiple = self.family.size_multiple(self._configs)
+        if height < multiple or width < multiple or height % multiple or width % multiple:
+            message = f"got size {height}×{width} (height×width), expected multiples of {multiple} pixels"
+            near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+            raise InputError(message, fix=f"use {near[0]}×{near[1]}")
+        return height, width
+
+    def _latents(self, latents: Tensor | None, seeds: tuple[int, ...], height: int, width: int) -> Tensor:
+        import torch
+
+        shape = self.family.latent_shape(self._configs, len(seeds), height, width)
+        if latents is None:
+            return torch.stack([_generator(seed, shape[1:])[1] for seed in seeds])
+        if tuple(latents.shape) != shape or not latents.is_floating_point():
+            message = f"got latents {tuple(latents.shape)} {latents.dtype}, expected {shape} float32"
+            raise InputError(message)
+        return latents.detach().to("cpu", torch.float32)
+
+
+def _generator(seed: int, shape: Sequence[int]) -> tuple[Any, Tensor]:
+    """Return a CPU generator that has drawn a row's latents, and those latents, unit normal in float32."""
+    import torch
+
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return generator, torch.randn(tuple(shape), generator=generator)
+
+
+def _one_each(name: str, value: Any, count: int, kind: Any) -> tuple[Any, ...]:  # noqa: ANN401 - a value or many of them
+    values = (value,) * count if isinstance(value, kind) else tuple(value)
+    if len(values) != count or not all(isinstance(each, kind) for each in values):
+        message = f"got {name} = {value!r}, expected one, or one for each of the {count} prompts"
+        raise InputError(message)
+    return values
+
+
+def _seeds(seeds: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    if seeds is None:
+        return tuple(random.SystemRandom().randrange(2**32) for _ in range(count))
+    chosen = tuple(range(seeds, seeds + count)) if isinstance(seeds, int) else _one_each("seeds", seeds, count, int)
+    if not all(0 <= seed < _MAX_SEED for seed in chosen):
+        message = f"got seeds {list(chosen)}, expected whole numbers from 0 to 2**63 - 1"
+        raise InputError(message)
+    return chosen
+
+
+def _step_end(callback: Callback | None) -> Callable[..., dict[str, Any]] | None:
+    if callback is None:
+        return None
+
+    def after_step(_: object, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+        if callback(step, float(timestep), tensors["latents"]) is False:
+            message = f"the callback stopped after step {step + 1}"
+            raise Cancelled(message)
+        return {}
+
+    return after_step
+
+
+def load(
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    compile: bool = False,  # noqa: A002 - torch's own word
+    provider: str | None = None,
+) -> Engine:
+    """Open an artifact, or an Optimum or Diffusers folder (which is `unproved`).
+
+    Args:
+        folder: the artifact.
+        device: `cpu`, `cuda`, `rocm`, `xpu`, `mps`, `directml`, OpenVINO's `gpu` and `npu`, or `auto`.
+        threads: CPU threads of every runtime; by default the physical cores that this process may use.
+        compile: run torch parts through torch.compile.
+        provider: an execution provider for ONNX Runtime, by name.
+
+    Raises:
+        ArtifactError: the folder can't be opened.
+        CorruptError: a file is missing or has another size than was written.
+        UnavailableError: a backend isn't installed.
+    """
+    placement = Placement(device=device, threads=threads, compile=compile, provider=provider)
+    return Engine(read_folder(Path(folder)), placement)

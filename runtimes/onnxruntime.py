@@ -1,0 +1,125 @@
+"""Run a part with ONNX Runtime; inputs and outputs are bound where the caller's tensors lie."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import ArtifactError, UnavailableError, unknown
+from ..hardware import Availability, choose_device, usable_cores
+from .runtime import PartFiles, Runtime
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from ..recipe import Placement
+
+_PROVIDERS = {
+    "cuda": "CUDAExecutionProvider",
+    "rocm": "MIGraphXExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "gpu": "OpenVINOExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+}
+_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
+_ERRORS_ONLY = 3
+
+
+class OnnxRuntime(Runtime):
+    devices: ClassVar[tuple[str, ...]] = tuple(_PROVIDERS)
+
+    @classmethod
+    def probe(cls) -> Availability:
+        try:
+            import onnxruntime
+        except ImportError:
+            return Availability(ok=False, reason="onnxruntime is not installed", fix="pip install 'bakeoff[onnx]'")
+        providers = ", ".join(onnxruntime.get_available_providers())
+        return Availability(ok=True, reason=f"onnxruntime {onnxruntime.__version__}: {providers}")
+
+    def __init__(self, part: PartFiles, placement: Placement) -> None:
+        import onnxruntime
+
+        super().__init__(part, placement)
+        refuse_outside_data(part.folder)
+        provider, fallback = _provider(placement)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = placement.threads or usable_cores()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _ERRORS_ONLY
+        self._session: Any = onnxruntime.InferenceSession(
+            part.folder / "model.onnx", options, providers=list(dict.fromkeys([provider, "CPUExecutionProvider"]))
+        )
+        actual = {i.name: (_DTYPES.get(i.type, i.type), len(i.shape)) for i in self._session.get_inputs()}
+        self._output_dtypes = {o.name: _DTYPES.get(o.type, o.type) for o in self._session.get_outputs()}
+        self._adopt(actual, set(self._output_dtypes))
+        self.configuration = {
+            "device": next(name for name, value in _PROVIDERS.items() if value == provider) if provider in _PROVIDERS.values() else provider,
+            "providers": self._session.get_providers(),
+            "threads": self._session.get_session_options().intra_op_num_threads,
+            "precision": "float32" if part.precision == "fp32" else part.precision,
+            "fallback": fallback,
+        }
+
+    def _run(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        import numpy as np
+        import torch
+
+        binding = self._session.io_binding()
+        for name, tensor in inputs.items():
+            dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+            binding.bind_input(name, "cpu", 0, dtype, tuple(tensor.shape), tensor.data_ptr())
+        results = {
+            name: torch.empty(shape, dtype=getattr(torch, self._output_dtypes[name])) for name, shape in outputs.items()
+        }
+        for name, tensor in results.items():
+            dtype = np.dtype(self._output_dtypes[name])
+            binding.bind_output(name, "cpu", 0, dtype, tuple(tensor.shape), tensor.data_ptr())
+        self._session.run_with_iobinding(binding)
+        return results
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _provider(placement: Placement) -> tuple[str, str | None]:
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    if placement.provider:
+        if placement.provider not in available:
+            message = unknown("execution provider", placement.provider, available)
+            raise UnavailableError(message, fix="install the onnxruntime package that has it, such as onnxruntime-gpu")
+        return placement.provider, None
+    device, fallback = choose_device(placement.device, tuple(_PROVIDERS), "onnxruntime")
+    provider = _PROVIDERS[device]
+    if provider not in available:
+        reason = None if placement.device == "auto" else f"this ONNX Runtime has no {provider}: using cpu"
+        return "CPUExecutionProvider", reason
+    return provider, fallback
+
+
+def refuse_outside_data(folder: Path) -> None:
+    """Refuse a model whose external data lies outside its folder.
+
+    Raises:
+        ArtifactError: with the path.
+    """
+    import onnx
+
+    file = folder / "model.onnx"
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except Exception as error:
+        message = f"{file} is not an ONNX model: {error}"
+        raise ArtifactError(message, fix="export it again") from error
+    for tensor in model.graph.initializer:
+        for item in tensor.external_data:
+            if item.key == "location" and not _is_inside(folder, item.value):
+                message = f"{file} points to data outside its folder: {item.value!r}"
+                raise ArtifactError(message, fix="don't use this model unless you know who made it")
+
+
+def _is_inside(folder: Path, location: str) -> bool:
+    return (folder / location).resolve().is_relative_to(folder.resolve())

@@ -1,0 +1,145 @@
+"""Read a folder, ours or somebody else's, and open its parts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .. import plugins
+from ..artifact import MANIFEST, Artifact, PartEntry
+from ..components.component import Port
+from ..errors import ArtifactError, UnavailableError
+from ..source import family_of, read_json
+from .runtime import PartFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from ..components.family import Family, Part
+    from ..recipe import Placement
+    from .runtime import Runtime
+
+_FOREIGN_FILES = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
+
+
+@dataclass(frozen=True)
+class Baked:
+    """A folder that can be opened: its family, where each part lies and what it is."""
+
+    folder: Path
+    family: Family
+    parts: Mapping[str, PartEntry]
+    folders: Mapping[str, Path]
+    proof: Mapping[str, Any]
+    recipe: str
+
+    def config(self, part: Part) -> dict[str, Any]:
+        return read_json(self.folders[part.name] / "config.json")
+
+
+def read_folder(folder: Path) -> Baked:
+    """Recognise an artifact, an Optimum ONNX or OpenVINO folder, or a Diffusers folder.
+
+    Raises:
+        ArtifactError: it is none of these.
+        CorruptError: it is an artifact whose files aren't those that were written.
+    """
+    if (folder / MANIFEST).is_file():
+        return _read_artifact(Artifact.open(folder))
+    if not folder.is_dir():
+        message = f"no folder {folder}"
+        raise ArtifactError(message, fix=f"bakeoff export shapes -o {folder} --recipe torch:fp32")
+    family = family_of(folder)
+    found = {part.name: _foreign(folder, part) for part in family.parts}
+    parts = {name: item[1] for name, item in found.items() if item}
+    if not parts:
+        message = f"{folder} holds no part that can be opened: {', '.join(found)} are all missing"
+        raise ArtifactError(message, fix=f"expected {folder}/unet/model.onnx, openvino_model.xml or safetensors")
+    return Baked(
+        folder,
+        family,
+        parts,
+        {name: item[0] for name, item in found.items() if item},
+        {"status": "unproved", "reason": "not made by bakeoff"},
+        f"{next(iter(parts.values())).backend}:as found",
+    )
+
+
+def _read_artifact(artifact: Artifact) -> Baked:
+    manifest = artifact.manifest
+    family = next((family for family in plugins.families() if family.name == manifest.family), None)
+    if family is None:
+        message = f"{artifact.folder} holds a {manifest.family} pipeline, which no installed package knows"
+        raise UnavailableError(message, fix="install the plugin that registers this family")
+    return Baked(
+        artifact.folder,
+        family,
+        manifest.parts,
+        {name: artifact.folder / name for name in manifest.parts},
+        manifest.proof,
+        ", ".join(dict.fromkeys(f"{part.backend}:{part.precision}" for part in manifest.parts.values())),
+    )
+
+
+def _foreign(folder: Path, part: Part) -> tuple[Path, PartEntry] | None:
+    for backend, file in _FOREIGN_FILES.items():
+        if (folder / part.name / file).is_file():
+            return folder / part.name, _foreign_entry(folder / part.name, part, backend)
+    if any((folder / part.module).glob("*.safetensors")):
+        return folder / part.module, _foreign_entry(folder / part.module, part, "torch")
+    return None
+
+
+def _foreign_entry(folder: Path, part: Part, backend: str) -> PartEntry:
+    config = read_json(folder / "config.json")
+    return PartEntry(
+        backend=backend,
+        precision="fp32",
+        key="",
+        key_fields={},
+        inputs=[port_to_dict(port) for port in part.component.inputs(config)],
+        outputs=[port_to_dict(port) for port in part.component.outputs(config)],
+        weights="as found",
+        weight_bytes={},
+        tools={},
+    )
+
+
+def port_to_dict(port: Port) -> dict[str, Any]:
+    return {"name": port.name, "dtype": port.dtype, "dims": list(port.dims)}
+
+
+def port_from_dict(data: Mapping[str, Any]) -> Port:
+    return Port(data["name"], data["dtype"], tuple(data["dims"]))
+
+
+def open_part(folder: Path, part: Part, entry: PartEntry, placement: Placement) -> Runtime:
+    """Open one part from its own folder with the runtime of its backend.
+
+    Raises:
+        UnavailableError: the backend can't be used here.
+    """
+    runtime = plugins.runtime(entry.backend)
+    available = runtime.probe()
+    if not available.ok:
+        message = f"{part.name} is a {entry.backend} part, but {available.reason}"
+        raise UnavailableError(message, fix=available.fix)
+    files = PartFiles(
+        name=part.name,
+        folder=folder,
+        precision=entry.precision,
+        inputs=tuple(port_from_dict(port) for port in entry.inputs),
+        outputs=tuple(port_from_dict(port) for port in entry.outputs),
+        build=lambda dtype: part.component.flat(part.component.load(folder, _torch_dtype(dtype))).eval(),
+    )
+    return runtime(files, placement)
+
+
+def _torch_dtype(name: str) -> Any:  # noqa: ANN401 - a torch.dtype, with torch imported late
+    import torch
+
+    return getattr(torch, name)
+
+

@@ -1,0 +1,98 @@
+"""Run a part with OpenVINO, in the precision that the recipe says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import ArtifactError
+from ..hardware import Availability, choose_device, usable_cores
+from .runtime import PartFiles, Runtime
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..recipe import Placement
+
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
+
+
+class OpenVINORuntime(Runtime):
+    devices: ClassVar[tuple[str, ...]] = ("gpu", "cpu", "npu")
+
+    @classmethod
+    def probe(cls) -> Availability:
+        try:
+            import openvino
+        except ImportError:
+            return Availability(ok=False, reason="openvino is not installed", fix="pip install 'bakeoff[openvino]'")
+        found = ", ".join(openvino.Core().available_devices)
+        return Availability(ok=True, reason=f"openvino {openvino.__version__}: {found}")
+
+    def __init__(self, part: PartFiles, placement: Placement) -> None:
+        import openvino
+
+        super().__init__(part, placement)
+        device, fallback = choose_device(placement.device, self.devices, "openvino")
+        file = part.folder / "openvino_model.xml"
+        try:
+            model = openvino.Core().read_model(file)
+        except RuntimeError as error:
+            message = f"{file} is not an OpenVINO model: {error}"
+            raise ArtifactError(message, fix="export it again") from error
+        settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            "INFERENCE_PRECISION_HINT": _HINTS[part.precision],
+        }
+        if device == "cpu":
+            settings["INFERENCE_NUM_THREADS"] = placement.threads or usable_cores()
+            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
+        compiled = openvino.Core().compile_model(model, device.upper(), settings)
+        self._request: Any = compiled.create_infer_request()
+        actual = {
+            i.get_any_name(): (_DTYPES.get(i.element_type.to_string(), "?"), i.partial_shape.rank.get_length())
+            for i in compiled.inputs
+        }
+        self._positions = {name: index for index, output in enumerate(compiled.outputs) for name in output.get_names()}
+        self._adopt(actual, set(self._positions))
+        self.configuration = {
+            "device": device,
+            "threads": compiled.get_property("INFERENCE_NUM_THREADS") if device == "cpu" else None,
+            "precision": _executed_precision(compiled),
+            "fallback": fallback,
+        }
+
+    def _run(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        import openvino
+        import torch
+
+        for name, tensor in inputs.items():
+            self._request.set_tensor(name, openvino.Tensor(tensor.numpy(), shared_memory=tensor.ndim > 0))
+        results = {name: torch.empty(shape) for name, shape in outputs.items()}
+        for name, tensor in results.items():
+            shared = openvino.Tensor(tensor.numpy(), shared_memory=True)
+            self._request.set_output_tensor(self._positions[name], shared)
+        self._request.infer()
+        return {name: self._collect(name, tensor) for name, tensor in results.items()}
+
+    def _collect(self, name: str, tensor: Tensor) -> Tensor:
+        """Return the bound tensor, or a copy of OpenVINO's own where it chose another shape or place."""
+        import torch
+
+        data = self._request.get_output_tensor(self._positions[name]).data
+        return tensor if data.ctypes.data == tensor.data_ptr() else torch.from_numpy(data.copy())
+
+    def close(self) -> None:
+        self._request = None
+
+
+def _executed_precision(compiled: Any) -> dict[str, int]:  # noqa: ANN401 - openvino is untyped
+    """Count the compiled operations by the precision that they really run in."""
+    counts: dict[str, int] = {}
+    for operation in compiled.get_runtime_model().get_ordered_ops():
+        info = operation.get_rt_info()
+        if "runtimePrecision" in info:
+            precision = str(info["runtimePrecision"].astype(str))
+            counts[precision] = counts.get(precision, 0) + 1
+    return counts

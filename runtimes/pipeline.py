@@ -1,0 +1,115 @@
+"""A genuine Diffusers pipeline whose parts are runtime-backed.
+
+Tokenizer, scheduler, guidance, VAE scaling and the loop are Diffusers' own code. What would silently do nothing on
+such parts (`to`, offload, LoRA…) raises and says what to use instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArtifactError, InputError
+from ..source import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from ..components.component import Runner
+    from .opening import Baked
+
+_LIBRARIES = ("diffusers", "transformers")
+_GUARDED = re.compile(r"(enable|disable|load|fuse|unfuse|unload|save|set|delete|push|reset)_")
+_WORKING = {
+    "enable_vae_slicing",
+    "disable_vae_slicing",
+    "enable_vae_tiling",
+    "disable_vae_tiling",
+    "set_progress_bar_config",
+    "load_config",
+    "save_config",
+}
+_INSTEAD = {
+    "lora": "bake the LoRA into the source model before you export it (fuse_lora, save_pretrained)",
+    "adapter": "bake the adapter into the source model before you export it",
+    "textual_inversion": "add the embedding to the source model before you export it",
+    "offload": "choose the device when you load: bakeoff.load(folder, device=…)",
+    "save": "the artifact folder is already saved: copy it",
+    "push": "upload the artifact folder",
+}
+_INSTEAD_OTHERWISE = "it acts on torch modules; use the original Diffusers pipeline for it"
+
+
+def build_pipeline(baked: Baked, runners: Mapping[str, Runner], task: str = "text-to-image") -> Any:  # noqa: ANN401 - some Diffusers pipeline
+    """Build the family's pipeline for a task around runners, given by part name."""
+    import diffusers
+
+    plain = getattr(diffusers, baked.family.pipelines[task])
+    index = read_json(baked.folder / "model_index.json")
+    accepted = list(inspect.signature(plain.__init__).parameters)[1:]
+    stand_ins = _stand_ins(baked, runners)
+    arguments = {name: _host_object(baked, name, index.get(name)) for name in accepted if name not in stand_ins}
+    if "requires_safety_checker" in accepted:
+        arguments["requires_safety_checker"] = False
+    return _guarded(plain)(**arguments, **stand_ins)
+
+
+def _stand_ins(baked: Baked, runners: Mapping[str, Runner]) -> dict[str, object]:
+    by_module: dict[str, dict[str, Runner]] = {}
+    components = {}
+    for part in baked.family.parts:
+        if part.name in runners:
+            by_module.setdefault(part.module, {})[part.name] = runners[part.name]
+            components[part.module] = part
+    return {
+        module: components[module].component.stand_in(of_module, baked.config(components[module]))
+        for module, of_module in by_module.items()
+    }
+
+
+def _host_object(baked: Baked, name: str, declared: object) -> object:
+    """Load a scheduler or tokenizer by the class that the index names; only Diffusers' and Transformers' own."""
+    folder = baked.folder / name
+    if not (isinstance(declared, list) and len(declared) == 2 and folder.is_dir()):  # noqa: PLR2004
+        return declared if isinstance(declared, bool) else None
+    library, class_name = declared
+    if library not in _LIBRARIES:
+        message = f"{baked.folder} wants {library}.{class_name} for its {name}; only {' and '.join(_LIBRARIES)} are loaded"
+        raise ArtifactError(message)
+    import importlib
+
+    found = getattr(importlib.import_module(library), class_name, None)
+    if found is None or not hasattr(found, "from_pretrained"):
+        message = f"{library} has no {class_name}, which {baked.folder} wants for its {name}"
+        raise ArtifactError(message, fix="install the version of Diffusers and Transformers that made it")
+    return found.from_pretrained(folder, local_files_only=True)
+
+
+def _guarded(plain: type) -> type:
+    """Subclass a pipeline, under its own name, so that what can't work on runtime-backed parts raises."""
+    refused = {
+        name: _refusing(name)
+        for name in dir(plain)
+        if _GUARDED.match(name) and name not in _WORKING and callable(getattr(plain, name))
+    }
+    return type(plain.__name__, (plain,), {**refused, "to": _to, "__module__": plain.__module__})
+
+
+def _refusing(name: str) -> Callable[..., None]:
+    def refuse(self: object, *args: object, **options: object) -> None:  # noqa: ARG001
+        message = f"{name}() does nothing on runtime-backed parts"
+        fix = next((text for word, text in _INSTEAD.items() if word in name), _INSTEAD_OTHERWISE)
+        raise InputError(message, fix=fix)
+
+    refuse.__name__ = name
+    return refuse
+
+
+def _to(self: object, *args: object, **options: object) -> object:
+    """Accept the CPU, where the host's tensors are; refuse any other device or dtype."""
+    wanted = [*args, *options.values()]
+    if wanted and all(str(value) in {"cpu", "None", "False", "True"} for value in wanted):
+        return self
+    message = f"to({', '.join(map(str, wanted))}) can't move or convert runtime-backed parts"
+    raise InputError(message, fix="bakeoff.load(folder, device=…) places them; the recipe of an export sets their precision")

@@ -1,0 +1,116 @@
+"""The seam of a runtime: named tensors in, named tensors out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..components.component import solve_sizes
+from ..errors import ArtifactError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from ..components.component import Port
+    from ..hardware import Availability
+    from ..recipe import Placement
+
+
+@dataclass(frozen=True)
+class PartFiles:
+    """A baked part on disk, as a runtime opens it."""
+
+    name: str
+    folder: Path
+    precision: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    build: Callable[[str], nn.Module]
+    """Build the eager module, with flat tensors, in a dtype: for the torch runtime."""
+
+
+class Runtime(ABC):
+    """One opened part. Registered under the entry points `bakeoff.runtimes`.
+
+    `run` promises that the returned tensors are the caller's (no later run changes them), that inputs are never
+    written, and that floats come back as float32.
+    """
+
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    """Devices of `bakeoff.hardware` that it can run on, best first."""
+
+    def __init__(self, part: PartFiles, placement: Placement) -> None:
+        self.part = part
+        self.placement = placement
+        self.inputs = part.inputs
+        self.outputs = part.outputs
+        self.configuration: dict[str, Any] = {}
+        """What was read back after loading: device, threads, precision, fallback…"""
+
+    @classmethod
+    @abstractmethod
+    def probe(cls) -> Availability:
+        """Say whether the backend can be used here, without opening anything."""
+
+    @abstractmethod
+    def _run(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Execute with checked, contiguous inputs in the ports' dtypes; `outputs` gives the shapes to expect."""
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Execute the part.
+
+        Raises:
+            InputError: a tensor's name, rank, shape or dtype doesn't fit the ports.
+        """
+        sizes = solve_sizes(self.part.name, self.inputs, inputs)
+        fed = {port.name: _as_port(self.part.name, port, inputs[port.name]) for port in self.inputs}
+        results = self._run(fed, {port.name: port.shape(sizes) for port in self.outputs})
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in results.items()}
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished; nothing to do where `run` returns finished tensors."""
+
+    def close(self) -> None:
+        """Release what the runtime holds; it can't run afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _adopt(self, actual: Mapping[str, tuple[str, int]], outputs: set[str]) -> None:
+        """Bring the declared ports in line with the file's own: dtype and rank by name.
+
+        Raises:
+            ArtifactError: the file's interface isn't this component's.
+        """
+        declared = {port.name for port in self.inputs}
+        missing = {port.name for port in self.outputs} - outputs
+        if declared != set(actual) or (missing and len(missing) == len(self.outputs)):
+            message = (
+                f"{self.part.name} in {self.part.folder} takes {sorted(actual)} and gives {sorted(outputs)}; "
+                f"expected {sorted(declared)} and {[port.name for port in self.outputs]}"
+            )
+            raise ArtifactError(message)
+        self.inputs = tuple(_as_in_file(port, *actual[port.name]) for port in self.inputs)
+        self.outputs = tuple(port for port in self.outputs if port.name in outputs)
+
+
+def _as_in_file(port: Port, dtype: str, rank: int) -> Port:
+    dims = port.dims if rank == port.rank else ("steps",) * rank
+    return replace(port, dtype=dtype, dims=dims)
+
+
+def _as_port(part: str, port: Port, tensor: Tensor) -> Tensor:
+    import torch
+
+    wanted: torch.dtype = getattr(torch, port.dtype)
+    if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
+        message = f"{part} got {port.name} as {tensor.dtype}, expected {wanted}: converting would lose values"
+        raise InputError(message)
+    return tensor.detach().to("cpu", wanted).contiguous()
