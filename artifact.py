@@ -142,8 +142,8 @@ class Artifact:
         size = path.stat().st_size
         return None if size == expected else f"{name} has {size} bytes, expected {expected}"
 
-    def verify(self, progress: Callable[[str, int], None] = lambda name, size: None) -> list[str]:
-        """Hash every file; return what is wrong, in words. `progress` gets each file's name and size in bytes."""
+    def verify(self, progress: Callable[[int], object] = lambda _: None) -> list[str]:
+        """Hash every file; return what is wrong, in words. `progress` gets each file's size in bytes."""
         problems = []
         for name, entry in self.manifest.files.items():
             problem = self._check_size(name)
@@ -151,7 +151,7 @@ class Artifact:
                 problem = f"{name} was changed: its sha256 is not the one that was written"
             if problem:
                 problems.append(problem)
-            progress(name, entry.size)
+            progress(entry.size)
         extra = sorted(set(list_files(self.folder)) - set(self.manifest.files))
         return problems + [f"{name} is not in the manifest" for name in extra]
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import json
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import plugins
-from .artifact import MANIFEST, SCHEMA, Artifact, FileEntry, Manifest, PartEntry, describe_files, key_of, list_files, staged
-from .errors import RecipeError, ResourceError, UsageError, unknown
+from .artifact import (
+    MANIFEST,
+    SCHEMA,
+    Artifact,
+    Manifest,
+    PartEntry,
+    describe_files,
+    key_of,
+    staged,
+)
+from .errors import CorruptError, RecipeError, ResourceError, UsageError, unknown
 from .exporters.capture import capture
 from .exporters.exporter import Subject
 from .memory import available_bytes
@@ -77,7 +85,8 @@ def plan(model: str, recipe: Recipe, *, revision: str | None = None, weights: st
         weights=weights,
         key_fields={"parts": {name: key_of(part) for name, part in fields.items()}, "host": host},
         part_fields=fields,
-        peak_anon_bytes=EXPORT_BYTES + max(source.checkpoint(part.module).largest_bytes for part in source.family.parts),
+        peak_anon_bytes=EXPORT_BYTES
+        + max(source.checkpoint(part.module).largest_bytes for part in source.family.parts),
         disk_bytes=_disk_bytes(source, parts, weights),
     )
 
@@ -122,7 +131,11 @@ def _check_room(planned: Plan, target: Path) -> None:
     ):
         if needed > free:
             message = f"this export takes up to {needed / 1e9:.1f} GB of {what}, {free / 1e9:.1f} GB are free"
-            fix = "close other programs" if what == "memory" else f"free some space on the disk of {parent}, or use --weights link"
+            fix = (
+                "close other programs"
+                if what == "memory"
+                else f"free some space on the disk of {parent}, or use --weights link"
+            )
             raise ResourceError(message, fix=fix)
 
 
@@ -135,13 +148,13 @@ def export(
     weights: str = "auto",
     prove: bool = True,
     force: bool = False,
-    progress: Progress = lambda message: None,
+    progress: Progress = lambda _: None,
     reuse: Sequence[str | Path] = (),
 ) -> Artifact:
     """Export a model into an artifact folder, whole or not at all.
 
     An artifact with the same key that is already there is returned as it is. Parts whose key hasn't changed are
-    taken from the artifact being replaced and from those in `reuse`.
+    taken from the artifacts in `reuse`.
 
     Args:
         model: a Diffusers folder, a hub id, or `shapes`.
@@ -159,30 +172,34 @@ def export(
     """
     target = Path(output)
     planned = plan(model, recipe, revision=revision, weights=weights)
-    present = _present(target, planned.key)
-    if present is not None and not force:
+    present = None if force else _present(target, planned.key)
+    if present is not None:
         progress(f"{target} is up to date")
-        return present
+        return _proved(present, planned.source, progress) if prove else present
     _check_room(planned, target)
-    donors = [Artifact.open(Path(folder)) for folder in [*reuse, target] if (Path(folder) / MANIFEST).is_file()]
+    donors = [Artifact.open(Path(folder)) for folder in reuse]
     with staged(target, replace_existing=force) as folder:
         with tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work:
-            entries = _write_parts(planned, folder, Path(work), donors if not force else donors[: len(reuse)], progress)
+            entries = _write_parts(planned, folder, Path(work), donors, progress)
         _copy_host_files(planned.source, folder)
         _write_manifest(planned, folder, entries)
         if prove:
-            progress("proving each part in a child process")
-            _prove(folder, planned.source)
+            _proved(Artifact.open(folder), planned.source, progress)
         else:
             progress("not proved: --no-prove")
     return Artifact.open(target)
 
 
-def _prove(folder: Path, source: Source) -> None:
+def _proved(artifact: Artifact, source: Source, progress: Progress) -> Artifact:
     from . import parity
 
-    artifact = Artifact.open(folder)
-    artifact.with_proof(parity.prove(artifact, str(source.folder) if source.id not in {"shapes"} else source.id))
+    if artifact.manifest.proved:
+        return artifact
+    progress("proving each part in a child process")
+    proved = artifact.with_proof(parity.prove(artifact, str(source.folder)))
+    if not proved.manifest.proved:
+        progress(f"not proved: {proved.manifest.proof['reason']}")
+    return proved
 
 
 def _present(target: Path, key: str) -> Artifact | None:
@@ -214,6 +231,10 @@ def _write_parts(
 
 def _take(donor: Artifact, name: str, folder: Path) -> PartEntry:
     for file in (donor.folder / name).iterdir():
+        expected = donor.manifest.files.get(f"{name}/{file.name}")
+        if expected is None or sha256(file) != expected.sha256:
+            message = f"{file} is not what was written: {donor.folder} can't lend its {name}"
+            raise CorruptError(message, fix="export that artifact again, or leave out --reuse")
         place(file, folder / file.name, "auto")
     return donor.manifest.parts[name]
 

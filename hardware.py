@@ -118,14 +118,16 @@ def _openvino(kind: str) -> Callable[[], Availability]:
 _DETECTORS: dict[str, Callable[[], Availability]] = {
     "cpu": _cpu,
     "cuda": _torch_device(
-        "CUDA", lambda torch: torch.cuda.is_available() and not torch.version.hip, "install an NVIDIA driver and torch for CUDA"
+        "CUDA",
+        lambda torch: torch.cuda.is_available() and not torch.version.hip,
+        "install an NVIDIA driver and torch for CUDA",
     ),
     "rocm": _torch_device(
-        "ROCm", lambda torch: torch.cuda.is_available() and bool(torch.version.hip), "install AMD's driver and torch for ROCm"
+        "ROCm",
+        lambda torch: torch.cuda.is_available() and bool(torch.version.hip),
+        "install AMD's driver and torch for ROCm",
     ),
-    "xpu": _torch_device(
-        "XPU", lambda torch: torch.xpu.is_available(), "install Intel's GPU driver and torch for XPU"
-    ),
+    "xpu": _torch_device("XPU", lambda torch: torch.xpu.is_available(), "install Intel's GPU driver and torch for XPU"),
     "mps": _torch_device("MPS", lambda torch: torch.backends.mps.is_available(), "MPS needs a Mac with Apple silicon"),
     "directml": _directml,
     "gpu": _openvino("GPU"),

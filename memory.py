@@ -10,7 +10,7 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from .errors import BakeoffError
 
@@ -57,7 +57,7 @@ class Watch:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -81,9 +81,12 @@ def in_child(function: str, arguments: dict[str, Any], *, quiet: bool = True) ->
     """
     command = [sys.executable, "-P", "-m", "bakeoff.memory", function]
     error_stream = subprocess.PIPE if quiet else None
-    with subprocess.Popen(  # noqa: S603 - our own interpreter and module
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=error_stream, text=True
-    ) as process, Watch(process.pid) as watch:
+    with (
+        subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=error_stream, text=True
+        ) as process,
+        Watch(process.pid) as watch,
+    ):
         try:
             output, errors = process.communicate(json.dumps(arguments))
         except BaseException:

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .artifact import Artifact
-from .components.component import PROOF_SIZES, Sizes
+from .components.component import PROOF_SIZES
 from .errors import ParityError
 from .memory import available_bytes, in_child
 from .recipe import Placement
-from .source import Source, read_json
-from .weights import Checkpoint
+from .source import Source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -217,9 +216,10 @@ def _prove_part(artifact: Artifact, part: Part, precision: str) -> dict[str, Any
         floors = {name: float(value) for name, value in stream.metadata().items()}
     allowed = tolerance(precision, floors["f0"], floors.get("f1"))
     cases = []
-    with open_part(artifact.folder / part.name, part, artifact.manifest.parts[part.name], Placement(device="cpu")) as runtime:
-        for index in range(len(PROOF_SIZES)):
-            cases.append(_prove_case(runtime, part.name, *_case(tensors, index), allowed))
+    with open_part(
+        artifact.folder / part.name, part, artifact.manifest.parts[part.name], Placement(device="cpu")
+    ) as runtime:
+        cases = [_prove_case(runtime, part.name, *_case(tensors, index), allowed) for index in range(len(PROOF_SIZES))]
     return {"tolerance": allowed, **floors, "cases": [asdict(case) for case in cases]}
 
 
@@ -232,7 +232,7 @@ def _prove_case(runtime: Runtime, name: str, inputs: Tensors, expected: Tensors,
     except Exception as error:
         message = f"{name} can't run at the shapes {shapes}: is one baked into its graph? {error}"
         raise ParityError(message) from error
-    case = measure(got, expected, {key: value for key, value in enumerate_sizes(inputs).items()})
+    case = measure(got, expected, _axes(inputs))
     if not case.error <= allowed:
         message = f"{name} differs from eager fp32 by {case.error:.2e} (tolerance {allowed:.2e}) at the shapes {shapes}"
         raise ParityError(message, fix="report it with the output of: bakeoff doctor --json")
@@ -245,6 +245,6 @@ def _to_port(tensor: Tensor, port: Any) -> Tensor:  # noqa: ANN401
     return tensor.to(getattr(torch, port.dtype)).reshape((1,) * port.rank) if tensor.ndim == 0 else tensor
 
 
-def enumerate_sizes(inputs: Tensors) -> dict[str, int]:
+def _axes(inputs: Tensors) -> dict[str, int]:
     """Return the size of each axis of each input, as `name.axis`."""
     return {f"{name}.{axis}": size for name, tensor in inputs.items() for axis, size in enumerate(tensor.shape)}

@@ -106,7 +106,9 @@ def parse(text: str) -> tuple[Recipe, Placement]:
             message = f"recipe {text!r} says twice what {part or 'every part'} is to be"
             raise RecipeError(message)
     if default is None:
-        message = f"recipe {text!r} has no recipe for the other parts: expected backend:precision[,part=backend:precision…]"
+        message = (
+            f"recipe {text!r} has no recipe for the other parts: expected backend:precision[,part=backend:precision…]"
+        )
         raise RecipeError(message, fix=f"bakeoff export MODEL -o DIR --recipe torch:fp32,{text}")
     if len(set(placements)) > 1:
         message = f"recipe {text!r} places parts differently; one placement for all is supported"
@@ -132,7 +134,7 @@ def _parse_part(text: str) -> tuple[PartRecipe, Placement]:
     for option in options:
         key, _, value = option.partition("=")
         if key in _LOAD_OPTIONS:
-            placement = replace(placement, **{key: _load_value(key, value)})
+            placement = _with_load_option(placement, key, value)
         else:
             baked[key] = value
     return PartRecipe(backend, precision, baked), placement
@@ -143,13 +145,15 @@ def _check_precision(precision: str) -> None:
         raise RecipeError(unknown("precision", precision, PRECISIONS))
 
 
-def _load_value(key: str, value: str) -> object:
-    if key == "threads":
-        if not value.isdecimal() or int(value) < 1:
-            message = f"got threads={value!r}, expected a whole number from 1"
-            raise RecipeError(message)
-        return int(value)
-    return True if key == "compile" else value
+def _with_load_option(placement: Placement, key: str, value: str) -> Placement:
+    if key == "compile":
+        return replace(placement, compile=True)
+    if key == "provider":
+        return replace(placement, provider=value)
+    if not value.isdecimal() or int(value) < 1:
+        message = f"got threads={value!r}, expected a whole number from 1"
+        raise RecipeError(message)
+    return replace(placement, threads=int(value))
 
 
 def from_dict(data: Mapping[str, Any]) -> Recipe:

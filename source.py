@@ -89,9 +89,14 @@ def _locate(model: str, revision: str | None) -> tuple[Path, str | None]:
     if path.is_file():
         if path.suffix in {".ckpt", ".pt", ".pth", ".bin", ".pkl"}:
             message = f"{model} is a pickle, which can run code when it is opened: bakeoff never opens one"
-            raise PickleError(message, fix="get the .safetensors version of this checkpoint, or convert it where you trust it")
+            raise PickleError(
+                message, fix="get the .safetensors version of this checkpoint, or convert it where you trust it"
+            )
         message = f"got the file {model}, expected a Diffusers folder, a hub id or {EMBEDDED[0]!r}"
-        raise SourceError(message, fix="convert it to a Diffusers folder with StableDiffusionPipeline.from_single_file(…).save_pretrained(…)")
+        raise SourceError(
+            message,
+            fix="convert it to a Diffusers folder with StableDiffusionPipeline.from_single_file(…).save_pretrained(…)",
+        )
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         message = f"no folder {model}; expected a Diffusers folder, a hub id (owner/name) or {EMBEDDED[0]!r}"
         raise SourceError(message, fix=f"bakeoff export {EMBEDDED[0]} -o DIR --recipe onnx:fp32")

@@ -113,7 +113,7 @@ def _find(folder: Path) -> tuple[Path, ...]:
         message = f"{folder} has its weights only as pickles ({', '.join(pickles)}), which can run code when opened"
         raise PickleError(
             message,
-            fix="if you trust them, convert once: python -c \"from diffusers import DiffusionPipeline as P; "
+            fix='if you trust them, convert once: python -c "from diffusers import DiffusionPipeline as P; '
             "P.from_pretrained('MODEL', use_safetensors=False).save_pretrained('MODEL-safe')\"",
         )
     message = f"no safetensors weights in {folder}"
@@ -136,7 +136,7 @@ def read_header(file: Path) -> list[Entry]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= min(_HEADER_LIMIT_BYTES, size - 8):
+        if not len("{}") <= length <= min(_HEADER_LIMIT_BYTES, size - 8):
             message = f"{file} is not a safetensors file: got a header of {length} bytes in {size}"
             raise SourceError(message, fix="download or copy it again")
         try:
@@ -170,7 +170,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
     import torch
 
     flat = tensor.detach().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _torch_dtypes() -> dict[str, str]:
@@ -230,7 +230,7 @@ def read_chunks(entry: Entry, target: str) -> Iterable[bytes | memoryview]:
                 raise SourceError(message)
             left -= len(data)
             if target == entry.dtype:
-                yield data
+                yield bytes(data)
             else:
                 values = torch.frombuffer(data, dtype=getattr(torch, _torch_dtypes()[entry.dtype]))
                 yield as_bytes(values.to(getattr(torch, _torch_dtypes()[target])))

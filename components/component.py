@@ -59,7 +59,9 @@ def solve_sizes(part: str, ports: tuple[Port, ...], inputs: Mapping[str, Tensor]
     sizes: dict[str, int] = {}
     for port in ports:
         shape = tuple(inputs[port.name].shape)
-        if len(shape) != port.rank or not all(_fits(dim, size, sizes) for dim, size in zip(port.dims, shape, strict=True)):
+        if len(shape) != port.rank or not all(
+            _fits(dim, size, sizes) for dim, size in zip(port.dims, shape, strict=True)
+        ):
             wanted = ", ".join(str(dim) for dim in port.dims)
             message = f"{part} got {port.name} of shape {shape}, expected ({wanted}) with {sizes or 'free sizes'}"
             raise InputError(message)

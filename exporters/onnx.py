@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..components.component import Port
-    from ..weights import Checkpoint, Entry
+    from ..weights import Entry
     from .exporter import Subject
 
 FILE = "model.onnx"
@@ -212,5 +212,9 @@ def _weight_bytes(model: onnx_ir.Model) -> dict[str, int]:
     totals: dict[str, int] = defaultdict(int)
     for value in model.graph.initializers.values():
         if value.const_value is not None:
-            totals[value.const_value.dtype.name.lower().replace("float", "float32") if value.const_value.dtype.name == "FLOAT" else value.const_value.dtype.name.lower()] += value.const_value.nbytes
+            totals[
+                value.const_value.dtype.name.lower().replace("float", "float32")
+                if value.const_value.dtype.name == "FLOAT"
+                else value.const_value.dtype.name.lower()
+            ] += value.const_value.nbytes
     return dict(totals)

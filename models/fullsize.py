@@ -72,4 +72,6 @@ def _values(name: str, tensor: Any, generator: Any) -> Any:  # noqa: ANN401 - a 
     if tensor.ndim > 1:
         fan_in = math.prod(tensor.shape[1:])
         return torch.randn(tensor.shape, generator=generator) / math.sqrt(fan_in)
-    return torch.ones(tensor.shape) if name.endswith("weight") else 0.02 * torch.randn(tensor.shape, generator=generator)
+    return (
+        torch.ones(tensor.shape) if name.endswith("weight") else 0.02 * torch.randn(tensor.shape, generator=generator)
+    )

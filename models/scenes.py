@@ -7,11 +7,12 @@ Its caption says all of that and nothing else, so that whether a picture shows i
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import random
+
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
 
@@ -34,6 +35,8 @@ _MARGIN = 2
 _GAP = 3
 _JITTER = 4
 _SUPERSAMPLING = 4
+_ALONE = 0.25
+"""Share of scenes with one shape."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def random_scene(rng: random.Random) -> Scene:
     """Draw a scene: one shape in a quarter of the cases, else two that differ in shape or colour."""
     background = rng.choice(tuple(BACKGROUNDS))
     first = _random_item(rng)
-    if rng.random() < 0.25:
+    if rng.random() < _ALONE:
         return Scene(background, (first,))
     second = _random_item(rng)
     while (second.shape, second.color) == (first.shape, first.color):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 SAVE_EVERY_S = 120
+_CURVE_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Recipe:
     vae_steps: int = 700
     vae_batch: int = 16
     vae_peak_rate: float = 1e-3
-    denoiser_steps: int = 2_200
+    denoiser_steps: int = 3_000
     denoiser_batch: int = 32
     denoiser_peak_rate: float = 1e-3
     empty_captions: float = 0.1
@@ -169,7 +169,7 @@ def train_tokenizer(recipe: Recipe) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
     letters = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))  # noqa: S106 - no password
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -251,8 +251,7 @@ def _train_denoiser(
         dropped = torch.rand(len(chosen), 1, generator=generator) < recipe.empty_captions
         timesteps = torch.randint(1000, (len(chosen),), generator=generator)
         noise = torch.randn(latents[chosen].shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            return loss_of(latents[chosen], torch.where(dropped, empty, tokens[chosen]), timesteps, noise)
+        return loss_of(latents[chosen], torch.where(dropped, empty, tokens[chosen]), timesteps, noise)
 
     modules = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
     return _optimize("denoiser", modules, loss_at, recipe.denoiser_steps, recipe.denoiser_peak_rate, recipe.ema, state)
@@ -264,10 +263,9 @@ def _encode_all(vae: AutoencoderKL, pictures: Tensor, state: Path) -> Tensor:
 
     file = state / "latents.safetensors"
     if not file.exists():
-        means = []
+        batches = tqdm(pictures.split(96), desc="latents", mininterval=10)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            for batch in tqdm(pictures.split(96), desc="latents", mininterval=10):
-                means.append(vae.encode(_pixels(batch)).latent_dist.mean.float())
+            means = [vae.encode(_pixels(batch)).latent_dist.mean.float() for batch in batches]
         save_file({"latents": torch.cat(means).contiguous()}, file)
     return load_file(file)["latents"]
 
@@ -283,7 +281,7 @@ def _optimize(
 ) -> float:
     """AdamW with one cycle of the learning rate; leaves the averaged weights in `modules`. Returns seconds spent."""
     file = state / f"{name}.pt"
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     averaged = {key: value.detach().clone() for key, value in modules.state_dict().items()}
     first, seconds, curve = 0, 0.0, []
     if file.exists():
@@ -300,14 +298,16 @@ def _optimize(
             group["lr"] = peak_rate * _one_cycle(step / steps)
         loss = loss_at(step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
             weights = modules.state_dict()
-            torch._foreach_lerp_(list(averaged.values()), [weights[key] for key in averaged], 1 - min(ema, (step + 1) / (step + 10)))
+            torch._foreach_lerp_(
+                list(averaged.values()), [weights[key] for key in averaged], 1 - min(ema, (step + 1) / (step + 10))
+            )
         smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
-        if step % 50 == 49:
+        if (step + 1) % _CURVE_EVERY == 0:
             curve.append([step + 1, round(smooth, 5)])
             progress.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         now = time.monotonic()
@@ -338,7 +338,7 @@ def _one_cycle(progress: float, warmup: float = 0.05) -> float:
 def _save_state(file: Path, state: dict[str, Any]) -> None:
     partial = file.with_suffix(".partial")
     torch.save(state, partial)
-    os.replace(partial, file)
+    partial.replace(file)
 
 
 def _pixels(pictures: Tensor) -> Tensor:

@@ -55,7 +55,9 @@ class OnnxRuntime(Runtime):
         self._output_dtypes = {o.name: _DTYPES.get(o.type, o.type) for o in self._session.get_outputs()}
         self._adopt(actual, set(self._output_dtypes))
         self.configuration = {
-            "device": next(name for name, value in _PROVIDERS.items() if value == provider) if provider in _PROVIDERS.values() else provider,
+            "device": next(name for name, value in _PROVIDERS.items() if value == provider)
+            if provider in _PROVIDERS.values()
+            else provider,
             "providers": self._session.get_providers(),
             "threads": self._session.get_session_options().intra_op_num_threads,
             "precision": "float32" if part.precision == "fp32" else part.precision,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -141,5 +140,3 @@ def _torch_dtype(name: str) -> Any:  # noqa: ANN401 - a torch.dtype, with torch 
     import torch
 
     return getattr(torch, name)
-
-

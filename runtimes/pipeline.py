@@ -75,7 +75,9 @@ def _host_object(baked: Baked, name: str, declared: object) -> object:
         return declared if isinstance(declared, bool) else None
     library, class_name = declared
     if library not in _LIBRARIES:
-        message = f"{baked.folder} wants {library}.{class_name} for its {name}; only {' and '.join(_LIBRARIES)} are loaded"
+        message = (
+            f"{baked.folder} wants {library}.{class_name} for its {name}; only {' and '.join(_LIBRARIES)} are loaded"
+        )
         raise ArtifactError(message)
     import importlib
 
@@ -112,4 +114,6 @@ def _to(self: object, *args: object, **options: object) -> object:
     if wanted and all(str(value) in {"cpu", "None", "False", "True"} for value in wanted):
         return self
     message = f"to({', '.join(map(str, wanted))}) can't move or convert runtime-backed parts"
-    raise InputError(message, fix="bakeoff.load(folder, device=…) places them; the recipe of an export sets their precision")
+    raise InputError(
+        message, fix="bakeoff.load(folder, device=…) places them; the recipe of an export sets their precision"
+    )

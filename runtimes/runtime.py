@@ -71,10 +71,10 @@ class Runtime(ABC):
         results = self._run(fed, {port.name: port.shape(sizes) for port in self.outputs})
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in results.items()}
 
-    def synchronize(self) -> None:
+    def synchronize(self) -> None:  # noqa: B027 - most have nothing to do
         """Wait until the device has finished; nothing to do where `run` returns finished tensors."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to do
         """Release what the runtime holds; it can't run afterwards."""
 
     def __enter__(self) -> Self:

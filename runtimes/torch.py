@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..hardware import Availability, choose_device, usable_cores
 from .runtime import PartFiles, Runtime
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from ..recipe import Placement
 
@@ -41,7 +41,7 @@ class TorchRuntime(Runtime):
         module = part.build(_DTYPES[part.precision]).to(self._device)
         if self._channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._module: nn.Module | None = torch.compile(module) if placement.compile else module
+        self._module: Any = torch.compile(module) if placement.compile else module
         self.configuration = {
             "device": device,
             "threads": torch.get_num_threads(),

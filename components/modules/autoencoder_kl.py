@@ -92,7 +92,7 @@ def _vae_stand_in(runners: Mapping[str, Runner], config: Config) -> object:
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKL
 
-    class RuntimeAutoencoderKL(AutoencoderKL):
+    class RuntimeAutoencoderKL(AutoencoderKL):  # type: ignore[misc]
         dtype = torch.float32
         device = torch.device("cpu")
 

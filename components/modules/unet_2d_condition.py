@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,16 +70,22 @@ class UNet2DCondition(Component):
 class _FlatUNet(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = module
-        module.get_time_embed = self._time_embed
+        self.module: Any = module
+        setattr(self.module, "get_time_embed", self._time_embed)  # noqa: B010 - an assignment would have to fit a type
 
     def _time_embed(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """Embed the one timestep, then expand it to the batch: the same numbers as the other way round.
+        """Embed the one timestep, then expand it to the batch: bit for bit what Diffusers gets the other way round.
 
-        A backend in bfloat16 can keep the angles in float32 (981 isn't a bfloat16), but not through an expand.
+        A backend in bfloat16 can keep the angles in float32 (981 isn't a bfloat16), but only while nothing between
+        the timestep and its sine changes shapes. Sinusoids as in "Attention is all you need", section 3.5.
         """
-        embedding: Tensor = self.module.time_proj(timestep[None])
-        return embedding.to(sample.dtype).expand(sample.shape[0], -1)
+        proj = self.module.time_proj
+        half = proj.num_channels // 2
+        exponent = -math.log(10000) * torch.arange(0, half, dtype=torch.float32) / (half - proj.downscale_freq_shift)
+        angles = proj.scale * (timestep.float() * torch.exp(exponent))
+        halves = (angles.cos(), angles.sin()) if proj.flip_sin_to_cos else (angles.sin(), angles.cos())
+        embedding = torch.cat([*halves, angles.new_zeros(proj.num_channels % 2)])
+        return embedding.to(sample.dtype)[None].expand(sample.shape[0], -1)
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor]:
         output: tuple[Tensor] = self.module(sample, timestep, encoder_hidden_states, return_dict=False)

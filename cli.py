@@ -1,0 +1,409 @@
+"""The command line: data to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ArtifactError, BakeoffError, UnavailableError, UsageError, unknown
+from .recipe import from_toml, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .artifact import Artifact
+    from .recipe import Placement, Recipe
+
+EXIT_CODES = """\
+exit codes:
+  0   done
+  1   something that bakeoff has no name for
+  2   a call, recipe or input that can't be meant as it is
+  3   a model that isn't there, or whose weights are pickles
+  4   a folder that isn't an artifact, or one that was changed
+  5   a backend or device that can't be used here
+  6   a part that a backend couldn't take
+  7   a part that doesn't compute what its source computes
+  8   too little memory or disk
+  130 stopped on request
+"""
+_INTERRUPTED = 130
+_WORTH_SHOWING_BYTES = 10_000
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except BakeoffError as error:
+        if getattr(options, "json", False):
+            _print_json({"error": type(error).__name__, "message": error.message, "fix": error.fix})
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bakeoff",
+        description="Bake Diffusers pipelines into hardware artifacts, then hold a bake-off between them.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_doctor, _add_export, _add_inspect, _add_verify, _add_why_rebuild, _add_generate):
+        command = add(commands)
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"bakeoff {version('bakeoff')}"
+
+
+def _print_json(data: object) -> None:
+    print(json.dumps(data, indent=2))
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _add_doctor(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argparse's subparsers have no public type
+    command: argparse.ArgumentParser = commands.add_parser("doctor", help="show hardware, devices and backends")
+    command.set_defaults(run=_doctor)
+    return command
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from . import hardware, plugins
+    from .memory import available_bytes
+
+    machine = {**hardware.describe(), "available_bytes": available_bytes()}
+    devices = hardware.devices()
+    backends = {name: plugins.runtime(name).probe() for name in plugins.names("runtimes")}
+    if options.json:
+        groups = {"devices": devices, "backends": backends}
+        _print_json(
+            {"machine": machine, **{key: {n: a.as_dict() for n, a in group.items()} for key, group in groups.items()}}
+        )
+        return
+    print(f"{machine['cpu']}, {machine['usable_cores']} cores to use, {', '.join(machine['instruction_sets'])}")
+    print(f"{machine['memory_bytes'] / 1e9:.1f} GB of memory, {machine['available_bytes'] / 1e9:.1f} GB free")
+    for title, group in (("devices", devices), ("backends", backends)):
+        print(f"\n{title}")
+        for name, found in group.items():
+            print(f"  {'yes' if found.ok else 'no ':3} {name:10} {found.reason}")
+            if found.fix and not found.ok:
+                print(f"      {'':10} hint: {found.fix}")
+
+
+def _add_export(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
+    command: argparse.ArgumentParser = commands.add_parser(
+        "export",
+        help="bake a model into an artifact",
+        description="Bake a model into an artifact folder, whole or not at all. The same export again does nothing.",
+    )
+    command.add_argument("model", help="a Diffusers folder, a hub id, or: shapes")
+    command.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="the artifact's folder")
+    _add_recipe(command)
+    command.add_argument(
+        "--weights",
+        default="auto",
+        help="auto (default): share unchanged weights with the source where the file system can; link: insist on it; "
+        "copy: never, so that any tool may open the folder",
+    )
+    command.add_argument("--no-prove", action="store_true", help="don't run the parts against eager fp32")
+    command.add_argument("--force", action="store_true", help="replace what is at DIR")
+    command.add_argument("--reuse", action="append", default=[], metavar="DIR", help="take unchanged parts from DIR")
+    command.set_defaults(run=_export)
+    return command
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--recipe",
+        required=True,
+        help="backend:precision, parts that differ after commas (openvino:bf16,vae_decoder=torch:fp32), or a .toml file",
+    )
+    command.add_argument("--revision", help="revision of a hub model")
+    command.add_argument(
+        "--timestep",
+        choices=("ecosystem", "f32"),
+        default="ecosystem",
+        help="f32: a float timestep port in OpenVINO UNets, for schedulers with fractional timesteps",
+    )
+
+
+def _recipe(options: argparse.Namespace) -> tuple[Recipe, Placement]:
+    from .recipe import Placement
+
+    if options.recipe.endswith(".toml"):
+        file = Path(options.recipe)
+        if not file.is_file():
+            message = f"no recipe file {file}"
+            raise UsageError(message)
+        recipe, placement = from_toml(file.read_text(encoding="utf-8")), Placement()
+    else:
+        recipe, placement = parse(options.recipe)
+    if options.timestep == "f32":
+        recipe = recipe.with_option("openvino", "timestep", "f32")
+    return recipe, placement
+
+
+def _export(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from .bake import export
+
+    recipe, placement = _recipe(options)
+    if placement.as_dict() != type(placement)().as_dict():
+        _say("note: @device, +compile, +threads and +provider are given when an artifact is loaded; ignored here")
+    artifact = export(
+        options.model,
+        options.output,
+        recipe,
+        revision=options.revision,
+        weights=options.weights,
+        prove=not options.no_prove,
+        force=options.force,
+        progress=_steps(),
+        reuse=options.reuse,
+    )
+    _show(artifact, as_json=options.json)
+
+
+def _steps() -> Callable[[str], None]:
+    """Show each step of an export: as a bar on a terminal, as lines elsewhere."""
+    if not sys.stderr.isatty():
+        return _say
+    from tqdm import tqdm
+
+    bar = tqdm(bar_format="{desc} ({elapsed})")
+
+    def step(message: str) -> None:
+        bar.set_description_str(message)
+        bar.refresh()
+
+    return step
+
+
+def _add_inspect(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
+    command: argparse.ArgumentParser = commands.add_parser("inspect", help="show what an artifact is")
+    command.add_argument("folder", type=Path)
+    command.set_defaults(run=_inspect)
+    return command
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from .artifact import Artifact
+
+    _show(Artifact.open(options.folder), as_json=options.json)
+
+
+def _show(artifact: Artifact, *, as_json: bool) -> None:
+    manifest = artifact.manifest
+    if as_json:
+        _print_json({"folder": str(artifact.folder), **json.loads(manifest.render())})
+        return
+    total = sum(file.size for file in manifest.files.values())
+    print(
+        f"{artifact.folder}: {manifest.family} from {manifest.source['id']}, {total / 1e6:.1f} MB, {_proof(manifest.proof)}"
+    )
+    proofs = manifest.proof.get("parts", {})
+    for name, part in manifest.parts.items():
+        worst = min((case["sqnr_db"] for case in proofs.get(name, {}).get("cases", [])), default=None)
+        parity = f"{worst:6.1f} dB" if worst is not None else "unproved"
+        weights = ", ".join(
+            f"{size / 1e6:.1f} MB {dtype}" for dtype, size in part.weight_bytes.items() if size > _WORTH_SHOWING_BYTES
+        )
+        print(f"  {name:14} {part.backend}:{part.precision:6} {parity}  {weights} ({part.weights})")
+    print(f"  key {manifest.key}")
+
+
+def _proof(proof: Any) -> str:  # noqa: ANN401 - a JSON object
+    if proof["status"] != "proved":
+        return f"unproved: {proof['reason']}"
+    peak = max(proof["peak_anon_bytes"], 0) / 1e9
+    return f"proved (its child process took {proof['seconds']:.1f} s and {peak:.2f} GB of anonymous memory)"
+
+
+def _add_verify(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
+    command: argparse.ArgumentParser = commands.add_parser(
+        "verify", help="check that an artifact's files are those that were written"
+    )
+    command.add_argument("folder", type=Path)
+    command.add_argument("--parity", action="store_true", help="prove each part against what eager fp32 gave, too")
+    command.add_argument("--source", help="the model, to record what eager fp32 gives if the artifact has no record")
+    command.set_defaults(run=_verify)
+    return command
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from .artifact import Artifact
+
+    artifact = Artifact.open(options.folder)
+    problems = _hash_all(artifact)
+    if options.parity and not problems:
+        from . import parity
+
+        artifact = artifact.with_proof(parity.prove(artifact, options.source))
+        if not artifact.manifest.proved:
+            message = f"{options.folder} couldn't be proved: {artifact.manifest.proof['reason']}"
+            raise UnavailableError(message, fix="give the model with --source, on a machine with the memory for it")
+    if options.json:
+        _print_json({"folder": str(options.folder), "problems": problems, "proof": artifact.manifest.proof})
+    elif not problems:
+        print(
+            f"{options.folder}: all {len(artifact.manifest.files)} files are as written; {_proof(artifact.manifest.proof)}"
+        )
+    for problem in problems:
+        _say(f"error: {problem}")
+    if problems:
+        _say(
+            f"hint: export it again: bakeoff export {artifact.manifest.source['id']} -o {options.folder} --force --recipe …"
+        )
+    return ArtifactError.exit_code if problems else 0
+
+
+def _hash_all(artifact: Artifact) -> list[str]:
+    from tqdm import tqdm
+
+    total = sum(file.size for file in artifact.manifest.files.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None, leave=False) as bar:
+        return artifact.verify(bar.update)
+
+
+def _add_why_rebuild(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
+    command: argparse.ArgumentParser = commands.add_parser(
+        "why-rebuild", help="say which fields of an artifact's key an export would change"
+    )
+    command.add_argument("folder", type=Path)
+    command.add_argument("model", help="the model, as for export")
+    _add_recipe(command)
+    command.add_argument("--weights", default="auto")
+    command.set_defaults(run=_why_rebuild)
+    return command
+
+
+def _why_rebuild(options: argparse.Namespace) -> None:
+    from .artifact import Artifact
+    from .bake import plan, why_rebuild
+
+    artifact = Artifact.open(options.folder)
+    planned = plan(options.model, _recipe(options)[0], revision=options.revision, weights=options.weights)
+    reasons = why_rebuild(artifact, planned)
+    if options.json:
+        _print_json({"rebuild": bool(reasons), "fields": reasons})
+        return
+    print("\n".join(reasons) if reasons else f"{options.folder} is up to date")
+
+
+def _add_generate(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
+    command: argparse.ArgumentParser = commands.add_parser("generate", help="make pictures with an artifact")
+    command.add_argument("folder", type=Path, help="an artifact, or an Optimum or Diffusers folder")
+    command.add_argument("prompts", nargs="+", metavar="prompt")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="PNG", help="several: PNG-0, PNG-1…")
+    command.add_argument("--negative-prompt")
+    command.add_argument("--seed", type=int, help="of the first prompt; the next ones follow")
+    command.add_argument("--guidance-scale", type=float)
+    command.add_argument("--steps", type=int, default=20)
+    command.add_argument("--height", type=int)
+    command.add_argument("--width", type=int)
+    command.add_argument("--max-batch", type=int, default=8)
+    command.add_argument("--device", default="auto")
+    command.add_argument("--threads", type=int)
+    command.add_argument("--compile", action="store_true")
+    command.add_argument("--provider")
+    command.set_defaults(run=_generate)
+    return command
+
+
+def _generate(options: argparse.Namespace) -> None:
+    _check_output(options.output)
+    if (options.height is None) != (options.width is None):
+        message = "got one of --height and --width, expected both or none"
+        raise UsageError(message)
+    _quiet_libraries()
+    from .runtimes.engine import load
+
+    placement = {name: getattr(options, name) for name in ("device", "threads", "compile", "provider")}
+    with load(options.folder, **placement) as engine:
+        if not engine.proved:
+            _say(f"note: {options.folder} is unproved: {engine.proof['reason']}")
+        result = engine.generate(
+            options.prompts,
+            negative_prompts=options.negative_prompt,
+            seeds=options.seed,
+            guidance_scale=options.guidance_scale,
+            steps=options.steps,
+            size=None if options.height is None else (options.height, options.width),
+            max_batch=options.max_batch,
+            progress=sys.stderr.isatty(),
+        )
+        configuration = engine.configuration
+    files = _save_images(result.images, options.output)
+    for part, found in configuration.items():
+        if found.get("fallback"):
+            _say(f"note: {part}: {found['fallback']}")
+    if options.json:
+        _print_json(
+            {
+                "files": [str(file) for file in files],
+                "seeds": result.seeds,
+                "seconds": dict(result.seconds),
+                "proved": engine.proved,
+                "configuration": configuration,
+            }
+        )
+        return
+    for file, seed in zip(files, result.seeds, strict=True):
+        print(f"{file} (seed {seed})")
+
+
+def _check_output(output: Path) -> None:
+    """Refuse before the work is done what can't be written after it."""
+    if output.suffix.lower() not in {".png", ".jpg", ".jpeg", ".webp"}:
+        raise UsageError(unknown("picture format", output.suffix, (".png", ".jpg", ".webp")))
+    if not output.parent.is_dir():
+        message = f"no folder {output.parent} to write {output.name} into"
+        raise UsageError(message, fix=f"mkdir -p {output.parent}")
+
+
+def _save_images(images: Any, output: Path) -> list[Path]:  # noqa: ANN401 - (B, H, W, 3) uint8
+    from PIL import Image
+
+    several = len(images) > 1
+    files = [output.with_stem(f"{output.stem}-{i}") if several else output for i in range(len(images))]
+    for file, image in zip(files, images, strict=True):
+        partial = file.with_name(f".{file.name}.partial{file.suffix}")
+        Image.fromarray(image).save(partial)
+        partial.replace(file)
+    return files
+
+
+def _quiet_libraries() -> None:
+    """Keep what libraries say of themselves off the terminal."""
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    if not __package__:
+        sys.exit("type bakeoff, not python cli.py: run as a script, the folder's modules would load twice")
+    sys.exit(main())
