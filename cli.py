@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if not __package__:
+    sys.exit("type bakeoff, not python cli.py: run as a script, the folder's modules would load twice")
+
 from .errors import ArtifactError, BakeoffError, UnavailableError, UsageError, unknown
 from .recipe import from_toml, parse
 
@@ -58,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_doctor, _add_export, _add_inspect, _add_verify, _add_why_rebuild, _add_generate):
+    for add in (_add_doctor, _add_export, _add_inspect, _add_verify, _add_why_rebuild, _add_generate, _add_demo):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
@@ -369,6 +372,27 @@ def _generate(options: argparse.Namespace) -> None:
         print(f"{file} (seed {seed})")
 
 
+def _add_demo(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
+    command: argparse.ArgumentParser = commands.add_parser(
+        "demo", help="bake the embedded model for each backend and compare the pictures"
+    )
+    command.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="DIR")
+    command.set_defaults(run=_demo)
+    return command
+
+
+def _demo(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from . import demo
+
+    rows = demo.run(options.output, _say)
+    if options.json:
+        _print_json(rows)
+        return
+    print(demo.table(rows))
+    print(f"\npictures: {options.output / 'contact-sheet.png'}")
+
+
 def _check_output(output: Path) -> None:
     """Refuse before the work is done what can't be written after it."""
     if output.suffix.lower() not in {".png", ".jpg", ".jpeg", ".webp"}:
@@ -404,6 +428,4 @@ def _quiet_libraries() -> None:
 
 
 if __name__ == "__main__":
-    if not __package__:
-        sys.exit("type bakeoff, not python cli.py: run as a script, the folder's modules would load twice")
     sys.exit(main())

@@ -73,17 +73,19 @@ class Watch:
                 return
 
 
-def in_child(function: str, arguments: dict[str, Any], *, quiet: bool = True) -> tuple[Any, Peak]:
+def in_child(function: str, arguments: dict[str, Any], *, extra_path: str | None = None) -> tuple[Any, Peak]:
     """Call `module:function` with JSON arguments in a new Python process; return its JSON result and its peak memory.
+
+    `extra_path` is a folder of modules besides the installed ones.
 
     Raises:
         BakeoffError: as the child raised it, or with the end of its stderr if it died.
     """
     command = [sys.executable, "-P", "-m", "bakeoff.memory", function]
-    error_stream = subprocess.PIPE if quiet else None
+    environment = {**os.environ, "PYTHONPATH": extra_path} if extra_path else None
     with (
         subprocess.Popen(  # noqa: S603 - our own interpreter and module
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=error_stream, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         ) as process,
         Watch(process.pid) as watch,
     ):

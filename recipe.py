@@ -117,7 +117,7 @@ def parse(text: str) -> tuple[Recipe, Placement]:
 
 
 def _split_part(piece: str) -> tuple[str, str, str]:
-    match = re.match(r"([a-z0-9_]+)=(?=[a-z]+:)", piece)
+    match = re.match(r"([a-z0-9_]+)=(?=[A-Za-z0-9_.-]+:)", piece)
     return (match[1], "=", piece[match.end() :]) if match else ("", "", piece)
 
 

@@ -1,0 +1,55 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+INTEROP_BIN := .venv-interop/bin
+INTEROP_READY := .venv-interop/.ready
+GENAI_BIN := .venv-genai/bin
+GENAI_READY := .venv-genai/.ready
+
+.PHONY: demo test test-all test-interop lint bench-export shapes clean
+
+demo: $(READY)  ## Export the embedded model for each backend, generate, compare.
+	$(BIN)/bakeoff demo -o demo
+
+test: $(READY)  ## The tests that a change should pass: under 10 minutes on 2 cores.
+	$(BIN)/python -P -m pytest
+
+test-all: $(READY)  ## All tests but those that need other environments.
+	$(BIN)/python -P -m pytest -m 'not interop'
+
+test-interop: $(READY) $(INTEROP_READY) $(GENAI_READY)  ## Open our artifacts with Optimum and OpenVINO GenAI.
+	INTEROP_PYTHON=$(INTEROP_BIN)/python GENAI_PYTHON=$(GENAI_BIN)/python $(BIN)/python -P -m pytest -m interop
+
+lint: $(READY)  ## ruff, and mypy on the package as it is installed.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typecheck
+	$(BIN)/pip install -q --no-deps --target build/typecheck .
+	MYPYPATH=build/typecheck $(BIN)/mypy -p bakeoff
+
+bench-export: $(READY)  ## Peak memory, seconds and bytes of full-size exports (20 GB of disk, half an hour).
+	$(BIN)/python -P docs/benchmarks/export_memory.py docs/benchmarks/export_memory.json
+
+shapes: $(READY)  ## Train the embedded model again, from nothing but the scene generator (an hour on 2 cores).
+	$(BIN)/python -P -m bakeoff.models.train build/shapes
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(INTEROP_READY): tests/interop/optimum-constraints.txt
+	$(PYTHON) -m venv .venv-interop
+	$(INTEROP_BIN)/pip install -q --disable-pip-version-check -c $< torch
+	$(INTEROP_BIN)/pip install -q --disable-pip-version-check -c $< diffusers transformers optimum optimum-onnx optimum-intel openvino onnxruntime accelerate
+	touch $@
+
+$(GENAI_READY): tests/interop/genai-constraints.txt
+	$(PYTHON) -m venv .venv-genai
+	$(GENAI_BIN)/pip install -q --disable-pip-version-check -c $< openvino-genai openvino-tokenizers openvino numpy
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-interop .venv-genai build demo

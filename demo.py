@@ -1,0 +1,159 @@
+"""The demo: bake the embedded model for each backend, make the same pictures, show them side by side."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from .memory import in_child
+from .recipe import parse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .artifact import Artifact
+
+    Pictures = NDArray[np.uint8]
+
+RECIPES = ("torch:fp32", "onnx:fp32", "openvino:fp32")
+PROMPTS = (
+    "a large red circle on a white background",
+    "a small blue star on a black background",
+    "a large green square left of a small yellow circle on a gray background",
+    "a small purple triangle above a large cyan ring on a white background",
+    "a large yellow star right of a small red square on a black background",
+    "a large blue ring below a small green triangle on a gray background",
+)
+SEED = 7
+STEPS = 20
+GUIDANCE = 3.0
+_SCALE = 2
+_LABEL_HEIGHT = 18
+_CAPTION_WIDTH = 250
+
+
+def run(folder: Path, progress: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Export, generate and compare; write `contact-sheet.png` and `demo.json` into `folder`; return the table's rows."""
+    import numpy as np
+
+    from .bake import export
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, columns = [], []
+    for recipe in RECIPES:
+        progress(f"exporting {recipe}")
+        target = folder / recipe.replace(":", "-")
+        artifact = export("shapes", target, parse(recipe)[0], progress=progress, force=_outdated(target, recipe))
+        progress(f"generating with {recipe}")
+        pictures = folder / f"{target.name}.npy"
+        arguments = {"artifact": str(target), "pictures": str(pictures)}
+        measured, peak = in_child("bakeoff.demo:generate_here", arguments)
+        columns.append(np.load(pictures))
+        rows.append(
+            {
+                "recipe": recipe,
+                "sqnr_db": _worst_sqnr(artifact),
+                "psnr_db": [psnr(columns[0][i], columns[-1][i]) for i in range(len(PROMPTS))],
+                "seconds": measured,
+                "peak_anon_bytes": peak.anon_bytes,
+                "peak_rss_bytes": peak.rss_bytes,
+            }
+        )
+        pictures.unlink()
+    _contact_sheet(columns).save(folder / "contact-sheet.png")
+    (folder / "demo.json").write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+def _outdated(target: Path, recipe: str) -> bool:
+    from .artifact import Artifact
+    from .bake import plan
+
+    return target.exists() and Artifact.open(target).manifest.key != plan("shapes", parse(recipe)[0]).key
+
+
+def generate_here(artifact: str, pictures: str) -> dict[str, float]:
+    """Load an artifact, make the pictures, save them; return seconds. Runs in a child of `run`."""
+    import numpy as np
+
+    from .runtimes.engine import load
+
+    started = time.perf_counter()
+    with load(artifact, device="cpu") as engine:
+        engine.generate(PROMPTS[0], seeds=SEED, steps=1)
+        loaded = time.perf_counter() - started
+        result = engine.generate(PROMPTS, seeds=SEED, steps=STEPS, guidance_scale=GUIDANCE)
+    np.save(pictures, result.images)
+    return {"load and first step": loaded, **result.seconds}
+
+
+def _worst_sqnr(artifact: Artifact) -> dict[str, float]:
+    parts = artifact.manifest.proof.get("parts", {})
+    return {name: min(case["sqnr_db"] for case in part["cases"]) for name, part in parts.items()}
+
+
+def psnr(expected: Pictures, got: Pictures) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures in dB; 99 where they are equal."""
+    import numpy as np
+
+    error = float(np.mean((expected.astype(np.float64) - got.astype(np.float64)) ** 2))
+    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Render the rows as a Markdown table."""
+    parts = list(rows[0]["sqnr_db"])
+    heads = [
+        "recipe",
+        *(f"{part} SQNR" for part in parts),
+        "picture PSNR, worst",
+        "seconds a picture",
+        "of it UNet",
+        "peak memory",
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for row in rows:
+        seconds = row["seconds"]
+        cells = [
+            row["recipe"],
+            *(f"{row['sqnr_db'].get(part, float('nan')):.0f} dB" for part in parts),
+            "same bits" if min(row["psnr_db"]) >= 99 else f"{min(row['psnr_db']):.1f} dB",  # noqa: PLR2004 - `psnr`'s word for equal
+            f"{seconds['total'] / len(PROMPTS):.2f}",
+            f"{seconds['unet'] / len(PROMPTS):.2f}",
+            f"{row['peak_anon_bytes'] / 1e6:.0f} MB",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _contact_sheet(columns: list[Pictures]) -> Any:  # noqa: ANN401 - a PIL image
+    """Lay out rows of prompts and columns of recipes."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    side = columns[0].shape[1] * _SCALE
+    pad = 6
+    width = _CAPTION_WIDTH + len(columns) * (side + pad) + pad
+    height = _LABEL_HEIGHT + len(PROMPTS) * (side + pad) + pad
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for column, (recipe, pictures) in enumerate(zip(RECIPES, columns, strict=True)):
+        x = _CAPTION_WIDTH + column * (side + pad)
+        draw.text((x + side / 2, _LABEL_HEIGHT / 2), recipe, fill="black", font=font, anchor="mm")
+        for row, picture in enumerate(pictures):
+            y = _LABEL_HEIGHT + row * (side + pad)
+            sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST), (x, y))
+    for row, prompt in enumerate(PROMPTS):
+        y = _LABEL_HEIGHT + row * (side + pad) + side / 2
+        draw.text((pad, y), _wrap(prompt), fill="black", font=font, anchor="lm", spacing=4)
+    return sheet
+
+
+def _wrap(text: str) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, 36))

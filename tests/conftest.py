@@ -1,0 +1,80 @@
+"""What tests share: the embedded model baked once for each backend, and the errors they expect of bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+PROMPTS = [
+    "a large red circle on a white background",
+    "a small blue star above a large green ring on a gray background",
+    "a small yellow square left of a small purple triangle on a black background",
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory):
+    """Keep the user's cache out of it."""
+    os.environ["BAKEOFF_HOME"] = str(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="session")
+def shapes():
+    """The embedded model's folder."""
+    return Path(__file__).parent.parent / "models" / "shapes"
+
+
+@pytest.fixture(scope="session")
+def baked(tmp_path_factory):
+    """Bake `shapes` by a recipe, once a session: `baked("onnx:fp32")` is the artifact's folder."""
+    from bakeoff.bake import export
+    from bakeoff.recipe import parse
+
+    root = tmp_path_factory.mktemp("artifacts")
+    made = {}
+
+    def bake(recipe):
+        if recipe not in made:
+            folder = root / recipe.replace(":", "-").replace(",", "_").replace("=", "-").replace("+", "-")
+            export("shapes", folder, parse(recipe)[0], reuse=list(made.values()))
+            made[recipe] = folder
+        return made[recipe]
+
+    return bake
+
+
+@pytest.fixture
+def copied(baked, tmp_path):
+    """Like `baked`, but a copy of one's own, to damage."""
+
+    def copy(recipe):
+        return Path(shutil.copytree(baked(recipe), tmp_path / "artifact"))
+
+    return copy
+
+
+@pytest.fixture
+def run_cli():
+    """Run the command line in a process of its own; return the finished process."""
+
+    def run(*arguments, **options):
+        command = [sys.executable, "-P", "-m", "bakeoff.cli", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **options)
+
+    return run
+
+
+@pytest.fixture
+def run_json(run_cli):
+    def run(*arguments):
+        finished = run_cli(*arguments, "--json")
+        assert finished.returncode == 0, finished.stderr
+        return json.loads(finished.stdout)
+
+    return run

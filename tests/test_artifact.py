@@ -1,0 +1,152 @@
+import json
+import os
+import random
+
+import pytest
+from bakeoff.artifact import MANIFEST, Artifact, inside, list_files, staged
+from bakeoff.bake import export, plan, why_rebuild
+from bakeoff.errors import ArtifactError, CorruptError
+from bakeoff.recipe import parse
+
+
+def test_a_fresh_artifact_verifies(baked):
+    artifact = Artifact.open(baked("torch:fp32"))
+    assert artifact.verify() == []
+    assert artifact.manifest.proved
+    assert set(artifact.manifest.parts) == {"text_encoder", "unet", "vae_encoder", "vae_decoder"}
+
+
+@pytest.mark.parametrize("recipe", ["torch:fp32", "onnx:fp32", "openvino:fp32"])
+def test_one_flipped_byte_of_any_file_is_found(copied, recipe):
+    folder = copied(recipe)
+    rng = random.Random(0)
+    for name in [*list_files(folder), MANIFEST]:
+        file = folder / name
+        data = bytearray(file.read_bytes())
+        if not data:
+            continue
+        position = rng.randrange(len(data))
+        data[position] ^= 1
+        file.write_bytes(data)
+        try:
+            problems = Artifact.open(folder).verify()
+        except CorruptError as error:
+            problems = [str(error)]
+        assert problems, f"{name}, byte {position}"
+        data[position] ^= 1
+        file.write_bytes(data)
+    assert Artifact.open(folder).verify() == []
+
+
+def test_a_missing_cut_or_added_file_is_found(copied):
+    folder = copied("torch:fp32")
+    (folder / "unet" / "extra").write_text("hello")
+    assert Artifact.open(folder).verify() == ["unet/extra is not in the manifest"]
+    os.truncate(folder / "unet" / "config.json", 5)
+    with pytest.raises(CorruptError, match="unet/config.json has 5 bytes"):
+        Artifact.open(folder)
+    (folder / "unet" / "config.json").unlink()
+    with pytest.raises(CorruptError, match="unet/config.json is missing"):
+        Artifact.open(folder)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside"])
+def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path, name):
+    with pytest.raises(ArtifactError, match="outside of itself"):
+        inside(tmp_path, name)
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "artifact" / "model").symlink_to(tmp_path / "secret")
+    with pytest.raises(ArtifactError, match="outside of itself"):
+        inside(tmp_path / "artifact", "model")
+
+
+def test_a_later_schema_says_to_upgrade(copied):
+    folder = copied("torch:fp32")
+    content = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**content, "schema": 99}))
+    with pytest.raises(ArtifactError, match="upgrade"):
+        Artifact.open(folder)
+
+
+def test_the_same_export_again_does_nothing(baked):
+    folder = baked("torch:fp32")
+    before = (folder / MANIFEST).stat().st_mtime_ns
+    said = []
+    export("shapes", folder, parse("torch:fp32")[0], progress=said.append)
+    assert (folder / MANIFEST).stat().st_mtime_ns == before
+    assert said == [f"{folder} is up to date"]
+
+
+def test_another_export_there_needs_force(baked):
+    folder = baked("torch:fp32")
+    with pytest.raises(ArtifactError, match="--force"):
+        export("shapes", folder, parse("null:fp32")[0])
+    assert Artifact.open(folder).verify() == []
+
+
+def test_why_rebuild_names_the_fields(baked):
+    artifact = Artifact.open(baked("torch:fp32"))
+    assert why_rebuild(artifact, plan("shapes", parse("torch:fp32")[0])) == []
+    reasons = why_rebuild(artifact, plan("shapes", parse("torch:fp32,unet=torch:bf16")[0]))
+    assert reasons == ["unet.recipe.precision: fp32 -> bf16"]
+
+
+def test_no_prove_says_unproved_and_verify_proves_it_later(tmp_path):
+    from bakeoff import parity
+
+    artifact = export("shapes", tmp_path / "a", parse("torch:fp32")[0], prove=False)
+    assert not artifact.manifest.proved
+    assert parity.prove(artifact, None)["status"] == "unproved"
+    proved = artifact.with_proof(parity.prove(artifact, "shapes"))
+    assert proved.manifest.proved
+    assert Artifact.open(tmp_path / "a").verify() == []
+    assert parity.prove(proved, None)["status"] == "proved"
+
+
+def test_staged_leaves_nothing_when_the_block_fails(tmp_path):
+    with pytest.raises(RuntimeError), staged(tmp_path / "out", replace_existing=False) as folder:
+        (folder / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_staged_swaps_whole_folders(tmp_path):
+    for text in ("old", "new"):
+        with staged(tmp_path / "out", replace_existing=True) as folder:
+            (folder / "file").write_text(text)
+    assert (tmp_path / "out" / "file").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_staged_sweeps_what_the_killed_left(tmp_path):
+    (tmp_path / ".out.partial-999999999").mkdir()
+    with staged(tmp_path / "out", replace_existing=False):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_weights_are_shared_with_the_source_or_copied(tmp_path, baked):
+    source = tmp_path / "source"
+    export("shapes", source, parse("torch:fp32")[0], prove=False)
+    rebuilt = _as_diffusers(source, tmp_path / "diffusers")
+    linked = export(str(rebuilt), tmp_path / "linked", parse("torch:fp32")[0], prove=False)
+    assert linked.manifest.parts["unet"].weights in {"linked", "reflinked"}
+    copied = export(str(rebuilt), tmp_path / "copied", parse("torch:fp32")[0], prove=False, weights="copy")
+    assert copied.manifest.parts["unet"].weights == "copied"
+    files = list((tmp_path / "copied").rglob("*.safetensors"))
+    assert all(file.stat().st_nlink == 1 for file in files)
+
+
+def _as_diffusers(artifact, target):
+    """Make a fp32 Diffusers folder of a torch artifact."""
+    import shutil
+
+    shutil.copytree(artifact, target)
+    (target / "vae_decoder").rename(target / "vae")
+    shutil.rmtree(target / "vae_encoder")
+    (target / MANIFEST).unlink()
+    return target

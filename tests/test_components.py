@@ -1,0 +1,72 @@
+import pytest
+import torch
+from bakeoff import plugins
+from bakeoff.components.component import CAPTURE_SIZES, PROOF_SIZES, Port, Sizes, solve_sizes
+from bakeoff.components.modules.unet_2d_condition import UNet2DCondition, _feed
+from bakeoff.errors import InputError
+from bakeoff.source import Source
+
+
+@pytest.fixture(scope="module")
+def source():
+    return Source.open("shapes")
+
+
+def parts():
+    return [part for family in plugins.families() for part in family.parts]
+
+
+@pytest.mark.parametrize("part", parts(), ids=lambda part: part.name)
+def test_examples_fit_the_ports(source, part):
+    config = source.config(part.module)
+    for seed, sizes in enumerate((CAPTURE_SIZES, *PROOF_SIZES)):
+        example = part.component.example(config, part.component.limit(config, sizes), seed)
+        assert solve_sizes(part.name, part.component.inputs(config), example)
+        for port in part.component.inputs(config):
+            assert example[port.name].dtype == getattr(torch, port.dtype)
+
+
+@pytest.mark.parametrize("part", parts(), ids=lambda part: part.name)
+def test_the_flat_module_gives_the_ports(source, part):
+    config = source.config(part.module)
+    flat = part.component.flat(part.component.load(source.folder / part.module, torch.float32))
+    example = part.component.example(config, part.component.limit(config, Sizes(2, 8, 16, 7)), seed=1)
+    sizes = solve_sizes(part.name, part.component.inputs(config), example)
+    with torch.no_grad():
+        results = flat(*example.values())
+    for port, result in zip(part.component.outputs(config), results, strict=True):
+        assert tuple(result.shape) == port.shape(sizes)
+
+
+def test_the_time_embedding_is_diffusers_bit_for_bit(source):
+    unet = UNet2DCondition().load(source.folder / "unet", torch.float32)
+    sample = torch.zeros(3, 4, 8, 8)
+    expected = {t: unet.get_time_embed(sample, torch.tensor(t)) for t in (981, 0, 500.25)}
+    flat = UNet2DCondition().flat(unet)
+    for timestep, embedding in expected.items():
+        assert torch.equal(flat._time_embed(sample, torch.tensor(float(timestep))), embedding)
+
+
+def test_solve_sizes_refuses_what_does_not_fit():
+    ports = (Port("a", "float32", ("batch", 3, "8*height")), Port("b", "float32", ("batch",)))
+    good = {"a": torch.zeros(2, 3, 16), "b": torch.zeros(2)}
+    assert solve_sizes("part", ports, good) == {"batch": 2, "height": 2}
+    for bad in (
+        {"a": good["a"]},
+        {**good, "c": good["b"]},
+        {**good, "b": torch.zeros(3)},
+        {**good, "b": torch.zeros(2, 1)},
+        {"a": torch.zeros(2, 3, 17), "b": good["b"]},
+        {"a": torch.zeros(2, 4, 16), "b": good["b"]},
+    ):
+        with pytest.raises(InputError, match="part got"):
+            solve_sizes("part", ports, bad)
+
+
+def test_timesteps_are_never_truncated():
+    integer, plain = Port("timestep", "int64", ("steps",)), Port("timestep", "float32", ())
+    assert _feed(torch.tensor(981), integer).tolist() == [981]
+    assert _feed(torch.tensor(981.0), integer).tolist() == [981]
+    assert _feed(torch.tensor(980.5), plain).item() == 980.5
+    with pytest.raises(InputError, match="--timestep f32"):
+        _feed(torch.tensor(980.5), integer)

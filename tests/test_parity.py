@@ -1,0 +1,109 @@
+import math
+
+import pytest
+import torch
+from bakeoff import parity
+from bakeoff.artifact import Artifact
+from bakeoff.errors import LoweringError, ParityError
+
+
+def test_relative_error():
+    expected = torch.tensor([3.0, 4.0])
+    assert parity.relative_error(torch.tensor([3.0, 4.05]), expected) == pytest.approx(0.01, rel=1e-4)
+    assert parity.relative_error(expected, expected) == 0
+    assert math.isinf(parity.relative_error(torch.tensor([3.0, math.nan]), expected))
+    assert math.isinf(parity.relative_error(torch.zeros(3), expected))
+
+
+def test_sqnr_is_minus_twenty_log10():
+    got, expected = {"x": torch.tensor([1.1])}, {"x": torch.tensor([1.0])}
+    assert parity.measure(got, expected, {}).sqnr_db == pytest.approx(20, abs=0.01)
+
+
+@pytest.mark.parametrize("recipe", ["onnx:fp32", "openvino:fp32", "torch:bf16", "openvino:bf16"])
+def test_each_part_is_proved_at_three_shapes(baked, recipe):
+    proof = Artifact.open(baked(recipe)).manifest.proof
+    assert proof["status"] == "proved"
+    assert proof["peak_anon_bytes"] > 0
+    for part in proof["parts"].values():
+        assert len(part["cases"]) == 3
+        assert len({str(case["sizes"]) for case in part["cases"]}) == 3
+        assert all(0 < case["error"] <= part["tolerance"] for case in part["cases"])
+        assert part["tolerance"] < 0.05
+
+
+@pytest.mark.parametrize("recipe", ["onnx:fp32", "openvino:fp32"])
+def test_a_damaged_weight_is_named(copied, recipe):
+    """Scale one UNet weight by 1 % and the proof names the UNet."""
+    folder = copied(recipe)
+    artifact = Artifact.open(folder)
+    file = next(
+        f
+        for f in sorted((folder / "unet").iterdir())
+        if f.suffix in {".safetensors", ".bin"} and f.stat().st_size > 1e6
+    )
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2 // 4 * 4
+    values = torch.frombuffer(data, dtype=torch.float32, offset=middle, count=50_000)
+    values.mul_(1.01)
+    file.write_bytes(data)
+    with pytest.raises(ParityError, match="unet differs from eager fp32"):
+        parity.prove(artifact, None)
+
+
+def test_a_baked_shape_fails_the_export_and_names_the_part(tmp_path, monkeypatch):
+    """Captured with fixed sizes, the decoder can't run at the proof's other shapes."""
+    from bakeoff import bake
+    from bakeoff.components.modules.autoencoder_kl import VaeDecoder
+    from bakeoff.recipe import parse
+
+    ports = VaeDecoder.inputs
+
+    def fixed(self, config):
+        (port,) = ports(self, config)
+        return (type(port)(port.name, port.dtype, (2, port.dims[1], 16, 24)),)
+
+    real = bake.capture
+
+    def capture(name, component, *rest):
+        if name == "vae_decoder":
+            monkeypatch.setattr(VaeDecoder, "inputs", fixed)
+        program = real(name, component, *rest)
+        monkeypatch.setattr(VaeDecoder, "inputs", ports)
+        return program
+
+    monkeypatch.setattr(bake, "capture", capture)
+    with pytest.raises(ParityError, match="vae_decoder can't run at the shapes"):
+        bake.export("shapes", tmp_path / "out", parse("torch:fp32,vae_decoder=onnx:fp32")[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_that_cannot_be_captured_is_named(shapes):
+    from bakeoff.components.modules.clip_text import ClipText
+    from bakeoff.exporters.capture import capture
+    from bakeoff.source import read_json
+
+    class Broken(ClipText):
+        def flat(self, module):
+            class Branching(torch.nn.Module):
+                def forward(self, input_ids):
+                    return (input_ids,) if input_ids.sum() > 3 else (-input_ids,)
+
+            return Branching()
+
+    with pytest.raises(LoweringError, match="couldn't capture text_encoder"):
+        capture(
+            "text_encoder",
+            Broken(),
+            read_json(shapes / "text_encoder" / "config.json"),
+            shapes / "text_encoder",
+            "float32",
+        )
+
+
+def test_the_proof_is_skipped_where_it_would_not_fit(baked, monkeypatch):
+    artifact = Artifact.open(baked("torch:fp32"))
+    monkeypatch.setattr(parity, "available_bytes", lambda: 1_000_000)
+    proof = parity.prove(artifact, "shapes")
+    assert proof["status"] == "unproved"
+    assert "GB" in proof["reason"]
