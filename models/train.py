@@ -74,7 +74,16 @@ def train(recipe: Recipe, state: Path, output: Path) -> None:
     }
     pipeline.to(torch.float16).save_pretrained(output)
     pipeline.tokenizer.backend_tokenizer.model.save(str(output / "tokenizer"))
+    _use_common_keys(output / "text_encoder" / "model.safetensors")
     (output / "training.json").write_text(json.dumps({"recipe": asdict(recipe), "seconds": seconds}, indent=2) + "\n")
+
+
+def _use_common_keys(file: Path) -> None:
+    """Name the text encoder's tensors as published checkpoints do, so that older Transformers read them, too."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _claim(state: Path, recipe: Recipe) -> None:

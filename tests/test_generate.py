@@ -36,7 +36,7 @@ def reference(shapes):
     """Diffusers' own pipeline on the model's folder."""
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(shapes, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(shapes, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
 
     def generate(prompts, seeds, steps, guidance_scale, **options):
@@ -223,7 +223,7 @@ def test_the_pipeline_is_genuine(engines):
         lambda p: p.load_textual_inversion("x"),
         lambda p: p.fuse_lora(),
         lambda p: p(PROMPTS[0], num_inference_steps=1, clip_skip=1),
-        lambda p: p(PROMPTS[0], num_inference_steps=1, cross_attention_kwargs={"scale": 0.5}),
+        lambda p: p(PROMPTS[0], num_inference_steps=1, cross_attention_kwargs={"gligen": {}}),
     ],
 )
 def test_nothing_on_the_pipeline_is_a_silent_no_op(engines, call):

@@ -1,0 +1,173 @@
+"""The command line as a user meets it: output, exit codes, errors with the fix, nothing half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from bakeoff.artifact import Artifact
+from bakeoff.errors import CorruptError
+
+
+def test_doctor(run_json):
+    found = run_json("doctor")
+    assert found["machine"]["usable_cores"] >= 1
+    assert {"torch", "onnx", "openvino", "null"} <= set(found["backends"])
+    assert all(each["ok"] for each in found["backends"].values())
+
+
+def test_generate_writes_a_png_and_says_how_it_came_about(run_json, baked, tmp_path):
+    from PIL import Image
+
+    output = tmp_path / "out.png"
+    found = run_json("generate", baked("openvino:fp32"), "a red circle", "-o", output, "--seed", 5, "--steps", 2)
+    assert found["files"] == [str(output)]
+    assert found["seeds"] == [5]
+    assert found["proved"]
+    assert found["configuration"]["unet"]["threads"] >= 1
+    with Image.open(output) as picture:
+        assert picture.size == (64, 64)
+
+
+def test_several_prompts_write_several_pictures(run_cli, baked, tmp_path):
+    finished = run_cli("generate", baked("null:fp32"), "a", "b", "-o", tmp_path / "out.png", "--steps", 1)
+    assert finished.returncode == 0, finished.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out-0.png", "out-1.png"]
+    assert "unproved: the null backend computes nothing" in finished.stderr
+
+
+def test_inspect_verify_and_why_rebuild(run_json, baked):
+    folder = baked("onnx:fp32")
+    assert run_json("inspect", folder)["proof"]["status"] == "proved"
+    assert run_json("verify", folder)["problems"] == []
+    assert run_json("verify", folder, "--parity")["proof"]["status"] == "proved"
+    assert run_json("why-rebuild", folder, "shapes", "--recipe", "onnx:fp32") == {"rebuild": False, "fields": []}
+    fields = run_json("why-rebuild", folder, "shapes", "--recipe", "onnx:fp32", "--weights", "copy")["fields"]
+    assert all(".weights: shared where possible -> own" in field for field in fields)
+
+
+def test_verify_finds_damage(run_cli, copied):
+    folder = copied("torch:fp32")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    finished = run_cli("verify", folder)
+    assert finished.returncode == 4
+    assert "unet/diffusion_pytorch_model.safetensors was changed" in finished.stderr
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Folders that are no models, by kind."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "alien").mkdir()
+    (tmp_path / "alien" / "model_index.json").write_text(json.dumps({"_class_name": "AudioPipeline"}))
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x04")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["export", "shapes", "-o", "{}/x", "--recipe", "onnx:fp31"], 2, "Did you mean 'fp32'?"),
+        (["export", "shapes", "-o", "{}/x", "--recipe", "openvno:fp32"], 2, "Did you mean 'openvino'?"),
+        (["export", "shapes", "-o", "{}/x", "--recipe", "onnx:nf4"], 2, "onnx can't bake nf4"),
+        (["export", "shapes", "-o", "{}/x", "--recipe", "onnx:fp32+fast"], 2, "unknown option of onnx"),
+        (["export", "shapes", "-o", "{}/x", "--recipe", "onnx:fp32", "--weights", "lnk"], 2, "Did you mean 'link'?"),
+        (["export", "shapes", "-o", "{}/x", "--recipe", "{}/none.toml"], 2, "no recipe file"),
+        (["export", "{}/missing", "-o", "{}/x", "--recipe", "onnx:fp32"], 3, "no folder"),
+        (["export", "shape", "-o", "{}/x", "--recipe", "onnx:fp32"], 3, "shapes"),
+        (["export", "{}/empty", "-o", "{}/x", "--recipe", "onnx:fp32"], 3, "no model_index.json"),
+        (["export", "{}/alien", "-o", "{}/x", "--recipe", "onnx:fp32"], 3, "StableDiffusionPipeline"),
+        (["export", "{}/model.ckpt", "-o", "{}/x", "--recipe", "onnx:fp32"], 3, "pickle"),
+        (["export", "shapes", "-o", "{}/empty", "--recipe", "onnx:fp32"], 4, "--force"),
+        (["inspect", "{}/empty"], 4, "not an artifact"),
+        (["generate", "{}/missing", "a", "-o", "{}/x.png"], 4, "bakeoff export"),
+        (["generate", "{}/empty", "a", "-o", "{}/no/x.png"], 2, "mkdir"),
+        (["generate", "{}/empty", "a", "-o", "{}/x.txt"], 2, "picture format"),
+        (["generate", "{}/empty", "a", "-o", "{}/x.png", "--width", "64"], 2, "--height"),
+    ],
+)
+def test_errors_have_their_code_and_the_fix(run_cli, models, arguments, code, says):
+    before = sorted(models.rglob("*"))
+    finished = run_cli(*[argument.replace("{}", str(models)) for argument in arguments])
+    assert finished.returncode == code, finished.stderr
+    assert says in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert sorted(models.rglob("*")) == before
+
+
+def test_a_pickle_only_pipeline_is_refused_with_the_way_out(run_cli, shapes, tmp_path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(shapes, model)
+    (model / "unet" / "diffusion_pytorch_model.safetensors").rename(model / "unet" / "diffusion_pytorch_model.bin")
+    finished = run_cli("export", model, "-o", tmp_path / "x", "--recipe", "onnx:fp32")
+    assert finished.returncode == 3
+    assert "convert once" in finished.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_too_little_room_is_said_with_figures(tmp_path, monkeypatch):
+    from bakeoff import bake
+    from bakeoff.errors import ResourceError
+    from bakeoff.recipe import parse
+
+    monkeypatch.setattr(bake, "available_bytes", lambda: 10_000_000)
+    with pytest.raises(ResourceError, match=r"GB of memory, 0.0 GB are free"):
+        bake.export("shapes", tmp_path / "x", parse("onnx:fp32")[0])
+    monkeypatch.undo()
+    monkeypatch.setattr(bake.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1})())
+    with pytest.raises(ResourceError, match=r"GB of disk"):
+        bake.export("shapes", tmp_path / "x", parse("onnx:fp32")[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_are_json_too(run_cli, tmp_path):
+    finished = run_cli("inspect", tmp_path, "--json")
+    assert json.loads(finished.stdout)["error"] == "ArtifactError"
+
+
+def kill_after(seconds, output):
+    """Start an export and kill it; return whether an artifact is there, which then is whole."""
+    command = [sys.executable, "-P", "-m", "bakeoff.cli", "export", "shapes", "-o", str(output)]
+    process = subprocess.Popen(
+        [*command, "--recipe", "torch:fp32,unet=torch:bf16"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if not output.exists():
+        return False
+    assert Artifact.open(output).verify() == []
+    return True
+
+
+def test_a_killed_export_leaves_no_artifact(tmp_path):
+    assert not kill_after(2.0, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_exports_killed_at_ten_random_moments(tmp_path):
+    import random
+
+    rng = random.Random(0)
+    output = tmp_path / "out"
+    for _ in range(10):
+        kill_after(rng.uniform(0.2, 30), output)
+    from bakeoff.bake import export
+    from bakeoff.recipe import parse
+
+    export("shapes", output, parse("torch:fp32")[0], force=output.exists())
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(CorruptError):
+        (output / "bakeoff.json").write_text("{}")
+        Artifact.open(output)

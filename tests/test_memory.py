@@ -1,0 +1,45 @@
+import pytest
+from bakeoff import memory
+from bakeoff.errors import BakeoffError, InputError
+
+
+def allocate(megabytes):
+    import numpy as np
+
+    block = np.ones(megabytes << 20, dtype=np.uint8)
+    return int(block.sum() >> 20)
+
+
+def fail():
+    message = "got this"
+    raise InputError(message, fix="type that")
+
+
+def die():
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def here(request):
+    return str(request.path.parent)
+
+
+def test_a_childs_peak_is_its_own(here):
+    small, large = (memory.in_child("test_memory:allocate", {"megabytes": mb}, extra_path=here) for mb in (1, 300))
+    assert large[0] == 300
+    grown = large[1].anon_bytes - small[1].anon_bytes
+    assert grown == pytest.approx(299 << 20, rel=0.05)
+
+
+def test_a_childs_error_is_ours(here):
+    with pytest.raises(InputError, match="got this") as caught:
+        memory.in_child("test_memory:fail", {}, extra_path=here)
+    assert caught.value.fix == "type that"
+
+
+def test_a_childs_death_is_said(here):
+    with pytest.raises(BakeoffError, match="signal 9"):
+        memory.in_child("test_memory:die", {}, extra_path=here)
