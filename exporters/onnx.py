@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import warnings
 from collections import defaultdict
 from typing import TYPE_CHECKING, ClassVar
@@ -14,6 +15,7 @@ from ..weights import place, write_entries
 from .exporter import Lowered
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     import onnx_ir
@@ -62,8 +64,7 @@ def _translate(subject: Subject) -> onnx_ir.Model:
     import torch
 
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with _quiet():
             program = torch.onnx.export(
                 subject.program(),
                 (),
@@ -78,6 +79,20 @@ def _translate(subject: Subject) -> onnx_ir.Model:
         raise LoweringError(message) from error
     assert program is not None  # noqa: S101 - only the old exporter returns None
     return program.model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's chatter (steps, deprecations, that torchvision is missing) to itself."""
+    logger = logging.getLogger("torch.onnx._internal.exporter")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _optimize(model: onnx_ir.Model) -> None:

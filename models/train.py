@@ -42,7 +42,7 @@ class Recipe:
     vae_steps: int = 700
     vae_batch: int = 16
     vae_peak_rate: float = 1e-3
-    denoiser_steps: int = 2_000
+    denoiser_steps: int = 4_200
     denoiser_batch: int = 32
     denoiser_peak_rate: float = 1e-3
     empty_captions: float = 0.1
