@@ -209,11 +209,9 @@ def staged(target: Path, *, replace_existing: bool) -> Iterator[Path]:
     A process killed inside leaves `target` as it was; what it left behind is removed by the next export there.
 
     Raises:
-        ArtifactError: `target` exists and isn't to be replaced.
+        ArtifactError: `target` exists and isn't to be replaced, or isn't an artifact.
     """
-    if target.exists() and not replace_existing:
-        message = f"{target} already exists"
-        raise ArtifactError(message, fix="choose another folder, or add --force to replace it")
+    _check_target(target, replace_existing=replace_existing)
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
@@ -227,6 +225,17 @@ def staged(target: Path, *, replace_existing: bool) -> Iterator[Path]:
             partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_target(target: Path, *, replace_existing: bool) -> None:
+    if not target.exists():
+        return
+    if not replace_existing:
+        message = f"{target} already exists"
+        raise ArtifactError(message, fix="choose another folder, or add --force to replace it")
+    if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
+        message = f"{target} is not an artifact: --force replaces artifacts and empty folders alone"
+        raise ArtifactError(message, fix="choose another folder, or move this one away yourself")
 
 
 def _sweep(target: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -96,9 +97,11 @@ def _check_backend(part: str, recipe: PartRecipe) -> None:
     if recipe.precision not in exporter.precisions:
         message = f"{part}: {recipe.backend} can't bake {recipe.precision}; it bakes {', '.join(exporter.precisions)}"
         raise RecipeError(message, fix=f"--recipe {recipe.backend}:{exporter.precisions[0]}")
-    for option in recipe.options:
+    for option, value in recipe.options.items():
         if option not in exporter.options:
             raise RecipeError(unknown(f"option of {recipe.backend}", option, exporter.options))
+        if value not in exporter.options[option]:
+            raise RecipeError(unknown(f"value of {recipe.backend}'s {option}", value, exporter.options[option]))
 
 
 def _part_fields(source: Source, part: Part, recipe: PartRecipe, weights: str) -> dict[str, Any]:
@@ -299,10 +302,20 @@ def _versions(exporter: Exporter) -> dict[str, str]:
 
 
 def _copy_host_files(source: Source, folder: Path) -> None:
+    """Copy scheduler and tokenizers, and the index without what isn't baked (safety checker, feature extractor)."""
     for file in source.host_files:
         target = folder / file.relative_to(source.folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
+    modules = {part.module for part in source.family.parts}
+    index = {
+        name: [None, None]
+        if isinstance(value, list) and name not in modules and not (folder / name).is_dir()
+        else value
+        for name, value in source.index.items()
+    }
+    index |= {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_manifest(planned: Plan, folder: Path, entries: dict[str, PartEntry]) -> None:

@@ -32,6 +32,8 @@ PROMPTS = (
 SEED = 7
 STEPS = 20
 GUIDANCE = 3.0
+SAME_DB = 200.0
+"""What is said of two pictures that are equal; uint8 ones that aren't stay below 100."""
 _SCALE = 2
 _LABEL_HEIGHT = 18
 _CAPTION_WIDTH = 250
@@ -98,11 +100,11 @@ def _worst_sqnr(artifact: Artifact) -> dict[str, float]:
 
 
 def psnr(expected: Pictures, got: Pictures) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in dB; 99 where they are equal."""
+    """Peak signal-to-noise ratio of two uint8 pictures in dB; `SAME_DB` where they are equal."""
     import numpy as np
 
     error = float(np.mean((expected.astype(np.float64) - got.astype(np.float64)) ** 2))
-    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
+    return SAME_DB if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -121,14 +123,18 @@ def table(rows: list[dict[str, Any]]) -> str:
         seconds = row["seconds"]
         cells = [
             row["recipe"],
-            *(f"{row['sqnr_db'].get(part, float('nan')):.0f} dB" for part in parts),
-            "same bits" if min(row["psnr_db"]) >= 99 else f"{min(row['psnr_db']):.1f} dB",  # noqa: PLR2004 - `psnr`'s word for equal
+            *(_decibels(row["sqnr_db"][part]) for part in parts),
+            _decibels(min(row["psnr_db"])) if row is not rows[0] else "reference",
             f"{seconds['total'] / len(PROMPTS):.2f}",
             f"{seconds['unet'] / len(PROMPTS):.2f}",
             f"{row['peak_anon_bytes'] / 1e6:.0f} MB",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _decibels(value: float) -> str:
+    return "same bits" if value >= SAME_DB else f"{value:.0f} dB"
 
 
 def _contact_sheet(columns: list[Pictures]) -> Any:  # noqa: ANN401 - a PIL image

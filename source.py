@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import plugins
-from .errors import PickleError, SourceError
+from .errors import PickleError, SourceError, unknown
 from .weights import Checkpoint, sha256
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ def _locate(model: str, revision: str | None) -> tuple[Path, str | None]:
             message,
             fix="convert it to a Diffusers folder with StableDiffusionPipeline.from_single_file(…).save_pretrained(…)",
         )
+    if "/" not in model:
+        raise SourceError(unknown("model", model, EMBEDDED), fix="or give a Diffusers folder, or a hub id: owner/name")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         message = f"no folder {model}; expected a Diffusers folder, a hub id (owner/name) or {EMBEDDED[0]!r}"
         raise SourceError(message, fix=f"bakeoff export {EMBEDDED[0]} -o DIR --recipe onnx:fp32")
@@ -108,8 +110,9 @@ def _from_hub(model: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     patterns = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+    unwanted = ["safety_checker/*", "*.fp16.*", "*.non_ema.*", "*.onnx*"]
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=unwanted))
     except Exception as error:
         message = f"the hub model {model} couldn't be had: {error}"
         fix = f"look at https://huggingface.co/{model} (accept its terms if it asks), then: hf auth login"

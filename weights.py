@@ -27,6 +27,9 @@ CHUNK_BYTES = 16 << 20
 _HEADER_LIMIT_BYTES = 100 << 20
 _PREFIX_BYTES = 4096
 _FICLONE = 0x40049409
+SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""torch's floating-point dtypes -> safetensors' names of them."""
+TORCH_DTYPES = {short: name for name, short in SAFETENSORS_DTYPES.items()}
 _NAMES = ("diffusion_pytorch_model", "model")
 _PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 WEIGHT_MODES = ("auto", "link", "copy")
@@ -72,7 +75,7 @@ class Checkpoint:
 
     @property
     def float_dtypes(self) -> set[str]:
-        return {entry.dtype for entry in self.entries.values() if entry.dtype in _torch_dtypes()}
+        return {entry.dtype for entry in self.entries.values() if entry.dtype in TORCH_DTYPES}
 
     @cached_property
     def _by_content(self) -> dict[tuple[int, bytes], list[Entry]]:
@@ -173,13 +176,6 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def _torch_dtypes() -> dict[str, str]:
-    return {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
 def convert(checkpoint: Checkpoint, file: Path, dtype: str) -> None:
     """Write all tensors to one file, floating-point ones as `dtype`, in chunks of a few MB."""
     write_entries(checkpoint.entries.values(), file, dtype)
@@ -205,7 +201,7 @@ def write_entries(entries: Iterable[Entry], file: Path, dtype: str | None = None
 
 
 def _target_dtype(entry: Entry, dtype: str | None) -> str:
-    return SAFETENSORS_DTYPES[dtype] if dtype and entry.dtype in _torch_dtypes() else entry.dtype
+    return SAFETENSORS_DTYPES[dtype] if dtype and entry.dtype in TORCH_DTYPES else entry.dtype
 
 
 def _converted_length(entry: Entry, target: str) -> int:
@@ -232,8 +228,8 @@ def read_chunks(entry: Entry, target: str) -> Iterable[bytes | memoryview]:
             if target == entry.dtype:
                 yield bytes(data)
             else:
-                values = torch.frombuffer(data, dtype=getattr(torch, _torch_dtypes()[entry.dtype]))
-                yield as_bytes(values.to(getattr(torch, _torch_dtypes()[target])))
+                values = torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[entry.dtype]))
+                yield as_bytes(values.to(getattr(torch, TORCH_DTYPES[target])))
 
 
 def place(source: Path, target: Path, mode: str) -> str:

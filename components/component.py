@@ -108,7 +108,6 @@ class Component(ABC):
     name: ClassVar[str]
     version: ClassVar[int] = 1
     """Raised when a change here changes what is lowered: part of an artifact's key."""
-    denoiser: ClassVar[bool] = False
 
     @abstractmethod
     def inputs(self, config: Config) -> tuple[Port, ...]: ...

@@ -49,7 +49,8 @@ class Exporter(Protocol):
     version: ClassVar[int]
     """Raised when a change here changes the files: part of an artifact's key."""
     precisions: ClassVar[tuple[str, ...]]
-    options: ClassVar[tuple[str, ...]]
+    options: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Option of a recipe -> the values it may have."""
 
     def storage(self, precision: str) -> str:
         """Return the torch dtype that the checkpoint must have before lowering."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from .exporter import Lowered
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from .exporter import Subject
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 class NullExporter:
     version: ClassVar[int] = 1
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
-    options: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def storage(self, precision: str) -> str:  # noqa: ARG002
         return "float32"

@@ -15,7 +15,7 @@ from ..weights import place, write_entries
 from .exporter import Lowered
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import onnx_ir
@@ -41,7 +41,7 @@ class OnnxExporter:
 
     version: ClassVar[int] = 1
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
-    options: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def storage(self, precision: str) -> str:  # noqa: ARG002
         return "float32"

@@ -13,6 +13,7 @@ from ..weights import Entry, read_chunks
 from .exporter import Lowered
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch.export import ExportedProgram
@@ -35,7 +36,7 @@ class OpenVINOExporter:
 
     version: ClassVar[int] = 1
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16")
-    options: ClassVar[tuple[str, ...]] = ("timestep",)
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"timestep": ("f32",)}
 
     def storage(self, precision: str) -> str:  # noqa: ARG002 - bf16 weights are made from fp32 ones while writing
         return "float32"

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, ClassVar
 
-from ..weights import place
+from ..weights import TORCH_DTYPES, place
 from .exporter import Lowered
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from .exporter import Subject
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class TorchExporter:
     version: ClassVar[int] = 1
     precisions: ClassVar[tuple[str, ...]] = tuple(_DTYPES)
-    options: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def storage(self, precision: str) -> str:
         return _DTYPES[precision]
@@ -34,5 +34,5 @@ class TorchExporter:
             place(index, folder / index.name, "copy")
         totals: dict[str, int] = defaultdict(int)
         for entry in subject.checkpoint.entries.values():
-            totals[_NAMES.get(entry.dtype, entry.dtype.lower())] += entry.length
+            totals[TORCH_DTYPES.get(entry.dtype, entry.dtype.lower())] += entry.length
         return Lowered(weights=min(how), weight_bytes=dict(totals))

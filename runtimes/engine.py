@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from .. import plugins
-from ..errors import Cancelled, InputError
+from ..errors import Cancelled, InputError, ParityError
 from ..recipe import Placement
 from .opening import Baked, open_part, read_folder
 from .pipeline import build_pipeline
@@ -197,6 +197,7 @@ class Engine:
             progress: show Diffusers' progress bar.
 
         Raises:
+            ParityError: the picture has NaN or infinite pixels.
             InputError: an argument can't be meant as it is.
             Cancelled: the callback returned False.
         """
@@ -249,7 +250,7 @@ class Engine:
             ).images
         if not np.isfinite(pictures).all():
             message = "the pipeline produced NaN or infinite pixels"
-            raise InputError(message, fix="try a recipe in fp32; bakeoff verify --parity names a part that overflows")
+            raise ParityError(message, fix="try a recipe in fp32; bakeoff verify --parity names a part that overflows")
         uint8: NDArray[np.uint8] = (pictures * 255).round().astype(np.uint8)
         return uint8
 

@@ -118,8 +118,22 @@ def test_staged_swaps_whole_folders(tmp_path):
     for text in ("old", "new"):
         with staged(tmp_path / "out", replace_existing=True) as folder:
             (folder / "file").write_text(text)
+            (folder / MANIFEST).write_text("{}")
     assert (tmp_path / "out" / "file").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_force_replaces_nothing_but_artifacts(tmp_path, kind):
+    target = tmp_path / "precious"
+    if kind == "file":
+        target.write_text("x")
+    else:
+        target.mkdir()
+        (target / "letter").write_text("x")
+    with pytest.raises(ArtifactError, match="artifacts and empty folders alone"):
+        export("shapes", target, parse("null:fp32")[0], force=True)
+    assert (target if kind == "file" else target / "letter").read_text() == "x"
 
 
 def test_staged_sweeps_what_the_killed_left(tmp_path):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ..component import Component, Port, Sizes
+from ..loading import load_diffusers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,9 +27,7 @@ class _AutoencoderKLHalf(Component):
     def load(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         from diffusers import AutoencoderKL
 
-        return AutoencoderKL.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        ).eval()
+        return load_diffusers(AutoencoderKL, folder, dtype)
 
     def example(self, config: Config, sizes: Sizes, seed: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..component import Component, Port, Sizes
+from ..loading import load_diffusers
 from ..standin import full_config, refuse
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ class SD3Transformer2D(Component):
     """
 
     name = "sd3-transformer-2d"
-    denoiser = True
 
     def inputs(self, config: Config) -> tuple[Port, ...]:
         return (
@@ -42,9 +42,7 @@ class SD3Transformer2D(Component):
     def load(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         from diffusers import SD3Transformer2DModel
 
-        return SD3Transformer2DModel.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        ).eval()
+        return load_diffusers(SD3Transformer2DModel, folder, dtype)
 
     def flat(self, module: nn.Module) -> nn.Module:
         return _FlatTransformer(module)

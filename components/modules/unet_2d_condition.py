@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ..component import Component, Port, Sizes
+from ..loading import load_diffusers
 from ..standin import full_config, refuse
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ class UNet2DCondition(Component):
     """
 
     name = "unet-2d-condition"
-    denoiser = True
 
     def inputs(self, config: Config) -> tuple[Port, ...]:
         return (
@@ -47,9 +47,7 @@ class UNet2DCondition(Component):
     def load(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         from diffusers import UNet2DConditionModel
 
-        return UNet2DConditionModel.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        ).eval()
+        return load_diffusers(UNet2DConditionModel, folder, dtype)
 
     def flat(self, module: nn.Module) -> nn.Module:
         return _FlatUNet(module)

@@ -1,6 +1,6 @@
 """Measure what exports of full-size modules take: peak anonymous memory, seconds, bytes written.
 
-`python export_memory.py RECORD.json [--keep FOLDER]`. Weights are random, built on the spot. Each export runs in a
+`python export_memory.py RECORD.json`; rows that the record already has are kept. Weights are random, built on the spot. Each export runs in a
 child process whose anonymous memory its parent samples every 10 ms; the proof runs in another child.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -84,14 +85,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for weights and exports; a temporary one by default")
     options = parser.parse_args()
     sys.path.append(str(Path(__file__).parent))
-    rows = []
+    rows = json.loads(options.record.read_text())["rows"] if options.record.exists() else []
+    done = {(row["module"], row["exporter"]) for row in rows}
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         for title, (config, component) in CASES.items():
+            left = {name: precision for name, precision in EXPORTERS.items() if (title, name) not in done}
             source = Path(work) / config
-            _build(config, source)
-            rows += [_measure(title, component, source, name, precision) for name, precision in EXPORTERS.items()]
-    record = {"machine": describe(), "command": "make bench-export", "rows": rows}
-    options.record.write_text(json.dumps(record, indent=1) + "\n")
+            if left:
+                _build(config, source)
+            for name, precision in left.items():
+                rows.append(_measure(title, component, source, name, precision))
+                record = {"machine": describe(), "command": "make bench-export", "rows": rows}
+                options.record.write_text(json.dumps(record, indent=1) + "\n")
+            shutil.rmtree(source, ignore_errors=True)
     print(json.dumps(rows, indent=1))
 
 

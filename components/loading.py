@@ -1,0 +1,36 @@
+"""Open Diffusers modules without a byte of theirs entering memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SourceError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+
+
+def load_diffusers(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:  # noqa: ANN401 - a Diffusers class
+    """Open a module whose weights stay mapped where the files have `dtype`.
+
+    It is constructed on the meta device: what its constructor computes (SD 3's position table takes 1.4 GB on the way)
+    comes from the checkpoint anyway.
+
+    Raises:
+        SourceError: the checkpoint lacks a tensor.
+    """
+    import torch
+
+    with torch.device("meta"):
+        module: nn.Module = model_class.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    missing = [name for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_meta]
+    missing += [name for name, tensor in module.named_buffers() if tensor.is_meta and name not in missing]
+    if missing:
+        message = f"{folder} lacks {', '.join(missing[:5])}{'…' if len(missing) > 5 else ''}"  # noqa: PLR2004 - enough to see
+        raise SourceError(message, fix="download or copy the model again")
+    return module.eval()
