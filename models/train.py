@@ -41,11 +41,11 @@ class Recipe:
     """Everything that decides the weights, apart from the machine's arithmetic."""
 
     seed: int = 0
-    scenes: int = 24_000
+    scenes: int = 12_000
     vae_steps: int = 900
     vae_batch: int = 8
     vae_peak_rate: float = 1e-3
-    denoiser_steps: int = 1_800
+    denoiser_steps: int = 1_500
     denoiser_batch: int = 32
     denoiser_peak_rate: float = 1e-3
     empty_captions: float = 0.1

@@ -70,3 +70,18 @@ def test_timesteps_are_never_truncated():
     assert _feed(torch.tensor(980.5), plain).item() == 980.5
     with pytest.raises(InputError, match="--timestep f32"):
         _feed(torch.tensor(980.5), integer)
+
+
+def test_folders_and_files_are_named_as_optimum_names_them():
+    from optimum.utils import constant
+
+    from bakeoff.exporters import onnx
+
+    (family,) = [family for family in plugins.families() if family.name == "stable-diffusion"]
+    assert {part.name for part in family.parts} == {
+        constant.DIFFUSION_MODEL_TEXT_ENCODER_SUBFOLDER,
+        constant.DIFFUSION_MODEL_UNET_SUBFOLDER,
+        constant.DIFFUSION_MODEL_VAE_ENCODER_SUBFOLDER,
+        constant.DIFFUSION_MODEL_VAE_DECODER_SUBFOLDER,
+    }
+    assert onnx.FILE == constant.ONNX_WEIGHTS_NAME
