@@ -301,7 +301,11 @@ class Engine:
         return default
 
     def _size(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        height, width = self.family.default_size(self._configs) if size is None else size
+        wanted = self.family.default_size(self._configs) if size is None else size
+        if not isinstance(wanted, tuple | list) or [type(side) for side in wanted] != [int, int]:
+            message = f"got size {size!r}, expected (height, width) in pixels, such as (512, 512)"
+            raise InputError(message)
+        height, width = wanted
         multiple = self.family.size_multiple(self._configs)
         if height < multiple or width < multiple or height % multiple or width % multiple:
             message = f"got size {height}×{width} (height×width), expected multiples of {multiple} pixels"

@@ -163,6 +163,7 @@ def test_the_callback_can_stop_between_steps(engines):
         ({"prompts": "a", "steps": 0}, "steps = 0"),
         ({"prompts": "a", "size": (60, 64)}, "multiples of 16"),
         ({"prompts": "a", "size": (0, 64)}, "multiples of 16"),
+        ({"prompts": "a", "size": 64}, "height, width"),
         ({"prompts": ["a", "b"], "seeds": [1]}, "one for each of the 2 prompts"),
         ({"prompts": "a", "seeds": -1}, "from 0"),
         ({"prompts": ["a", "b"], "guidance_scale": [1.0]}, "one for each"),
