@@ -3,6 +3,7 @@ import os
 import random
 
 import pytest
+
 from bakeoff.artifact import MANIFEST, Artifact, inside, list_files, staged
 from bakeoff.bake import export, plan, why_rebuild
 from bakeoff.errors import ArtifactError, CorruptError

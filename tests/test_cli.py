@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+
 from bakeoff.artifact import Artifact
 from bakeoff.errors import CorruptError
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from bakeoff import plugins
 from bakeoff.components.component import CAPTURE_SIZES, PROOF_SIZES, Port, Sizes, solve_sizes
 from bakeoff.components.modules.unet_2d_condition import UNet2DCondition, _feed

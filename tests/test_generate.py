@@ -1,9 +1,10 @@
 """Same latents in, same picture out, in every backend."""
 
-import bakeoff
 import numpy as np
 import pytest
 import torch
+
+import bakeoff
 from bakeoff.demo import psnr
 from bakeoff.errors import Cancelled, InputError
 

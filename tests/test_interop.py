@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from bakeoff.artifact import MANIFEST
 from bakeoff.demo import psnr
 

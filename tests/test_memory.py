@@ -1,4 +1,5 @@
 import pytest
+
 from bakeoff import memory
 from bakeoff.errors import BakeoffError, InputError
 

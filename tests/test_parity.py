@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from bakeoff import parity
 from bakeoff.artifact import Artifact
 from bakeoff.errors import LoweringError, ParityError

@@ -5,9 +5,10 @@ import os
 import random
 from pathlib import Path
 
-import bakeoff
 import numpy as np
 import pytest
+
+import bakeoff
 from bakeoff.demo import psnr
 from bakeoff.models.scenes import random_scene
 

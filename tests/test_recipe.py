@@ -1,10 +1,11 @@
 import tomllib
 
 import pytest
-from bakeoff.errors import RecipeError
-from bakeoff.recipe import PRECISIONS, PartRecipe, Recipe, from_dict, from_toml, parse, to_dict
 from hypothesis import given
 from hypothesis import strategies as st
+
+from bakeoff.errors import RecipeError
+from bakeoff.recipe import PRECISIONS, PartRecipe, Recipe, from_dict, from_toml, parse, to_dict
 
 words = st.from_regex(r"[a-z][a-z0-9]{0,8}", fullmatch=True).filter(
     lambda w: w not in {"compile", "threads", "provider"}

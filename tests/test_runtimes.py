@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from bakeoff import hardware, plugins
 from bakeoff.errors import ArtifactError, InputError, RecipeError
 from bakeoff.recipe import Placement

@@ -1,6 +1,7 @@
 import random
 
 import numpy as np
+
 from bakeoff.models.scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Item, Scene, random_scene
 
 

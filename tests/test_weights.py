@@ -3,11 +3,12 @@ import os
 
 import pytest
 import torch
-from bakeoff.errors import PickleError, SourceError, UsageError
-from bakeoff.weights import Checkpoint, convert, place, read_header, write_entries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+
+from bakeoff.errors import PickleError, SourceError, UsageError
+from bakeoff.weights import Checkpoint, convert, place, read_header, write_entries
 
 
 @pytest.fixture

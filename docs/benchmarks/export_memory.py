@@ -59,6 +59,7 @@ def prove_here(component: str, source: str, output: str, exporter: str, precisio
     import importlib
 
     import torch
+
     from bakeoff import parity, plugins
     from bakeoff.components.component import PROOF_SIZES
     from bakeoff.recipe import Placement
