@@ -32,7 +32,7 @@ bench-export: $(READY)  ## Peak memory, seconds and bytes of full-size exports (
 	$(BIN)/python -P docs/benchmarks/export_memory.py docs/benchmarks/export_memory.json
 
 shapes: $(READY)  ## Train the embedded model again, from nothing but the scene generator (an hour on 2 cores).
-	$(BIN)/python -P -m bakeoff.models.train build/shapes
+	$(BIN)/python -P -m bakeoff.models.training build/shapes
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

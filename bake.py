@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,7 @@ def plan(model: str, recipe: Recipe, *, revision: str | None = None, weights: st
     parts = recipe.resolve(part.name for part in source.family.parts)
     for name, part_recipe in parts.items():
         _check_backend(name, part_recipe)
+    parts = {name: _without_idle_options(source, name, part_recipe) for name, part_recipe in parts.items()}
     fields = {name: _part_fields(source, source.family.part(name), parts[name], weights) for name in parts}
     host = {str(file.relative_to(source.folder)): sha256(file) for file in source.host_files}
     return Plan(
@@ -104,6 +105,13 @@ def _check_backend(part: str, recipe: PartRecipe) -> None:
             raise RecipeError(unknown(f"value of {recipe.backend}'s {option}", value, exporter.options[option]))
 
 
+def _without_idle_options(source: Source, name: str, recipe: PartRecipe) -> PartRecipe:
+    """Drop options named after another part's input, so that `timestep=f32` changes the UNet's key alone."""
+    ports = {port for part in source.family.parts for port in part.component.conventions(recipe.backend)}
+    idle = ports - set(source.family.part(name).component.conventions(recipe.backend))
+    return replace(recipe, options={key: value for key, value in recipe.options.items() if key not in idle})
+
+
 def _part_fields(source: Source, part: Part, recipe: PartRecipe, weights: str) -> dict[str, Any]:
     return {
         "source": source.hashes(part.module),
@@ -121,7 +129,7 @@ def _disk_bytes(source: Source, parts: dict[str, PartRecipe], weights: str) -> i
         checkpoint = source.checkpoint(source.family.part(name).module)
         exporter = plugins.exporter(recipe.backend)
         converts = checkpoint.float_dtypes != {SAFETENSORS_DTYPES[exporter.storage(recipe.precision)]}
-        if recipe.backend == "openvino" or converts or weights == "copy":
+        if exporter.own_weights or converts or weights == "copy":
             total += checkpoint.nbytes * (2 if checkpoint.float_dtypes <= {"F16", "BF16"} else 1)
     return total
 
@@ -278,9 +286,10 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
 
 
 def _ports(part: Part, config: dict[str, Any], recipe: PartRecipe) -> tuple[Port, ...]:
-    """Return the part's inputs as its backend's readers feed them, unless the recipe asks for the plain ones."""
-    conventions = {} if recipe.options.get("timestep") == "f32" else part.component.conventions(recipe.backend)
-    return tuple(conventions.get(port.name, port) for port in part.component.inputs(config))
+    """Return the part's inputs as its backend's readers feed them, unless an option asks for a plain one."""
+    conventions = part.component.conventions(recipe.backend)
+    plain = part.component.inputs(config)
+    return tuple(port if port.name in recipe.options else conventions.get(port.name, port) for port in plain)
 
 
 def _in_dtype(source: Source, module: str, dtype: str, work: Path) -> Path:

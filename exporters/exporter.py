@@ -50,7 +50,9 @@ class Exporter(Protocol):
     """Raised when a change here changes the files: part of an artifact's key."""
     precisions: ClassVar[tuple[str, ...]]
     options: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Option of a recipe -> the values it may have."""
+    """Option of a recipe -> the values it may have. One named after an input asks for the dtype of that input's port."""
+    own_weights: ClassVar[bool]
+    """Whether the files always hold weights of their own, or can use the checkpoint's where the dtype is the same."""
 
     def storage(self, precision: str) -> str:
         """Return the torch dtype that the checkpoint must have before lowering."""

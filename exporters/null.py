@@ -17,6 +17,7 @@ class NullExporter:
     version: ClassVar[int] = 1
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    own_weights: ClassVar[bool] = False
 
     def storage(self, precision: str) -> str:  # noqa: ARG002
         return "float32"

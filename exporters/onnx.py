@@ -42,6 +42,7 @@ class OnnxExporter:
     version: ClassVar[int] = 1
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    own_weights: ClassVar[bool] = False
 
     def storage(self, precision: str) -> str:  # noqa: ARG002
         return "float32"
@@ -227,9 +228,5 @@ def _weight_bytes(model: onnx_ir.Model) -> dict[str, int]:
     totals: dict[str, int] = defaultdict(int)
     for value in model.graph.initializers.values():
         if value.const_value is not None:
-            totals[
-                value.const_value.dtype.name.lower().replace("float", "float32")
-                if value.const_value.dtype.name == "FLOAT"
-                else value.const_value.dtype.name.lower()
-            ] += value.const_value.nbytes
+            totals[str(value.const_value.dtype.numpy())] += value.const_value.nbytes
     return dict(totals)

@@ -37,6 +37,7 @@ class OpenVINOExporter:
     version: ClassVar[int] = 1
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16")
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"timestep": ("f32",)}
+    own_weights: ClassVar[bool] = True
 
     def storage(self, precision: str) -> str:  # noqa: ARG002 - bf16 weights are made from fp32 ones while writing
         return "float32"

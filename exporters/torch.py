@@ -21,6 +21,7 @@ class TorchExporter:
     version: ClassVar[int] = 1
     precisions: ClassVar[tuple[str, ...]] = tuple(_DTYPES)
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    own_weights: ClassVar[bool] = False
 
     def storage(self, precision: str) -> str:
         return _DTYPES[precision]

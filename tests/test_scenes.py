@@ -2,7 +2,7 @@ import random
 
 import numpy as np
 
-from bakeoff.models.scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Item, Scene, random_scene
+from bakeoff.models.scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Item, Scene, is_held_out, random_scene
 
 
 def test_scenes_are_seeded():
@@ -51,3 +51,17 @@ def test_sizes_and_backgrounds_differ_in_the_picture():
         assert areas[0] * 2 < areas[1]
         picture = np.asarray(Scene(background, (Item("small", "red", "circle"),)).render(rng))
         assert tuple(np.median(picture.reshape(-1, 3), axis=0)) == color
+
+
+def test_held_out_combinations_leave_every_pair_of_attributes_to_learn_from():
+    items = [Item("small", color, shape) for color in COLORS for shape in SHAPES]
+    scenes = [
+        Scene("gray", (item, Item("large", "red", "circle")), relation) for item in items for relation in RELATIONS
+    ]
+    seen = [scene for scene in scenes if not is_held_out(scene)]
+    assert 0.7 < len(seen) / len(scenes) < 0.95
+    for part in (lambda s: s.items[0].color, lambda s: s.items[0].shape):
+        assert len({(part(scene), scene.relation) for scene in seen}) == len({(part(s), s.relation) for s in scenes})
+    for scene in scenes:
+        opposite = RELATIONS[RELATIONS.index(scene.relation) ^ 1]
+        assert is_held_out(Scene("gray", scene.items[::-1], opposite)) == is_held_out(scene)

@@ -29,7 +29,7 @@ def main():
     tokenizer = Path(folder) / "tokenizer"
     source = CLIPTokenizer.from_pretrained(tokenizer)
     converted = convert_tokenizer(
-        source, with_detokenizer=False, skip_special_tokens=True, max_length=77, use_max_padding=True
+        source, with_detokenizer=False, skip_special_tokens=True, max_length=32, use_max_padding=True
     )
     openvino.save_model(converted, tokenizer / "openvino_tokenizer.xml")
     pipeline = openvino_genai.Text2ImagePipeline(folder, "CPU", INFERENCE_PRECISION_HINT="f32")
