@@ -415,16 +415,13 @@ def _save_images(images: Any, output: Path) -> list[Path]:  # noqa: ANN401 - (B,
 
 
 def _quiet_libraries() -> None:
-    """Keep what libraries say of themselves off the terminal."""
+    """Keep what libraries say of themselves off the terminal; without importing them, so that errors come at once."""
+    import os
     import warnings
 
     warnings.filterwarnings("ignore")
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Open Diffusers modules without a byte of theirs entering memory."""
+"""Open modules without a byte of theirs entering memory."""
 
 from __future__ import annotations
 
@@ -33,4 +33,20 @@ def load_diffusers(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Mod
     if missing:
         message = f"{folder} lacks {', '.join(missing[:5])}{'…' if len(missing) > 5 else ''}"  # noqa: PLR2004 - enough to see
         raise SourceError(message, fix="download or copy the model again")
+    return module.eval()
+
+
+def load_transformers(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:  # noqa: ANN401 - a Transformers class
+    """Open a module whose weights stay mapped where the files have `dtype`, without a progress bar of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        module: nn.Module = model_class.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     return module.eval()

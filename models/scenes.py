@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import random
 
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
 
@@ -151,18 +153,33 @@ def _anywhere(radius: int, rng: random.Random) -> float:
 
 
 def _draw_item(draw: ImageDraw, item: Item, x: float, y: float, background: tuple[int, int, int]) -> None:
-    radius = item.radius * _SUPERSAMPLING
-    color = COLORS[item.color]
-    if item.shape in {"circle", "ring"}:
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
-        if item.shape == "ring":
+    place = (x, y, item.radius * _SUPERSAMPLING)
+    _draw_shape(draw, item.shape, place, COLORS[item.color], background)
+
+
+def _draw_shape(draw: ImageDraw, shape: str, place: tuple[float, float, float], fill: Any, ground: Any) -> None:  # noqa: ANN401 - colours of any mode
+    x, y, radius = place
+    if shape in {"circle", "ring"}:
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+        if shape == "ring":
             hole = radius * 0.55
-            draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=background)
-    elif item.shape == "square":
+            draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=ground)
+    elif shape == "square":
         half = radius * 0.88
-        draw.rectangle((x - half, y - half, x + half, y + half), fill=color)
+        draw.rectangle((x - half, y - half, x + half, y + half), fill=fill)
     else:
-        draw.polygon(_corners(item.shape, x, y, radius), fill=color)
+        draw.polygon(_corners(shape, x, y, radius), fill=fill)
+
+
+def coverage(shape: str, radius: float, x: float, y: float, side: int) -> NDArray[np.float32]:
+    """Return which share of each pixel a shape around (x, y) covers: (side, side) float32 in [0, 1]."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("L", (side * _SUPERSAMPLING,) * 2, 0)
+    place = (x * _SUPERSAMPLING, y * _SUPERSAMPLING, radius * _SUPERSAMPLING)
+    _draw_shape(ImageDraw.Draw(picture), shape, place, 255, 0)
+    return np.asarray(picture.reduce(_SUPERSAMPLING), dtype=np.float32) / 255
 
 
 def _corners(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..component import Component, Port, Sizes
+from ..loading import load_transformers
 from ..standin import refuse
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class ClipText(Component):
     def load(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         from transformers import CLIPTextModel
 
-        return CLIPTextModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True).eval()
+        return load_transformers(CLIPTextModel, folder, dtype)
 
     def flat(self, module: nn.Module) -> nn.Module:
         return _FlatClipText(module)
