@@ -112,10 +112,10 @@ def _plot(record: dict[str, Any], file: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
     rows = [row for name, row in record["rows"].items() if name.endswith(f" {SWEPT_PROMPTS} prompts")]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     for axis, field, values in ((left, "steps", SWEPT_STEPS), (right, "guidance_scale", SWEPT_GUIDANCE)):
         other, fixed = ("guidance_scale", GUIDANCE) if field == "steps" else ("steps", STEPS)
         chosen = sorted((row for row in rows if row[other] == fixed), key=lambda row: row[field])
