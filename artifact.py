@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ArtifactError, CorruptError
-from .weights import sha256
+from .weights import place, sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -71,15 +71,15 @@ class Manifest:
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
-    def parse(cls, text: str, where: Path) -> Manifest:
-        """Read a manifest.
+    def parse(cls, data: bytes, where: Path) -> Manifest:
+        """Read a manifest from its file's bytes.
 
         Raises:
             CorruptError: it was changed after it was written, or isn't one.
             ArtifactError: a later bakeoff wrote it.
         """
         try:
-            content = json.loads(text)
+            content = json.loads(data.decode())
             content.pop("sha256")
             if content["schema"] > SCHEMA:
                 message = f"{where} has schema {content['schema']}, this bakeoff reads up to {SCHEMA}"
@@ -90,7 +90,7 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             message = f"{where} is not a bakeoff manifest: {error}"
             raise CorruptError(message, fix="export the artifact again") from error
-        if manifest.render() != text:
+        if manifest.render().encode() != data:
             message = f"{where} was changed after it was written: its sha256 doesn't fit its content"
             raise CorruptError(message, fix="export the artifact again")
         return manifest
@@ -128,7 +128,7 @@ class Artifact:
         if not file.is_file():
             message = f"{folder} is not an artifact: it has no {MANIFEST}"
             raise ArtifactError(message, fix=f"bakeoff export MODEL -o {folder} --recipe torch:fp32")
-        artifact = cls(folder, Manifest.parse(file.read_text(encoding="utf-8"), file))
+        artifact = cls(folder, Manifest.parse(file.read_bytes(), file))
         problems = [problem for name in artifact.manifest.files if (problem := artifact._check_size(name))]
         if problems:
             raise CorruptError("; ".join(problems), fix=f"bakeoff verify {folder}, then export it again")
@@ -155,6 +155,13 @@ class Artifact:
         extra = sorted(set(list_files(self.folder)) - set(self.manifest.files))
         return problems + [f"{name} is not in the manifest" for name in extra]
 
+    def twin(self, folder: Path) -> Artifact:
+        """Make a second artifact of the same files, linked where the file system can, in an existing, empty folder."""
+        for name in [*list_files(self.folder), MANIFEST]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            place(self.folder / name, folder / name, "auto")
+        return Artifact(folder, self.manifest)
+
     def with_proof(self, proof: Mapping[str, Any]) -> Artifact:
         """Write a proof, and the tensors it left under `proof/`, into the manifest, atomically."""
         files = {**self.manifest.files, **describe_files(self.folder, "proof")}
@@ -164,7 +171,7 @@ class Artifact:
 
     def write_manifest(self) -> None:
         partial = self.folder / f".{MANIFEST}.partial"
-        partial.write_text(self.manifest.render(), encoding="utf-8")
+        partial.write_bytes(self.manifest.render().encode())
         partial.replace(self.folder / MANIFEST)
 
 
@@ -219,10 +226,11 @@ def staged(target: Path, *, replace_existing: bool) -> Iterator[Path]:
     try:
         yield partial
         _sync(partial)
-        if target.exists():
+        _check_target(target, replace_existing=replace_existing)
+        if replace_existing and target.exists():
             _exchange(partial, target)
         else:
-            partial.rename(target)
+            partial.rename(target)  # fails, changing nothing, where something has just appeared there
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -230,6 +238,9 @@ def staged(target: Path, *, replace_existing: bool) -> Iterator[Path]:
 def _check_target(target: Path, *, replace_existing: bool) -> None:
     if not target.exists():
         return
+    if not target.is_dir() or target.samefile(Path.cwd()):
+        message = f"{target} is {'the current folder' if target.is_dir() else 'no folder'}"
+        raise ArtifactError(message, fix="choose a folder of its own for the artifact")
     if not replace_existing:
         message = f"{target} already exists"
         raise ArtifactError(message, fix="choose another folder, or add --force to replace it")

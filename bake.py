@@ -22,7 +22,7 @@ from .artifact import (
     key_of,
     staged,
 )
-from .errors import CorruptError, RecipeError, ResourceError, UsageError, unknown
+from .errors import CorruptError, RecipeError, ResourceError, UnavailableError, UsageError, unknown
 from .exporters.capture import capture
 from .exporters.exporter import Subject
 from .memory import available_bytes
@@ -57,7 +57,6 @@ class Plan:
     key_fields: dict[str, Any]
     part_fields: dict[str, dict[str, Any]]
     peak_anon_bytes: int
-    disk_bytes: int
 
     @property
     def key(self) -> str:
@@ -89,12 +88,15 @@ def plan(model: str, recipe: Recipe, *, revision: str | None = None, weights: st
         part_fields=fields,
         peak_anon_bytes=EXPORT_BYTES
         + max(source.checkpoint(part.module).largest_bytes for part in source.family.parts),
-        disk_bytes=_disk_bytes(source, parts, weights),
     )
 
 
 def _check_backend(part: str, recipe: PartRecipe) -> None:
     exporter = plugins.exporter(recipe.backend)
+    missing = [package for package in exporter.packages() if not _is_installed(package)]
+    if missing:
+        message = f"{part}: to export to {recipe.backend} takes {', '.join(missing)}, which can't be found"
+        raise UnavailableError(message, fix=f"pip install 'bakeoff[{recipe.backend}]'")
     if recipe.precision not in exporter.precisions:
         message = f"{part}: {recipe.backend} can't bake {recipe.precision}; it bakes {', '.join(exporter.precisions)}"
         raise RecipeError(message, fix=f"--recipe {recipe.backend}:{exporter.precisions[0]}")
@@ -103,6 +105,14 @@ def _check_backend(part: str, recipe: PartRecipe) -> None:
             raise RecipeError(unknown(f"option of {recipe.backend}", option, exporter.options))
         if value not in exporter.options[option]:
             raise RecipeError(unknown(f"value of {recipe.backend}'s {option}", value, exporter.options[option]))
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _without_idle_options(source: Source, name: str, recipe: PartRecipe) -> PartRecipe:
@@ -122,15 +132,24 @@ def _part_fields(source: Source, part: Part, recipe: PartRecipe, weights: str) -
     }
 
 
-def _disk_bytes(source: Source, parts: dict[str, PartRecipe], weights: str) -> int:
-    """Predict the bytes written, links not counted: what changes dtype or format is written, the rest if copied."""
-    total = 20_000_000
-    for name, recipe in parts.items():
-        checkpoint = source.checkpoint(source.family.part(name).module)
+def _disk_bytes(planned: Plan, folder: Path) -> int:
+    """Predict the most bytes that are written at a time: conversions, copies, and the backends' own weights."""
+    total, converted = 20_000_000, set()
+    shares = planned.weights != "copy" and planned.source.folder.stat().st_dev == folder.stat().st_dev
+    for name, recipe in planned.parts.items():
+        module = planned.source.family.part(name).module
+        checkpoint = planned.source.checkpoint(module)
         exporter = plugins.exporter(recipe.backend)
-        converts = checkpoint.float_dtypes != {SAFETENSORS_DTYPES[exporter.storage(recipe.precision)]}
-        if exporter.own_weights or converts or weights == "copy":
-            total += checkpoint.nbytes * (2 if checkpoint.float_dtypes <= {"F16", "BF16"} else 1)
+        storage = exporter.storage(recipe.precision)
+        converts = not checkpoint.float_dtypes <= {SAFETENSORS_DTYPES[storage]}
+        size = checkpoint.bytes_in(storage)
+        if converts and (module, storage) not in converted:
+            converted.add((module, storage))
+            total += size
+        if exporter.own_weights:
+            total += size if recipe.precision == "fp32" else size * 3 // 2
+        elif planned.weights == "copy" or not (shares or converts):
+            total += size
     return total
 
 
@@ -138,7 +157,7 @@ def _check_room(planned: Plan, target: Path) -> None:
     parent = next(folder for folder in (target, *target.parents) if folder.exists())
     for what, needed, free in (
         ("memory", planned.peak_anon_bytes, available_bytes()),
-        ("disk", planned.disk_bytes, shutil.disk_usage(parent).free),
+        ("disk", _disk_bytes(planned, parent), shutil.disk_usage(parent).free),
     ):
         if needed > free:
             message = f"this export takes up to {needed / 1e9:.1f} GB of {what}, {free / 1e9:.1f} GB are free"
@@ -186,7 +205,7 @@ def export(
     present = None if force else _present(target, planned.key)
     if present is not None:
         progress(f"{target} is up to date")
-        return _proved(present, planned.source, progress) if prove else present
+        return _proved_later(present, planned.source, progress) if prove else present
     _check_room(planned, target)
     donors = [Artifact.open(Path(folder)) for folder in reuse]
     with staged(target, replace_existing=force) as folder:
@@ -195,22 +214,32 @@ def export(
         _copy_host_files(planned.source, folder)
         _write_manifest(planned, folder, entries)
         if prove:
-            _proved(Artifact.open(folder), planned.source, progress)
+            _prove(Artifact.open(folder), planned.source, progress)
         else:
             progress("not proved: --no-prove")
     return Artifact.open(target)
 
 
-def _proved(artifact: Artifact, source: Source, progress: Progress) -> Artifact:
+def _prove(artifact: Artifact, source: Source, progress: Progress) -> None:
     from . import parity
 
-    if artifact.manifest.proved:
-        return artifact
     progress("proving each part in a child process")
     proved = artifact.with_proof(parity.prove(artifact, str(source.folder)))
     if not proved.manifest.proved:
         progress(f"not proved: {proved.manifest.proof['reason']}")
-    return proved
+
+
+def _proved_later(artifact: Artifact, source: Source, progress: Progress) -> Artifact:
+    """Prove an artifact that an earlier export left unproved, if that can be done here."""
+    from . import parity
+
+    reason = None if artifact.manifest.proved else parity.obstacle(artifact, str(source.folder))
+    if artifact.manifest.proved or reason:
+        if reason:
+            progress(f"not proved: {reason}")
+        return artifact
+    progress("proving each part in a child process")
+    return parity.prove_in_place(artifact, str(source.folder))
 
 
 def _present(target: Path, key: str) -> Artifact | None:
@@ -232,7 +261,7 @@ def _write_parts(
         donor = next((d for d in donors if name in d.manifest.parts and d.manifest.parts[name].key == key), None)
         if donor is not None:
             progress(f"[{number}/{count}] {name}: taken from {donor.folder}")
-            entries[name] = _take(donor, name, part_folder)
+            entries[name] = _take(donor, name, part_folder, planned.weights)
         else:
             progress(f"[{number}/{count}] {name}: {planned.parts[name]}")
             entries[name] = _write_part(planned, name, key, part_folder, work)
@@ -240,13 +269,13 @@ def _write_parts(
     return entries
 
 
-def _take(donor: Artifact, name: str, folder: Path) -> PartEntry:
+def _take(donor: Artifact, name: str, folder: Path, weights: str) -> PartEntry:
     for file in (donor.folder / name).iterdir():
         expected = donor.manifest.files.get(f"{name}/{file.name}")
         if expected is None or sha256(file) != expected.sha256:
             message = f"{file} is not what was written: {donor.folder} can't lend its {name}"
             raise CorruptError(message, fix="export that artifact again, or leave out --reuse")
-        place(file, folder / file.name, "auto")
+        place(file, folder / file.name, weights)
     return donor.manifest.parts[name]
 
 
@@ -272,6 +301,7 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
     )
     shutil.copyfile(planned.source.folder / part.module / "config.json", folder / "config.json")
     lowered = exporter.lower(subject, folder)
+    converted = origin.parent == work
     return PartEntry(
         backend=recipe.backend,
         precision=recipe.precision,
@@ -279,7 +309,7 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
         key_fields=planned.part_fields[name],
         inputs=[port_to_dict(port) for port in inputs],
         outputs=[port_to_dict(port) for port in outputs],
-        weights=lowered.weights,
+        weights="written" if converted else lowered.weights,
         weight_bytes=lowered.weight_bytes,
         tools=_versions(exporter),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if not __package__:
     sys.exit("type bakeoff, not python cli.py: run as a script, the folder's modules would load twice")
 
-from .errors import ArtifactError, BakeoffError, UnavailableError, UsageError, unknown
+from .errors import ArtifactError, BakeoffError, ResourceError, UsageError, unknown
 from .recipe import from_toml, parse
 
 if TYPE_CHECKING:
@@ -43,13 +44,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options) or 0)
     except BakeoffError as error:
-        if getattr(options, "json", False):
-            _print_json({"error": type(error).__name__, "message": error.message, "fix": error.fix})
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _report(error, options)
+    except OSError as error:
+        return _report(_named(error), options)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _report(error: BakeoffError, options: argparse.Namespace) -> int:
+    if getattr(options, "json", False):
+        _print_json({"error": type(error).__name__, "message": error.message, "fix": error.fix})
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _named(error: OSError) -> BakeoffError:
+    """Turn what the system refused into an error of ours."""
+    message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return ResourceError(message, fix="free some space on that disk")
+    return UsageError(message)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,7 +170,12 @@ def _recipe(options: argparse.Namespace) -> tuple[Recipe, Placement]:
         if not file.is_file():
             message = f"no recipe file {file}"
             raise UsageError(message)
-        recipe, placement = from_toml(file.read_text(encoding="utf-8")), Placement()
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            message = f"{file} is not UTF-8 text: {error}"
+            raise UsageError(message) from error
+        recipe, placement = from_toml(text), Placement()
     else:
         recipe, placement = parse(options.recipe)
     if options.timestep == "f32":
@@ -258,10 +278,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.parity and not problems:
         from . import parity
 
-        artifact = artifact.with_proof(parity.prove(artifact, options.source))
-        if not artifact.manifest.proved:
-            message = f"{options.folder} couldn't be proved: {artifact.manifest.proof['reason']}"
-            raise UnavailableError(message, fix="give the model with --source, on a machine with the memory for it")
+        artifact = parity.prove_in_place(artifact, options.source)
     if options.json:
         _print_json({"folder": str(options.folder), "problems": problems, "proof": artifact.manifest.proof})
     elif not problems:

@@ -33,9 +33,11 @@ def available_bytes() -> int:
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    group = Path("/sys/fs/cgroup")
     try:
-        return min(free, int(limit.read_text()) - int(used.read_text()))
+        limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return min(free, limit - used + int(counts.get("inactive_file", 0)))
     except (OSError, ValueError):
         return free
 

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .artifact import Artifact
+from .artifact import Artifact, staged
 from .components.component import PROOF_SIZES
-from .errors import ParityError
+from .errors import ParityError, SourceError, UnavailableError
 from .memory import available_bytes, in_child
 from .recipe import Placement
 from .source import Source
@@ -95,14 +95,11 @@ def prove(artifact: Artifact, source: str | None, revision: str | None = None) -
     Raises:
         ParityError: a part is farther from eager than its tolerance, or can't run at one of three shapes.
     """
-    if all(part.backend == "null" for part in artifact.manifest.parts.values()):
-        return {"status": "unproved", "reason": "the null backend computes nothing"}
-    if source is None and not (artifact.folder / "proof").is_dir():
-        return {"status": "unproved", "reason": "nothing recorded to prove it against, and no source"}
-    needed, free = _needed_bytes(artifact, source), available_bytes()
-    if needed > free:
-        reason = f"running it takes about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    reason = obstacle(artifact, source)
+    if reason:
         return {"status": "unproved", "reason": reason}
+    if source:
+        _check_source(artifact, Source.open(source, revision))
     started = time.perf_counter()
     arguments = {"folder": str(artifact.folder), "source": source, "revision": revision}
     parts, peak = in_child("bakeoff.parity:prove_here", arguments)
@@ -113,6 +110,43 @@ def prove(artifact: Artifact, source: str | None, revision: str | None = None) -
         "peak_anon_bytes": peak.anon_bytes,
         "peak_rss_bytes": peak.rss_bytes,
     }
+
+
+def prove_in_place(artifact: Artifact, source: str | None, revision: str | None = None) -> Artifact:
+    """Prove an artifact again: a twin made of links takes its place once it is proved, else nothing changes on disk.
+
+    Raises:
+        ParityError: as `prove`.
+        UnavailableError: it can't be proved here; the reason is in the message.
+    """
+    reason = obstacle(artifact, source)
+    if reason:
+        message = f"{artifact.folder} couldn't be proved: {reason}"
+        raise UnavailableError(message, fix="give the model with --source, on a machine with the memory for it")
+    with staged(artifact.folder, replace_existing=True) as folder:
+        twin = artifact.twin(folder)
+        twin.with_proof(prove(twin, source, revision))
+    return Artifact.open(artifact.folder)
+
+
+def obstacle(artifact: Artifact, source: str | None) -> str | None:
+    """Say why an artifact can't be proved here, if it can't."""
+    if all(part.backend == "null" for part in artifact.manifest.parts.values()):
+        return "the null backend computes nothing"
+    if source is None and not (artifact.folder / "proof").is_dir():
+        return "nothing recorded to prove it against, and no source"
+    needed, free = _needed_bytes(artifact, source), available_bytes()
+    if needed > free:
+        return f"running it takes about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    return None
+
+
+def _check_source(artifact: Artifact, source: Source) -> None:
+    """Refuse a model that isn't the one that the artifact was made from."""
+    for name, entry in artifact.manifest.parts.items():
+        if source.hashes(_family_part(artifact, name).module) != entry.key_fields["source"]:
+            message = f"{source.folder} is not what {artifact.folder} was made from: its {name} has other bytes"
+            raise SourceError(message, fix=f"give the model it was made from, {artifact.manifest.source['id']}")
 
 
 def _needed_bytes(artifact: Artifact, source: str | None) -> int:
@@ -167,7 +201,9 @@ def _record(part: Part, precision: str, source: Source, folder: Path) -> None:
             f1 = max(f1, measure(_eager(part.component, flat, config, inputs, torch.bfloat16), expected, {}).error)
         floors["f1"] = f1
     folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / f"{part.name}.safetensors", metadata={k: repr(v) for k, v in floors.items()})
+    file = folder / f"{part.name}.safetensors"
+    file.unlink(missing_ok=True)  # it may be a link that shares its bytes
+    save_file(tensors, file, metadata={k: repr(v) for k, v in floors.items()})
 
 
 def _eager(component: Component, flat: Any, config: Mapping[str, Any], inputs: Tensors, dtype: Any = None) -> Tensors:  # noqa: ANN401 - modules and dtypes of torch, imported late

@@ -29,6 +29,11 @@ class Placement:
     provider: str | None = None
     """An execution provider of ONNX Runtime, by name."""
 
+    def __post_init__(self) -> None:
+        if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
+            message = f"got threads = {self.threads!r}, expected a whole number from 1"
+            raise RecipeError(message)
+
     def as_dict(self) -> dict[str, Any]:
         return {"device": self.device, "threads": self.threads, "compile": self.compile, "provider": self.provider}
 

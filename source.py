@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import plugins
-from .errors import PickleError, SourceError, unknown
+from .errors import PickleError, SourceError, UsageError, unknown
 from .weights import Checkpoint, sha256
 
 if TYPE_CHECKING:
@@ -81,9 +82,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _locate(model: str, revision: str | None) -> tuple[Path, str | None]:
+    path = Path(model).expanduser()
+    if revision and (model in EMBEDDED or path.exists()):
+        message = f"got the revision {revision!r} for {model}, which isn't on the hub"
+        raise UsageError(message, fix="leave out --revision")
     if model in EMBEDDED:
         return Path(__file__).parent / "models" / model, None
-    path = Path(model).expanduser()
     if path.is_dir():
         return path, None
     if path.is_file():
@@ -158,8 +162,9 @@ class _HashCache:
             known = {}
         if key not in known:
             known[key] = sha256(file)
-            store.parent.mkdir(parents=True, exist_ok=True)
-            partial = store.with_suffix(f".partial-{os.getpid()}")
-            partial.write_text(json.dumps(known, indent=0))
-            partial.replace(store)
+            with contextlib.suppress(OSError):  # what can't be remembered is hashed again
+                store.parent.mkdir(parents=True, exist_ok=True)
+                partial = store.with_suffix(f".partial-{os.getpid()}")
+                partial.write_text(json.dumps(known, indent=0))
+                partial.replace(store)
         return known[key]

@@ -13,7 +13,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import PickleError, SourceError, UsageError
 
@@ -69,6 +69,10 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(entry.length for entry in self.entries.values())
 
+    def bytes_in(self, dtype: str) -> int:
+        """Return the bytes of all tensors, once the floating-point ones are of a dtype."""
+        return sum(_converted_length(entry, _target_dtype(entry, dtype)) for entry in self.entries.values())
+
     @property
     def largest_bytes(self) -> int:
         return max((entry.length for entry in self.entries.values()), default=0)
@@ -100,17 +104,13 @@ def _find(folder: Path) -> tuple[Path, ...]:
     for name in _NAMES:
         index = folder / f"{name}.safetensors.index.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return tuple(_inside(folder, shard) for shard in shards)
+            return tuple(_inside(folder, shard) for shard in _shards(index))
         if (folder / f"{name}.safetensors").is_file():
             return (folder / f"{name}.safetensors",)
-    others = sorted(folder.glob("*.safetensors"))
-    if len(others) == 1:
-        return (others[0],)
+    others = ", ".join(file.name for file in sorted(folder.glob("*.safetensors")))
     if others:
-        names = ", ".join(file.name for file in others)
-        message = f"{folder} has several safetensors files and no index: {names}"
-        raise SourceError(message, fix=f"keep one, as {_NAMES[0]}.safetensors")
+        message = f"{folder} has {others}, expected {' or '.join(f'{name}.safetensors' for name in _NAMES)}"
+        raise SourceError(message, fix="give the file of the variant that you want this name")
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if pickles:
         message = f"{folder} has its weights only as pickles ({', '.join(pickles)}), which can run code when opened"
@@ -123,10 +123,21 @@ def _find(folder: Path) -> tuple[Path, ...]:
     raise SourceError(message)
 
 
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted({str(shard) for shard in json.loads(index.read_bytes())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"{index} is not an index of safetensors files: {error!r}"
+        raise SourceError(message, fix="download or copy it again") from error
+
+
 def _inside(folder: Path, name: str) -> Path:
     if "/" in name or "\\" in name or name in {"", ".", ".."}:
         message = f"the index in {folder} names {name!r}, which is not a file of that folder"
         raise SourceError(message)
+    if not (folder / name).is_file():
+        message = f"{folder} lacks {name}, which its index names"
+        raise SourceError(message, fix="download or copy the model again")
     return folder / name
 
 
@@ -142,20 +153,24 @@ def read_header(file: Path) -> list[Entry]:
         if not len("{}") <= length <= min(_HEADER_LIMIT_BYTES, size - 8):
             message = f"{file} is not a safetensors file: got a header of {length} bytes in {size}"
             raise SourceError(message, fix="download or copy it again")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            message = f"{file} is not a safetensors file: its header is not JSON"
-            raise SourceError(message, fix="download or copy it again") from error
-    header.pop("__metadata__", None)
-    entries = []
-    for name, item in header.items():
-        begin, end = item["data_offsets"]
-        if not 0 <= begin <= end <= size - 8 - length:
-            message = f"{file} is cut short: {name} should end at byte {8 + length + end}, the file has {size}"
+        text = stream.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = [_entry(file, name, item, 8 + length) for name, item in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"{file} is not a safetensors file: its header can't be read ({error!r})"
+        raise SourceError(message, fix="download or copy it again") from error
+    for entry in entries:
+        if not 8 + length <= entry.offset <= entry.offset + entry.length <= size:
+            message = f"{file} is cut short: {entry.name} should end at byte {entry.offset + entry.length} of {size}"
             raise SourceError(message, fix="download or copy it again")
-        entries.append(Entry(name, file, item["dtype"], tuple(item["shape"]), 8 + length + begin, end - begin))
     return entries
+
+
+def _entry(file: Path, name: str, item: Mapping[str, Any], start: int) -> Entry:
+    begin, end = item["data_offsets"]
+    return Entry(name, file, str(item["dtype"]), tuple(item["shape"]), start + begin, end - begin)
 
 
 def _same_bytes(entry: Entry, data: memoryview) -> bool:

@@ -30,23 +30,33 @@ def load_diffusers(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Mod
         )
     missing = [name for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_meta]
     missing += [name for name, tensor in module.named_buffers() if tensor.is_meta and name not in missing]
-    if missing:
-        message = f"{folder} lacks {', '.join(missing[:5])}{'…' if len(missing) > 5 else ''}"  # noqa: PLR2004 - enough to see
-        raise SourceError(message, fix="download or copy the model again")
+    _refuse_missing(folder, missing)
     return module.eval()
 
 
 def load_transformers(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:  # noqa: ANN401 - a Transformers class
-    """Open a module whose weights stay mapped where the files have `dtype`, without a progress bar of its own."""
+    """Open a module whose weights stay mapped where the files have `dtype`, without a progress bar of its own.
+
+    Raises:
+        SourceError: the checkpoint lacks a tensor, which Transformers would fill with new values.
+    """
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        module: nn.Module = model_class.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True
+        module, found = model_class.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     finally:
         if shown:
             logging.enable_progress_bar()
-    return module.eval()
+    _refuse_missing(folder, sorted(found["missing_keys"]))
+    opened: nn.Module = module.eval()
+    return opened
+
+
+def _refuse_missing(folder: Path, missing: list[str]) -> None:
+    if missing:
+        message = f"{folder} lacks {', '.join(missing[:5])}{'…' if len(missing) > 5 else ''}"  # noqa: PLR2004 - enough to see
+        raise SourceError(message, fix="download or copy the model again")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import warnings
 from collections import defaultdict
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ..errors import LoweringError
 from ..weights import place, write_entries
 from .exporter import Lowered
+from .layers import write_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -56,7 +56,7 @@ class OnnxExporter:
         _name_dims(model, subject.inputs, subject.outputs)
         placed = _move_weights_out(model, subject, folder)
         _strip(model)
-        _write_layers(model, folder)
+        write_layers(_layers(model), subject.checkpoint, folder)
         _save(model, folder)
         return Lowered(weights=placed, weight_bytes=_weight_bytes(model))
 
@@ -199,23 +199,20 @@ def _strip(model: onnx_ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _write_layers(model: onnx_ir.Model, folder: Path) -> None:
-    """Write which nodes came from which module: module path -> node names."""
-    layers: dict[str, list[str]] = defaultdict(list)
+def _layers(model: onnx_ir.Model) -> Iterator[tuple[str, str]]:
+    """Yield (module path, name) of each node that came from a module."""
     for node in model.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
         if scopes and node.name:
-            layers[_module_path(scopes)].append(node.name)
-    (folder / "layers.json").write_text(json.dumps(layers, indent=1) + "\n")
+            yield _module_path(scopes), node.name
 
 
 def _module_path(scopes: str) -> str:
-    """`['', 'module', 'module.conv_in', 'conv2d']` -> `conv_in`; the wrapper's own names are dropped."""
+    """`['', 'module', 'module.conv_in', 'conv2d']` -> `module.conv_in`."""
     import ast
 
     names: list[str] = ast.literal_eval(scopes)
-    path = names[-2] if len(names) > 1 else ""
-    return path.removeprefix("module").removeprefix(".")
+    return names[-2] if len(names) > 1 else ""
 
 
 def _save(model: onnx_ir.Model, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 import xml.etree.ElementTree as ET
 from collections import defaultdict
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import LoweringError
 from ..weights import Entry, read_chunks
 from .exporter import Lowered
+from .layers import write_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch.export import ExportedProgram
@@ -52,7 +52,7 @@ class OpenVINOExporter:
         model = _convert(subject.part, program)
         model = _with_interface(model, program, subject.inputs, subject.outputs)
         openvino.save_model(model, folder / FILE, compress_to_fp16=False)
-        _write_layers(model, program, folder)
+        write_layers(_layers(model, program), subject.checkpoint, folder)
         del model, program
         if subject.precision == "bf16":
             _store_as_bf16(folder)
@@ -120,21 +120,25 @@ def _numpy_dtype(dtype: str) -> Any:  # noqa: ANN401
     return np.dtype(dtype)
 
 
-def _write_layers(model: Any, program: ExportedProgram, folder: Path) -> None:  # noqa: ANN401
-    """Write which operations came from which module: module path -> friendly names."""
-    paths = {}
+def _layers(model: Any, program: ExportedProgram) -> Iterator[tuple[str, str]]:  # noqa: ANN401
+    """Yield (module path, friendly name) of each operation that came from a module.
+
+    OpenVINO names operations after the program's nodes, once it has decomposed them: convolutions are counted anew.
+    """
+    paths, convolutions = {}, 0
     for node in program.graph.nodes:
         stack = node.meta.get("nn_module_stack")
-        if stack:
-            path, _ = list(stack.values())[-1]
-            paths[node.name] = path.removeprefix("module").removeprefix(".")
-    layers: dict[str, list[str]] = defaultdict(list)
+        if not stack:
+            continue
+        path, _ = list(stack.values())[-1]
+        paths[node.name] = path
+        if "conv" in str(node.target):
+            paths[f"convolution_{convolutions}" if convolutions else "convolution"] = path
+            convolutions += 1
     for operation in model.get_ordered_ops():
         name = operation.get_friendly_name()
-        origin = name.partition("/")[0]
-        if origin in paths:
-            layers[paths[origin]].append(name)
-    (folder / "layers.json").write_text(json.dumps(layers, indent=1) + "\n")
+        if name.partition("/")[0] in paths:
+            yield paths[name.partition("/")[0]], name
 
 
 def _store_as_bf16(folder: Path) -> None:

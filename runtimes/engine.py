@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -270,13 +272,17 @@ class Engine:
         latents: Tensor | None,
         max_batch: int,
     ) -> Request:
-        texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+        texts = (prompts,) if isinstance(prompts, str) or not isinstance(prompts, Iterable) else tuple(prompts)
         if not texts or not all(isinstance(text, str) for text in texts):
             message = f"got prompts {prompts!r}, expected one text or a sequence of texts"
             raise InputError(message)
         count = len(texts)
         negatives = None if negative_prompts is None else _one_each("negative_prompts", negative_prompts, count, str)
         scale = self._default_guidance() if guidance_scale is None else guidance_scale
+        scales = tuple(float(each) for each in _one_each("guidance_scale", scale, count, int | float))
+        if not all(map(math.isfinite, scales)):
+            message = f"got guidance_scale = {guidance_scale!r}, expected finite numbers"
+            raise InputError(message)
         chosen = _seeds(seeds, count)
         for name, value in (("steps", steps), ("max_batch", max_batch)):
             if not isinstance(value, int) or value < 1:
@@ -287,7 +293,7 @@ class Engine:
             prompts=texts,
             negative_prompts=negatives,
             seeds=chosen,
-            guidance=tuple(float(each) for each in _one_each("guidance_scale", scale, count, int | float)),
+            guidance=scales,
             steps=steps,
             height=height,
             width=width,
@@ -334,7 +340,8 @@ def _generator(seed: int, shape: Sequence[int]) -> tuple[Any, Tensor]:
 
 
 def _one_each(name: str, value: Any, count: int, kind: Any) -> tuple[Any, ...]:  # noqa: ANN401 - a value or many of them
-    values = (value,) * count if isinstance(value, kind) else tuple(value)
+    many = isinstance(value, Iterable) and not isinstance(value, str)
+    values = tuple(value) if many else (value,) * count
     if len(values) != count or not all(isinstance(each, kind) for each in values):
         message = f"got {name} = {value!r}, expected one, or one for each of the {count} prompts"
         raise InputError(message)

@@ -32,9 +32,10 @@ class OnnxRuntime(Runtime):
     @classmethod
     def probe(cls) -> Availability:
         try:
+            import onnx  # noqa: F401 - checks where a model's data lies
             import onnxruntime
-        except ImportError:
-            return Availability(ok=False, reason="onnxruntime is not installed", fix="pip install 'bakeoff[onnx]'")
+        except ImportError as error:
+            return Availability(ok=False, reason=f"{error.name} is not installed", fix="pip install 'bakeoff[onnx]'")
         providers = ", ".join(onnxruntime.get_available_providers())
         return Availability(ok=True, reason=f"onnxruntime {onnxruntime.__version__}: {providers}")
 
@@ -51,13 +52,14 @@ class OnnxRuntime(Runtime):
         self._session: Any = onnxruntime.InferenceSession(
             part.folder / "model.onnx", options, providers=list(dict.fromkeys([provider, "CPUExecutionProvider"]))
         )
+        ran = self._session.get_providers()[0]
+        if ran != provider and not fallback:
+            fallback = f"ONNX Runtime couldn't start {provider}: using {ran}"
         actual = {i.name: (_DTYPES.get(i.type, i.type), len(i.shape)) for i in self._session.get_inputs()}
         self._output_dtypes = {o.name: _DTYPES.get(o.type, o.type) for o in self._session.get_outputs()}
         self._adopt(actual, set(self._output_dtypes))
         self.configuration = {
-            "device": next(name for name, value in _PROVIDERS.items() if value == provider)
-            if provider in _PROVIDERS.values()
-            else provider,
+            "device": next((name for name, value in _PROVIDERS.items() if value == ran), ran),
             "providers": self._session.get_providers(),
             "threads": self._session.get_session_options().intra_op_num_threads,
             "precision": "float32" if part.precision == "fp32" else part.precision,
@@ -97,8 +99,7 @@ def _provider(placement: Placement) -> tuple[str, str | None]:
     device, fallback = choose_device(placement.device, tuple(_PROVIDERS), "onnxruntime")
     provider = _PROVIDERS[device]
     if provider not in available:
-        reason = None if placement.device == "auto" else f"this ONNX Runtime has no {provider}: using cpu"
-        return "CPUExecutionProvider", reason
+        return "CPUExecutionProvider", f"this ONNX Runtime has no {provider}: using cpu"
     return provider, fallback
 
 

@@ -10,6 +10,7 @@ from ..artifact import MANIFEST, Artifact, PartEntry
 from ..components.component import Port
 from ..errors import ArtifactError, UnavailableError
 from ..source import family_of, read_json
+from ..weights import Checkpoint
 from .runtime import PartFiles
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def read_folder(folder: Path) -> Baked:
     """Recognise an artifact, an Optimum ONNX or OpenVINO folder, or a Diffusers folder.
 
     Raises:
-        ArtifactError: it is none of these.
+        ArtifactError: it is none of these, or lacks a part.
+        PickleError: a part's weights are there as pickles alone.
         CorruptError: it is an artifact whose files aren't those that were written.
     """
     if (folder / MANIFEST).is_file():
@@ -53,9 +55,10 @@ def read_folder(folder: Path) -> Baked:
     family = family_of(folder)
     found = {part.name: _foreign(folder, part) for part in family.parts}
     parts = {name: item[1] for name, item in found.items() if item}
-    if not parts:
-        message = f"{folder} holds no part that can be opened: {', '.join(found)} are all missing"
-        raise ArtifactError(message, fix=f"expected {folder}/unet/model.onnx, openvino_model.xml or safetensors")
+    modules = {part.module for part in family.parts if part.name in parts}
+    for part in family.parts:
+        if part.module not in modules:
+            _refuse_absent(folder, part)
     return Baked(
         folder,
         family,
@@ -89,6 +92,15 @@ def _foreign(folder: Path, part: Part) -> tuple[Path, PartEntry] | None:
     if any((folder / part.module).glob("*.safetensors")):
         return folder / part.module, _foreign_entry(folder / part.module, part, "torch")
     return None
+
+
+def _refuse_absent(folder: Path, part: Part) -> None:
+    """Say why a module can't be opened: its weights are pickles, or it isn't there."""
+    if (folder / part.module).is_dir():
+        Checkpoint.open(folder / part.module)
+    expected = ", ".join(f"{part.name}/{file}" for file in _FOREIGN_FILES.values())
+    message = f"{folder} has no {part.name}"
+    raise ArtifactError(message, fix=f"expected {expected} or safetensors in {part.module}/")
 
 
 def _foreign_entry(folder: Path, part: Part, backend: str) -> PartEntry:

@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 _LIBRARIES = ("diffusers", "transformers")
 _GUARDED = re.compile(r"(enable|disable|load|fuse|unfuse|unload|save|set|delete|push|reset)_")
 _WORKING = {
-    "enable_vae_slicing",
-    "disable_vae_slicing",
-    "enable_vae_tiling",
-    "disable_vae_tiling",
     "set_progress_bar_config",
     "load_config",
     "save_config",
@@ -49,7 +45,12 @@ def build_pipeline(baked: Baked, runners: Mapping[str, Runner], task: str = "tex
     index = read_json(baked.folder / "model_index.json")
     accepted = list(inspect.signature(plain.__init__).parameters)[1:]
     stand_ins = _stand_ins(baked, runners)
-    arguments = {name: _host_object(baked, name, index.get(name)) for name in accepted if name not in stand_ins}
+    optional = plain._optional_components  # noqa: SLF001 - Diffusers has no public name for it
+    arguments = {
+        name: _host_object(baked, name, index.get(name), needed=name not in optional)
+        for name in accepted
+        if name not in stand_ins
+    }
     if "requires_safety_checker" in accepted:
         arguments["requires_safety_checker"] = False
     return _guarded(plain)(**arguments, **stand_ins)
@@ -68,20 +69,32 @@ def _stand_ins(baked: Baked, runners: Mapping[str, Runner]) -> dict[str, object]
     }
 
 
-def _host_object(baked: Baked, name: str, declared: object) -> object:
-    """Load a scheduler or tokenizer by the class that the index names; only Diffusers' and Transformers' own."""
+def _host_object(baked: Baked, name: str, declared: object, *, needed: bool) -> object:
+    """Load a scheduler or tokenizer by the class that the index names; only Diffusers' and Transformers' own.
+
+    Modules aren't loaded: a safety checker is left out, like all that the pipeline doesn't need.
+    """
     folder = baked.folder / name
     if not (isinstance(declared, list) and len(declared) == 2 and folder.is_dir()):  # noqa: PLR2004
         return declared if isinstance(declared, bool) else None
     library, class_name = declared
     if library not in _LIBRARIES:
+        if not needed:
+            return None
         message = (
             f"{baked.folder} wants {library}.{class_name} for its {name}; only {' and '.join(_LIBRARIES)} are loaded"
         )
         raise ArtifactError(message)
     import importlib
 
+    import torch
+
     found = getattr(importlib.import_module(library), class_name, None)
+    if isinstance(found, type) and issubclass(found, torch.nn.Module):
+        if not needed:
+            return None
+        message = f"{baked.folder} has a {name} ({class_name}), which is no part of a {baked.family.name} pipeline here"
+        raise ArtifactError(message)
     if found is None or not hasattr(found, "from_pretrained"):
         message = f"{library} has no {class_name}, which {baked.folder} wants for its {name}"
         raise ArtifactError(message, fix="install the version of Diffusers and Transformers that made it")

@@ -110,7 +110,14 @@ def _as_port(part: str, port: Port, tensor: Tensor) -> Tensor:
     import torch
 
     wanted: torch.dtype = getattr(torch, port.dtype)
-    if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
+    if tensor.dtype != wanted and not _converts(tensor, wanted):
         message = f"{part} got {port.name} as {tensor.dtype}, expected {wanted}: converting would lose values"
         raise InputError(message)
     return tensor.detach().to("cpu", wanted).contiguous()
+
+
+def _converts(tensor: Tensor, wanted: torch.dtype) -> bool:
+    """Whether a tensor can become another dtype: floats any floats, integers what holds each of their values."""
+    if tensor.is_floating_point() or wanted.is_floating_point:
+        return tensor.is_floating_point() and wanted.is_floating_point
+    return bool((tensor.to(wanted) == tensor).all())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..hardware import Availability, choose_device, usable_cores
 from .runtime import PartFiles, Runtime
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from ..recipe import Placement
@@ -34,7 +37,7 @@ class TorchRuntime(Runtime):
 
         super().__init__(part, placement)
         device, fallback = choose_device(placement.device, self.devices, "torch")
-        torch.set_num_threads(placement.threads or usable_cores())
+        self._threads = placement.threads or usable_cores()
         self._dtype: torch.dtype = getattr(torch, _DTYPES[part.precision])
         self._device = torch.device(_TORCH_NAMES.get(device, device))
         self._channels_last = part.precision == "bf16"
@@ -44,7 +47,7 @@ class TorchRuntime(Runtime):
         self._module: Any = torch.compile(module) if placement.compile else module
         self.configuration = {
             "device": device,
-            "threads": torch.get_num_threads(),
+            "threads": self._threads,
             "precision": _DTYPES[part.precision],
             "compile": placement.compile,
             "fallback": fallback,
@@ -55,7 +58,7 @@ class TorchRuntime(Runtime):
 
         assert self._module is not None, "closed"  # noqa: S101
         arguments = [self._prepare(tensor) for tensor in inputs.values()]
-        with torch.no_grad():
+        with torch.no_grad(), _threads(self._threads):
             results = self._module(*arguments)
         return {name: result.to("cpu").contiguous() for name, result in zip(outputs, results, strict=True)}
 
@@ -77,3 +80,16 @@ class TorchRuntime(Runtime):
 
     def close(self) -> None:
         self._module = None
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Run with so many CPU threads: torch's number is the process's, and another engine may have set its own."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

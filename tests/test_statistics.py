@@ -93,7 +93,8 @@ def test_the_ratio_is_exact_where_nothing_is_noisy(times, factor):
 
 
 @pytest.mark.parametrize(
-    ("baseline", "arm"), [([[1.0]], [[1.0]]), ([[1.0]] * 3, [[1.0]] * 2), ([[1.0], []], [[1.0]] * 2), ([[0.0]] * 2,) * 2]
+    ("baseline", "arm"),
+    [([[1.0]], [[1.0]]), ([[1.0]] * 3, [[1.0]] * 2), ([[1.0], []], [[1.0]] * 2), ([[0.0]] * 2,) * 2],
 )
 def test_what_is_no_experiment_is_refused(baseline, arm):
     with pytest.raises(InputError):

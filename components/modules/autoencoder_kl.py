@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class VaeEncoder(_AutoencoderKLHalf):
         return (Port("latent_parameters", "float32", ("batch", 2 * config["latent_channels"], "height", "width")),)
 
     def flat(self, module: nn.Module) -> nn.Module:
-        return _FlatHalf(module.encoder, after=module.quant_conv)
+        return _FlatHalf(module, "encoder", "quant_conv")
 
 
 class VaeDecoder(_AutoencoderKLHalf):
@@ -73,17 +73,22 @@ class VaeDecoder(_AutoencoderKLHalf):
         return (Port("sample", "float32", ("batch", config["out_channels"], f"{s}*height", f"{s}*width")),)
 
     def flat(self, module: nn.Module) -> nn.Module:
-        return _FlatHalf(module.decoder, before=module.post_quant_conv)
+        return _FlatHalf(module, "post_quant_conv", "decoder")
 
 
 class _FlatHalf(nn.Module):
-    def __init__(self, half: object, before: object = None, after: object = None) -> None:
+    """Runs some of an AutoencoderKL's modules in turn, each under its own name; it may lack the 1x1 convolutions."""
+
+    def __init__(self, vae: Any, *names: str) -> None:  # noqa: ANN401 - an AutoencoderKL
         super().__init__()
-        stages = (before, half, after)
-        self.stages = nn.Sequential(*(stage for stage in stages if isinstance(stage, nn.Module)))
+        self._names = [name for name in names if isinstance(getattr(vae, name), nn.Module)]
+        for name in self._names:
+            self.add_module(name, getattr(vae, name))
 
     def forward(self, sample: Tensor) -> tuple[Tensor]:
-        return (self.stages(sample),)
+        for name in self._names:
+            sample = getattr(self, name)(sample)
+        return (sample,)
 
 
 def _vae_stand_in(runners: Mapping[str, Runner], config: Config) -> object:
@@ -94,6 +99,7 @@ def _vae_stand_in(runners: Mapping[str, Runner], config: Config) -> object:
     class RuntimeAutoencoderKL(AutoencoderKL):  # type: ignore[misc]
         dtype = torch.float32
         device = torch.device("cpu")
+        to = half = float = bfloat16 = cuda = save_pretrained = load_state_dict = _refused
 
     with init_empty_weights():
         vae = RuntimeAutoencoderKL.from_config(dict(config))
@@ -102,6 +108,13 @@ def _vae_stand_in(runners: Mapping[str, Runner], config: Config) -> object:
     vae.quant_conv = vae.post_quant_conv = None
     vae.register_to_config(use_quant_conv=False, use_post_quant_conv=False)
     return vae
+
+
+def _refused(*_: object, **__: object) -> None:
+    message = "the VAE is runtime-backed: it can't be moved, converted, saved or given other weights"
+    raise InputError(
+        message, fix="bakeoff.load(folder, device=…) places it; the recipe of an export sets its precision"
+    )
 
 
 class _RunnerModule(nn.Module):

@@ -79,7 +79,11 @@ class _FlatUNet(nn.Module):
         """
         proj = self.module.time_proj
         half = proj.num_channels // 2
-        exponent = -math.log(10000) * torch.arange(0, half, dtype=torch.float32) / (half - proj.downscale_freq_shift)
+        exponent = (
+            -math.log(10000)
+            * torch.arange(0, half, dtype=torch.float32, device=timestep.device)
+            / (half - proj.downscale_freq_shift)
+        )
         angles = proj.scale * (timestep.float() * torch.exp(exponent))
         halves = (angles.cos(), angles.sin()) if proj.flip_sin_to_cos else (angles.sin(), angles.cos())
         embedding = torch.cat([*halves, angles.new_zeros(proj.num_channels % 2)])
