@@ -238,8 +238,8 @@ def staged(target: Path, *, replace_existing: bool) -> Iterator[Path]:
 def _check_target(target: Path, *, replace_existing: bool) -> None:
     if not target.exists():
         return
-    if not target.is_dir() or target.samefile(Path.cwd()):
-        message = f"{target} is {'the current folder' if target.is_dir() else 'no folder'}"
+    if target.samefile(Path.cwd()):
+        message = f"{target} is the current folder, which can't be replaced"
         raise ArtifactError(message, fix="choose a folder of its own for the artifact")
     if not replace_existing:
         message = f"{target} already exists"

@@ -13,10 +13,11 @@ if not __package__:
     sys.exit("type bakeoff, not python cli.py: run as a script, the folder's modules would load twice")
 
 from .errors import ArtifactError, BakeoffError, ResourceError, UsageError, unknown
+from .progress import Steps
 from .recipe import from_toml, parse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from .artifact import Artifact
     from .recipe import Placement, Recipe
@@ -184,39 +185,25 @@ def _recipe(options: argparse.Namespace) -> tuple[Recipe, Placement]:
 
 
 def _export(options: argparse.Namespace) -> None:
+    recipe, placement = _recipe(options)
     _quiet_libraries()
     from .bake import export
 
-    recipe, placement = _recipe(options)
     if placement.as_dict() != type(placement)().as_dict():
         _say("note: @device, +compile, +threads and +provider are given when an artifact is loaded; ignored here")
-    artifact = export(
-        options.model,
-        options.output,
-        recipe,
-        revision=options.revision,
-        weights=options.weights,
-        prove=not options.no_prove,
-        force=options.force,
-        progress=_steps(),
-        reuse=options.reuse,
-    )
+    with Steps() as progress:
+        artifact = export(
+            options.model,
+            options.output,
+            recipe,
+            revision=options.revision,
+            weights=options.weights,
+            prove=not options.no_prove,
+            force=options.force,
+            progress=progress,
+            reuse=options.reuse,
+        )
     _show(artifact, as_json=options.json)
-
-
-def _steps() -> Callable[[str], None]:
-    """Show each step of an export: as a bar on a terminal, as lines elsewhere."""
-    if not sys.stderr.isatty():
-        return _say
-    from tqdm import tqdm
-
-    bar = tqdm(bar_format="{desc} ({elapsed})")
-
-    def step(message: str) -> None:
-        bar.set_description_str(message)
-        bar.refresh()
-
-    return step
 
 
 def _add_inspect(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401

@@ -6,7 +6,7 @@ import pytest
 
 from bakeoff.artifact import MANIFEST, Artifact, inside, list_files, staged
 from bakeoff.bake import export, plan, why_rebuild
-from bakeoff.errors import ArtifactError, CorruptError
+from bakeoff.errors import ArtifactError, CorruptError, ParityError, SourceError, UnavailableError
 from bakeoff.recipe import parse
 
 
@@ -21,22 +21,37 @@ def test_a_fresh_artifact_verifies(baked):
 def test_one_flipped_byte_of_any_file_is_found(copied, recipe):
     folder = copied(recipe)
     rng = random.Random(0)
-    for name in [*list_files(folder), MANIFEST]:
-        file = folder / name
-        data = bytearray(file.read_bytes())
-        if not data:
-            continue
-        position = rng.randrange(len(data))
-        data[position] ^= 1
+    names = [name for name in list_files(folder) if (folder / name).stat().st_size]
+    for name in names:
+        flip(folder / name, rng)
+    assert [problem.partition(" was changed")[0] for problem in Artifact.open(folder).verify()] == names
+
+
+def flip(file, rng):
+    """Flip one bit; return a function that flips it back."""
+    data = bytearray(file.read_bytes())
+    position, bit = rng.randrange(len(data)), 1 << rng.randrange(8)
+    data[position] ^= bit
+    file.write_bytes(data)
+
+    def back():
+        data[position] ^= bit
         file.write_bytes(data)
-        try:
-            problems = Artifact.open(folder).verify()
-        except CorruptError as error:
-            problems = [str(error)]
-        assert problems, f"{name}, byte {position}"
-        data[position] ^= 1
-        file.write_bytes(data)
-    assert Artifact.open(folder).verify() == []
+
+    return back
+
+
+def test_one_flipped_bit_of_the_manifest_is_found(copied):
+    folder = copied("torch:fp32")
+    rng = random.Random(0)
+    for _ in range(200):
+        back = flip(folder / MANIFEST, rng)
+        with pytest.raises(CorruptError):
+            Artifact.open(folder)
+        back()
+    (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes().replace(b"\n", b"\r"))
+    with pytest.raises(CorruptError):
+        Artifact.open(folder)
 
 
 def test_a_missing_cut_or_added_file_is_found(copied):
@@ -101,11 +116,49 @@ def test_no_prove_says_unproved_and_verify_proves_it_later(tmp_path):
 
     artifact = export("shapes", tmp_path / "a", parse("torch:fp32")[0], prove=False)
     assert not artifact.manifest.proved
-    assert parity.prove(artifact, None)["status"] == "unproved"
-    proved = artifact.with_proof(parity.prove(artifact, "shapes"))
-    assert proved.manifest.proved
+    with pytest.raises(UnavailableError, match="--source"):
+        parity.prove_in_place(artifact, None)
+    assert parity.prove_in_place(artifact, "shapes").manifest.proved
     assert Artifact.open(tmp_path / "a").verify() == []
-    assert parity.prove(proved, None)["status"] == "proved"
+    assert parity.prove_in_place(Artifact.open(tmp_path / "a"), None).manifest.proved
+
+
+def test_a_proof_that_fails_changes_nothing(copied, monkeypatch):
+    from bakeoff import parity
+
+    folder = copied("torch:fp32")
+    before = (folder / MANIFEST).read_bytes()
+
+    def fail(*_):
+        message = "killed"
+        raise ParityError(message)
+
+    monkeypatch.setattr(parity, "in_child", fail)
+    with pytest.raises(ParityError):
+        parity.prove_in_place(Artifact.open(folder), "shapes")
+    monkeypatch.setattr(parity, "available_bytes", lambda: 0)
+    with pytest.raises(UnavailableError, match="GB of memory"):
+        parity.prove_in_place(Artifact.open(folder), "shapes")
+    assert (folder / MANIFEST).read_bytes() == before
+    assert Artifact.open(folder).verify() == []
+
+
+def test_another_model_is_no_source_of_a_proof(copied, baked, tmp_path):
+    from bakeoff import parity
+
+    other = _as_diffusers(baked("torch:fp32"), tmp_path / "other")
+    with pytest.raises(SourceError, match="is not what"):
+        parity.prove_in_place(Artifact.open(copied("torch:fp32")), str(other))
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(ArtifactError, match="already exists"), staged(target, replace_existing=False) as folder:
+        (folder / "file").write_text("new")
+        target.mkdir()
+        (target / "letter").write_text("precious")
+    assert (target / "letter").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_staged_leaves_nothing_when_the_block_fails(tmp_path):

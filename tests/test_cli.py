@@ -10,7 +10,6 @@ import time
 import pytest
 
 from bakeoff.artifact import Artifact
-from bakeoff.errors import CorruptError
 
 
 def test_doctor(run_json):
@@ -134,11 +133,11 @@ def test_errors_are_json_too(run_cli, tmp_path):
     assert json.loads(finished.stdout)["error"] == "ArtifactError"
 
 
-def kill_after(seconds, output):
+def kill_after(seconds, output, recipe="torch:fp32,unet=torch:bf16"):
     """Start an export and kill it; return whether an artifact is there, which then is whole."""
-    command = [sys.executable, "-P", "-m", "bakeoff.cli", "export", "shapes", "-o", str(output)]
+    command = [sys.executable, "-P", "-m", "bakeoff.cli", "export", "shapes", "-o", str(output), "--force"]
     process = subprocess.Popen(
-        [*command, "--recipe", "torch:fp32,unet=torch:bf16"],
+        [*command, "--recipe", recipe],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -157,18 +156,58 @@ def test_a_killed_export_leaves_no_artifact(tmp_path):
 
 
 @pytest.mark.slow
-def test_exports_killed_at_ten_random_moments(tmp_path):
+def test_exports_killed_at_ten_random_moments(run_cli, tmp_path):
+    """Fresh ones and ones that replace an artifact: none is there, or a whole one, and nothing lies about after."""
     import random
 
     rng = random.Random(0)
-    output = tmp_path / "out"
-    for _ in range(10):
-        kill_after(rng.uniform(0.2, 30), output)
-    from bakeoff.bake import export
+    recipe = "torch:fp32,text_encoder=onnx:fp32"
+    started = time.monotonic()
+    assert run_cli("export", "shapes", "-o", tmp_path / "replaced", "--recipe", recipe).returncode == 0
+    whole = time.monotonic() - started
+    for number in range(10):
+        output = tmp_path / ("replaced" if number % 2 else f"fresh{number}")
+        there = kill_after(rng.uniform(0, 1.1 * whole), output, recipe)
+        assert there or number % 2 == 0
+    for output in ("replaced", *(f"fresh{number}" for number in range(0, 10, 2))):
+        assert run_cli("export", "shapes", "-o", tmp_path / output, "--recipe", recipe, "--no-prove").returncode == 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_missing_extra_is_named_with_the_fix(tmp_path, monkeypatch):
+    import importlib.metadata
+
+    from bakeoff import bake
+    from bakeoff.errors import UnavailableError
     from bakeoff.recipe import parse
 
-    export("shapes", output, parse("torch:fp32")[0], force=output.exists())
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(CorruptError):
-        (output / "bakeoff.json").write_text("{}")
-        Artifact.open(output)
+    found = importlib.metadata.version
+
+    def version(package):
+        if package == "onnxscript":
+            raise importlib.metadata.PackageNotFoundError
+        return found(package)
+
+    monkeypatch.setattr(bake.importlib.metadata, "version", version)
+    with pytest.raises(UnavailableError, match=r"onnxscript.*\n?.*bakeoff\[onnx\]"):
+        bake.export("shapes", tmp_path / "x", parse("onnx:fp32")[0])
+
+
+def test_a_full_disk_is_said_plainly(tmp_path, monkeypatch, capsys):
+    import errno
+
+    from bakeoff import bake, cli
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x"))
+
+    monkeypatch.setattr(bake, "export", full)
+    assert cli.main(["export", "shapes", "-o", str(tmp_path / "x"), "--recipe", "torch:fp32"]) == 8
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_toml_file_in_another_encoding_is_refused(run_cli, tmp_path):
+    (tmp_path / "recipe.toml").write_bytes(b"backend = '\xff'")
+    finished = run_cli("export", "shapes", "-o", tmp_path / "x", "--recipe", tmp_path / "recipe.toml")
+    assert finished.returncode == 2
+    assert "UTF-8" in finished.stderr

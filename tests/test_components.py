@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 
@@ -86,3 +88,40 @@ def test_folders_and_files_are_named_as_optimum_names_them():
         constant.DIFFUSION_MODEL_VAE_DECODER_SUBFOLDER,
     }
     assert onnx.FILE == constant.ONNX_WEIGHTS_NAME
+
+
+@pytest.mark.parametrize("part", parts(), ids=lambda part: part.name)
+def test_all_of_a_part_runs_on_the_device_of_its_inputs(source, part):
+    """On the meta device a tensor left on the CPU raises, as it would on a GPU."""
+    config = source.config(part.module)
+    flat = part.component.flat(part.component.load(source.folder / part.module, torch.float32)).to("meta")
+    example = part.component.example(config, part.component.limit(config, Sizes(2, 8, 16, 7)), seed=1)
+    with torch.no_grad():
+        results = flat(*(tensor.to("meta") for tensor in example.values()))
+    assert all(result.is_meta for result in results)
+
+
+@pytest.mark.parametrize("part", parts(), ids=lambda part: part.name)
+def test_a_lacking_tensor_is_an_error(source, part, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from bakeoff.errors import SourceError
+
+    shutil.copytree(source.folder / part.module, tmp_path / "module")
+    (file,) = (tmp_path / "module").glob("*.safetensors")
+    tensors = load_file(file)
+    lost = max(name for name in tensors if name.endswith("weight"))
+    del tensors[lost]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(SourceError, match="lacks"):
+        part.component.load(tmp_path / "module", torch.float32)
+
+
+def test_the_embedded_model_is_small_and_fits_low_bit_kernels(source):
+    """At most 16 MB; Linear layers take multiples of 64 and give multiples of 32."""
+    checkpoints = [source.checkpoint(module) for module in ("text_encoder", "unet", "vae")]
+    assert sum(file.stat().st_size for checkpoint in checkpoints for file in checkpoint.files) <= 16_000_000
+    for checkpoint in checkpoints:
+        for entry in checkpoint.entries.values():
+            if len(entry.shape) == 2 and "embedding.weight" not in entry.name:
+                assert entry.shape[0] % 32 == entry.shape[1] % 64 == 0, entry

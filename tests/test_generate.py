@@ -1,12 +1,16 @@
 """Same latents in, same picture out, in every backend."""
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 import bakeoff
 from bakeoff.demo import psnr
-from bakeoff.errors import Cancelled, InputError
+from bakeoff.errors import ArtifactError, Cancelled, InputError, PickleError, RecipeError
 
 PROMPTS = [
     "a large red circle on a white background",
@@ -292,3 +296,58 @@ def test_bf16_is_within_its_floor(engines):
     ran = engines("openvino:bf16").configuration["unet"]["precision"]
     assert ran["bf16"] > 0
     assert engines("openvino:fp32").configuration["unet"]["precision"].get("bf16", 0) == 0
+
+
+def test_a_folder_with_a_safety_checker_opens_without_it(diffusers_folder):
+    index = json.loads((diffusers_folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (diffusers_folder / "model_index.json").write_text(json.dumps(index))
+    (diffusers_folder / "safety_checker").mkdir()
+    with bakeoff.load(diffusers_folder, device="cpu") as engine:
+        assert engine.pipeline.safety_checker is None
+        assert len(engine.generate(PROMPTS[0], steps=1).images) == 1
+
+
+def test_pickles_are_not_opened(diffusers_folder):
+    unet = diffusers_folder / "unet" / "diffusion_pytorch_model"
+    unet.with_suffix(".safetensors").rename(unet.with_suffix(".bin"))
+    with pytest.raises(PickleError, match="pickles"):
+        bakeoff.load(diffusers_folder)
+
+
+def test_a_folder_that_lacks_a_part_says_which(diffusers_folder):
+    shutil.rmtree(diffusers_folder / "unet")
+    with pytest.raises(ArtifactError, match="no unet"):
+        bakeoff.load(diffusers_folder)
+
+
+@pytest.mark.parametrize("method", ["to", "half", "save_pretrained"])
+def test_the_vae_refuses_what_would_do_nothing(engines, method):
+    with pytest.raises(InputError, match="runtime-backed"):
+        getattr(engines("torch:fp32").pipeline.vae, method)("cuda")
+
+
+@pytest.mark.parametrize(
+    "bad", [{"seeds": 1.5}, {"negative_prompts": 5}, {"prompts": 5}, {"guidance_scale": float("nan")}, {"steps": 0}]
+)
+def test_bad_arguments_are_refused_plainly(engines, bad):
+    with pytest.raises(InputError, match="got"):
+        engines("torch:fp32").generate(**{"prompts": PROMPTS[0], **bad})
+
+
+def test_each_engine_keeps_its_threads(baked):
+    seen = []
+    with bakeoff.load(baked("torch:fp32"), device="cpu", threads=2) as first:
+        with bakeoff.load(baked("torch:fp32"), device="cpu", threads=1):
+            pass
+        for station in first._stations.values():
+            station.runtime._module.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+        first.generate(PROMPTS[0], steps=1)
+    assert set(seen) == {2}
+    with pytest.raises(RecipeError, match="threads"):
+        bakeoff.load(baked("torch:fp32"), threads=0)
+
+
+@pytest.fixture
+def diffusers_folder(shapes, tmp_path):
+    return Path(shutil.copytree(shapes, tmp_path / "model"))

@@ -15,7 +15,7 @@ FOLDERS = sorted(
 
 LAYERS = [
     {"errors"},
-    {"recipe", "artifact", "hardware", "weights", "memory"},
+    {"recipe", "artifact", "hardware", "weights", "memory", "progress", "verdict"},
     {"components"},
     {"plugins", "source"},
     {"exporters", "runtimes", "models", "quantize"},

@@ -120,3 +120,24 @@ def test_link_that_cannot_be_is_an_error(folder, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="different file systems"):
         place(folder / "model.safetensors", tmp_path / "placed", "link")
     assert place(folder / "model.safetensors", tmp_path / "placed", "auto") == "copied"
+
+
+@pytest.mark.parametrize("header", [b'{"a":1}', b"[1]", b'{"a":{"dtype":"F32","shape":[1],"data_offsets":["x",4]}}'])
+def test_a_header_that_says_nothing_is_refused(tmp_path, header):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(SourceError, match="header can't be read"):
+        read_header(file)
+
+
+@pytest.mark.parametrize("index", [b"{", b"{}", b'{"weight_map": 3}', b'{"weight_map": {"a": "model-1.safetensors"}}'])
+def test_a_broken_index_or_a_lacking_shard_is_refused(tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_bytes(index)
+    with pytest.raises(SourceError, match="index"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_variant_alone_is_refused_with_the_name_to_give_it(folder):
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    with pytest.raises(SourceError, match="expected .*model.safetensors"):
+        Checkpoint.open(folder)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bakeoff.errors import InputError
-from bakeoff.statistics import (
+from bakeoff.verdict import (
     Ratio,
     break_even_images,
     mean_interval,

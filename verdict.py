@@ -88,10 +88,8 @@ def ratio_of(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Ratio
     count = len(differences)
     mean, error = float(differences.mean()), float(differences.std(ddof=1)) / math.sqrt(count)
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
-    if error > 0:
-        p = float(2 * stats.t.sf(abs(mean) / error, count - 1))
-    else:
-        p = 0.0 if mean else 1.0
+    score = abs(mean) / error if error else math.inf if mean else 0.0
+    p = float(2 * stats.t.sf(score, count - 1))
     return Ratio(math.exp(mean), math.exp(mean - reach), math.exp(mean + reach), count, p)
 
 
