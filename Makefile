@@ -7,7 +7,7 @@ INTEROP_READY := .venv-interop/.ready
 GENAI_BIN := .venv-genai/bin
 GENAI_READY := .venv-genai/.ready
 
-.PHONY: demo test test-all test-interop lint bench-export shapes clean
+.PHONY: demo test test-all test-interop lint bench-export bench-shapes shapes clean
 
 demo: $(READY)  ## Export the embedded model for each backend, generate, compare.
 	$(BIN)/bakeoff demo -o demo
@@ -31,7 +31,10 @@ lint: $(READY)  ## ruff, and mypy on the package as it is installed.
 bench-export: $(READY)  ## Peak memory, seconds and bytes of full-size exports (20 GB of disk, half an hour).
 	$(BIN)/python -P docs/benchmarks/export_memory.py docs/benchmarks/export_memory.json
 
-shapes: $(READY)  ## Train the embedded model again, from nothing but the scene generator (an hour on 2 cores).
+bench-shapes: $(READY)  ## How often the embedded model draws what its prompt says, over steps and guidance.
+	$(BIN)/python -P docs/benchmarks/shapes_accuracy.py docs/benchmarks/shapes_accuracy.json
+
+shapes: $(READY)  ## Train the embedded model again, from nothing but the scene generator (an hour and a half on 2 cores).
 	$(BIN)/python -P -m bakeoff.models.training build/shapes
 
 $(READY): pyproject.toml constraints.txt

@@ -22,7 +22,7 @@ def write_layers(nodes: Iterable[tuple[str, str]], checkpoint: Checkpoint, folde
     layers: dict[str, list[str]] = defaultdict(list)
     for path, name in nodes:
         layers[_unwrapped(path)].append(name)
-    del layers[""]  # what belongs to no module
+    layers.pop("", None)  # what belongs to no module
     prefix = _prefix(layers, {key.rpartition(".")[0] for key in checkpoint.entries})
     (folder / FILE).write_text(json.dumps({prefix + path: names for path, names in layers.items()}, indent=1) + "\n")
 

@@ -338,8 +338,9 @@ def test_bad_arguments_are_refused_plainly(engines, bad):
 def test_each_engine_keeps_its_threads(baked):
     seen = []
     with bakeoff.load(baked("torch:fp32"), device="cpu", threads=2) as first:
-        with bakeoff.load(baked("torch:fp32"), device="cpu", threads=1):
-            pass
+        first.generate(PROMPTS[0], steps=1)
+        with bakeoff.load(baked("torch:fp32"), device="cpu", threads=1) as second:
+            second.generate(PROMPTS[0], steps=1)
         for station in first._stations.values():
             station.runtime._module.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
         first.generate(PROMPTS[0], steps=1)
