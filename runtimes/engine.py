@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from .. import plugins
-from ..errors import Cancelled, InputError, ParityError
+from ..errors import Cancelled, InputError, ParityError, UsageError
 from ..recipe import Placement
 from .opening import Baked, open_part, read_folder
 from .pipeline import build_pipeline
@@ -136,6 +136,7 @@ class Engine:
         self.family = baked.family
         self.recipe = baked.recipe
         self.proof = baked.proof
+        _refuse_idle_options(baked, placement)
         self._stations = {
             part.name: _Station(baked, part, placement) for part in baked.family.parts if part.name in baked.parts
         }
@@ -329,6 +330,15 @@ class Engine:
             message = f"got latents {tuple(latents.shape)} {latents.dtype}, expected {shape} float32"
             raise InputError(message)
         return latents.detach().to("cpu", torch.float32)
+
+
+def _refuse_idle_options(baked: Baked, placement: Placement) -> None:
+    """Refuse an option of placement that no part's runtime has: it would do nothing."""
+    runtimes = {part.backend: plugins.runtime(part.backend) for part in baked.parts.values()}
+    for option, value in (("compile", placement.compile), ("provider", placement.provider)):
+        if value and not any(option in runtime.options for runtime in runtimes.values()):
+            message = f"{option} does nothing here: {baked.folder} has parts of {', '.join(sorted(runtimes))} alone"
+            raise UsageError(message, fix=f"leave out {option}")
 
 
 def _generator(seed: int, shape: Sequence[int]) -> tuple[Any, Tensor]:

@@ -27,6 +27,7 @@ _ERRORS_ONLY = 3
 
 
 class OnnxRuntime(Runtime):
+    options: ClassVar[frozenset[str]] = frozenset({"provider"})
     devices: ClassVar[tuple[str, ...]] = tuple(_PROVIDERS)
 
     @classmethod

@@ -43,6 +43,8 @@ class Runtime(ABC):
 
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     """Devices of `bakeoff.hardware` that it can run on, best first."""
+    options: ClassVar[frozenset[str]] = frozenset()
+    """Options of `Placement` that it has besides device and threads: `compile`, `provider`."""
 
     def __init__(self, part: PartFiles, placement: Placement) -> None:
         self.part = part

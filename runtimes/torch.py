@@ -22,6 +22,7 @@ _TORCH_NAMES = {"rocm": "cuda"}
 class TorchRuntime(Runtime):
     """bf16 parts compute in bfloat16 and channels-last; inputs and outputs stay float32 like everywhere."""
 
+    options: ClassVar[frozenset[str]] = frozenset({"compile"})
     devices: ClassVar[tuple[str, ...]] = ("cuda", "rocm", "xpu", "mps", "cpu")
 
     @classmethod

@@ -10,7 +10,7 @@ import torch
 
 import bakeoff
 from bakeoff.demo import psnr
-from bakeoff.errors import ArtifactError, Cancelled, InputError, PickleError, RecipeError
+from bakeoff.errors import ArtifactError, Cancelled, InputError, PickleError, RecipeError, UsageError
 
 PROMPTS = [
     "a large red circle on a white background",
@@ -347,6 +347,12 @@ def test_each_engine_keeps_its_threads(baked):
     assert set(seen) == {2}
     with pytest.raises(RecipeError, match="threads"):
         bakeoff.load(baked("torch:fp32"), threads=0)
+
+
+@pytest.mark.parametrize("idle", [{"compile": True}, {"provider": "CPUExecutionProvider"}])
+def test_options_that_no_part_has_are_refused(baked, idle):
+    with pytest.raises(UsageError, match="does nothing here"):
+        bakeoff.load(baked("openvino:fp32"), **idle)
 
 
 @pytest.fixture

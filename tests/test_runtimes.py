@@ -5,6 +5,7 @@ from bakeoff import hardware, plugins
 from bakeoff.errors import ArtifactError, InputError, RecipeError
 from bakeoff.recipe import Placement
 from bakeoff.runtimes.opening import open_part, read_folder
+from bakeoff.runtimes.runtime import _converts
 
 RECIPES = ["torch:fp32", "torch:bf16", "onnx:fp32", "openvino:fp32", "openvino:bf16", "null:fp32"]
 
@@ -71,6 +72,13 @@ def test_float_is_never_truncated_to_int(baked):
         pytest.raises(InputError, match="lose values"),
     ):
         unet.run({**feed(unet, 0), "timestep": torch.tensor([480.5])})
+
+
+def test_integers_are_converted_while_they_keep_their_values():
+    assert _converts(torch.tensor([1, 49407]), torch.int32)
+    assert not _converts(torch.tensor([2**40]), torch.int32)
+    assert not _converts(torch.tensor([1]), torch.float32)
+    assert _converts(torch.tensor([1.5]), torch.float16)
 
 
 def test_threads_are_set_and_read_back_alike(unet):
