@@ -220,8 +220,10 @@ def _holds(relation: str, first: tuple[float, float], second: tuple[float, float
     return abs(along) > abs(other) and (along > 0) == (relation in {"left of", "above"})
 
 
-def _rightness(verdict: Verdict) -> int:
-    return sum(getattr(verdict, attribute) for attribute in ATTRIBUTES)
+def _rightness(verdict: Verdict) -> tuple[int, int]:
+    """Rank a way of giving blobs to items: first by what the items look like, then by all attributes."""
+    looks = verdict.shape + verdict.color + verdict.size
+    return looks, sum(getattr(verdict, attribute) for attribute in ATTRIBUTES)
 
 
 def scorer_hash() -> str:
