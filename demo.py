@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 RECIPES = ("torch:fp32", "onnx:fp32", "openvino:fp32")
 PROMPTS = (
-    "a large red circle on a white background",
-    "a small blue star on a black background",
-    "a large green square left of a small yellow circle on a gray background",
-    "a small purple triangle above a large cyan ring on a white background",
-    "a large yellow star right of a small red square on a black background",
-    "a large blue ring below a small green triangle on a gray background",
+    "a large purple square on a white background",
+    "a large blue circle on a black background",
+    "a large cyan ring left of a large purple ring on a white background",
+    "a small red triangle above a small cyan circle on a gray background",
+    "a small red star left of a large purple square on a gray background",
+    "a large purple square right of a large green ring on a black background",
 )
+"""Chosen among those that the embedded model draws right; how often it does is in docs/embedded-model.md."""
 SEED = 7
 STEPS = 20
 GUIDANCE = 3.0

@@ -23,9 +23,9 @@ from bakeoff.weights import sha256
 
 PROMPTS = "shapes-256"
 STEPS, GUIDANCE = 20, 3.0
-SWEPT_STEPS = (1, 2, 4, 6, 8, 12, 20, 35, 50)
+SWEPT_STEPS = (1, 2, 4, 8, 12, 20, 35, 50)
 SWEPT_GUIDANCE = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
-SWEPT_PROMPTS = 96
+SWEPT_PROMPTS = 64
 SEED = 1000
 MODEL = Path(bakeoff.__file__).parent / "models" / "shapes"
 _SHEET = 8
