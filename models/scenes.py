@@ -179,7 +179,7 @@ def coverage(shape: str, radius: float, x: float, y: float, side: int) -> NDArra
     picture = Image.new("L", (side * _SUPERSAMPLING,) * 2, 0)
     place = (x * _SUPERSAMPLING, y * _SUPERSAMPLING, radius * _SUPERSAMPLING)
     _draw_shape(ImageDraw.Draw(picture), shape, place, 255, 0)
-    return np.asarray(picture.reduce(_SUPERSAMPLING), dtype=np.float32) / 255
+    return np.asarray(picture.reduce(_SUPERSAMPLING), dtype=np.float32) / np.float32(255)
 
 
 def _corners(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:

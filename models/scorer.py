@@ -131,7 +131,7 @@ def read(picture: NDArray[np.uint8]) -> Reading:
         raise InputError(message)
     pixels = picture.astype(np.float32)
     ground = np.median(pixels.reshape(-1, 3), axis=0)
-    distances = {name: float(np.linalg.norm(ground - np.float32(rgb))) for name, rgb in BACKGROUNDS.items()}
+    distances = {name: float(np.linalg.norm(ground - np.asarray(rgb, np.float32))) for name, rgb in BACKGROUNDS.items()}
     nearest = min(distances, key=lambda name: distances[name])
     background = nearest if distances[nearest] <= _BACKGROUND_DISTANCE else None
     return Reading(background, tuple(_blobs(pixels, ground)))
@@ -140,7 +140,7 @@ def read(picture: NDArray[np.uint8]) -> Reading:
 def _blobs(pixels: Floats, ground: Floats) -> list[Found]:
     from scipy import ndimage
 
-    palette = np.float32([ground, *COLORS.values()])
+    palette = np.asarray([ground, *COLORS.values()], np.float32)
     distance = np.linalg.norm(pixels[:, :, None] - palette, axis=3)
     nearest = distance.argmin(axis=2)
     seeds = np.zeros(nearest.shape, dtype=np.int32)
@@ -161,7 +161,7 @@ def _blobs(pixels: Floats, ground: Floats) -> list[Found]:
 
 def _identify(pixels: Floats, ground: Floats, color: str, region: NDArray[np.bool_]) -> Found:
     """Name the blob in a region by the drawing whose coverage is nearest to its own."""
-    direction = np.float32(COLORS[color]) - ground
+    direction = np.asarray(COLORS[color], np.float32) - ground
     alpha = np.clip((pixels - ground) @ direction / (direction @ direction), 0, 1.2) * region
     rows, columns = np.nonzero(region)
     weights = alpha[rows, columns]
