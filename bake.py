@@ -233,10 +233,11 @@ def _proved_later(artifact: Artifact, source: Source, progress: Progress) -> Art
     """Prove an artifact that an earlier export left unproved, if that can be done here."""
     from . import parity
 
-    reason = None if artifact.manifest.proved else parity.obstacle(artifact, str(source.folder))
-    if artifact.manifest.proved or reason:
-        if reason:
-            progress(f"not proved: {reason}")
+    if artifact.manifest.proved:
+        return artifact
+    reason = parity.obstacle(artifact, str(source.folder))
+    if reason:
+        progress(f"not proved: {reason}")
         return artifact
     progress("proving each part in a child process")
     return parity.prove_in_place(artifact, str(source.folder))

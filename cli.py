@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 if not __package__:
     sys.exit("type bakeoff, not python cli.py: run as a script, the folder's modules would load twice")
 
-from .errors import ArtifactError, BakeoffError, ResourceError, UsageError, unknown
+from .errors import ArtifactError, BakeoffError, ResourceError, UsageError
+from .pictures import check_output, save
 from .progress import Steps
-from .recipe import from_toml, parse
+from .recipe import read
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,7 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_doctor, _add_export, _add_inspect, _add_verify, _add_why_rebuild, _add_generate, _add_demo):
+    for add in (
+        _add_doctor,
+        _add_export,
+        _add_inspect,
+        _add_verify,
+        _add_why_rebuild,
+        _add_generate,
+        _add_demo,
+    ):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
@@ -164,21 +173,7 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 
 def _recipe(options: argparse.Namespace) -> tuple[Recipe, Placement]:
-    from .recipe import Placement
-
-    if options.recipe.endswith(".toml"):
-        file = Path(options.recipe)
-        if not file.is_file():
-            message = f"no recipe file {file}"
-            raise UsageError(message)
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            message = f"{file} is not UTF-8 text: {error}"
-            raise UsageError(message) from error
-        recipe, placement = from_toml(text), Placement()
-    else:
-        recipe, placement = parse(options.recipe)
+    recipe, placement = read(options.recipe)
     if options.timestep == "f32":
         recipe = recipe.with_option("openvino", "timestep", "f32")
     return recipe, placement
@@ -335,7 +330,7 @@ def _add_generate(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
 
 
 def _generate(options: argparse.Namespace) -> None:
-    _check_output(options.output)
+    check_output(options.output)
     if (options.height is None) != (options.width is None):
         message = "got one of --height and --width, expected both or none"
         raise UsageError(message)
@@ -357,7 +352,7 @@ def _generate(options: argparse.Namespace) -> None:
             progress=sys.stderr.isatty(),
         )
         configuration = engine.configuration
-    files = _save_images(result.images, options.output)
+    files = save(result.images, options.output)
     for part, found in configuration.items():
         if found.get("fallback"):
             _say(f"note: {part}: {found['fallback']}")
@@ -395,27 +390,6 @@ def _demo(options: argparse.Namespace) -> None:
         return
     print(demo.table(rows))
     print(f"\npictures: {options.output / 'contact-sheet.png'}")
-
-
-def _check_output(output: Path) -> None:
-    """Refuse before the work is done what can't be written after it."""
-    if output.suffix.lower() not in {".png", ".jpg", ".jpeg", ".webp"}:
-        raise UsageError(unknown("picture format", output.suffix, (".png", ".jpg", ".webp")))
-    if not output.parent.is_dir():
-        message = f"no folder {output.parent} to write {output.name} into"
-        raise UsageError(message, fix=f"mkdir -p {output.parent}")
-
-
-def _save_images(images: Any, output: Path) -> list[Path]:  # noqa: ANN401 - (B, H, W, 3) uint8
-    from PIL import Image
-
-    several = len(images) > 1
-    files = [output.with_stem(f"{output.stem}-{i}") if several else output for i in range(len(images))]
-    for file, image in zip(files, images, strict=True):
-        partial = file.with_name(f".{file.name}.partial{file.suffix}")
-        Image.fromarray(image).save(partial)
-        partial.replace(file)
-    return files
 
 
 def _quiet_libraries() -> None:

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .memory import in_child
+from .pictures import SAME_DB, psnr
 from .recipe import parse
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ PROMPTS = (
 SEED = 7
 STEPS = 20
 GUIDANCE = 3.0
-SAME_DB = 200.0
-"""What is said of two pictures that are equal; uint8 ones that aren't stay below 100."""
 _SCALE = 2
 _LABEL_HEIGHT = 18
 _CAPTION_WIDTH = 250
@@ -98,14 +97,6 @@ def generate_here(artifact: str, pictures: str) -> dict[str, float]:
 def _worst_sqnr(artifact: Artifact) -> dict[str, float]:
     parts = artifact.manifest.proof.get("parts", {})
     return {name: min(case["sqnr_db"] for case in part["cases"]) for name, part in parts.items()}
-
-
-def psnr(expected: Pictures, got: Pictures) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in dB; `SAME_DB` where they are equal."""
-    import numpy as np
-
-    error = float(np.mean((expected.astype(np.float64) - got.astype(np.float64)) ** 2))
-    return SAME_DB if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import tomllib
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import RecipeError, unknown
+from .errors import RecipeError, UsageError, unknown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -88,6 +89,27 @@ class Recipe:
             return replace(part, options={**part.options, key: value}) if part.backend == backend else part
 
         return Recipe(added(self.default), {name: added(part) for name, part in self.parts.items()})
+
+
+def read(argument: str) -> tuple[Recipe, Placement]:
+    """Read a recipe as the command line takes it: in one line, or the name of a `.toml` file.
+
+    Raises:
+        UsageError: there is no such file, or it isn't text.
+        RecipeError: it means nothing.
+    """
+    if not argument.endswith(".toml"):
+        return parse(argument)
+    file = Path(argument)
+    if not file.is_file():
+        message = f"no recipe file {file}"
+        raise UsageError(message)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        message = f"{file} is not UTF-8 text: {error}"
+        raise UsageError(message) from error
+    return from_toml(text), Placement()
 
 
 def parse(text: str) -> tuple[Recipe, Placement]:

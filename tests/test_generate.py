@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import bakeoff
-from bakeoff.demo import psnr
 from bakeoff.errors import ArtifactError, Cancelled, InputError, PickleError, RecipeError, UsageError
+from bakeoff.pictures import psnr
 
 PROMPTS = [
     "a large red circle on a white background",

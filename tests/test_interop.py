@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bakeoff.artifact import MANIFEST
-from bakeoff.demo import psnr
+from bakeoff.pictures import psnr
 
 SCRIPTS = Path(__file__).parent / "interop"
 PROMPTS = [

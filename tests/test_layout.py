@@ -15,8 +15,8 @@ FOLDERS = sorted(
 
 LAYERS = [
     {"errors"},
-    {"recipe", "artifact", "hardware", "weights", "memory", "progress", "verdict"},
-    {"components"},
+    {"recipe", "artifact", "hardware", "weights", "memory", "pictures", "progress", "verdict"},
+    {"components", "reports"},
     {"plugins", "source"},
     {"exporters", "runtimes", "models", "quantize"},
     {"parity"},

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import bakeoff
-from bakeoff.demo import psnr
 from bakeoff.models.scenes import random_scene
+from bakeoff.pictures import psnr
 
 pytestmark = pytest.mark.slow
 
