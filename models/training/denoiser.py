@@ -1,4 +1,4 @@
-"""Text encoder and UNet together: v-prediction on the VAE's latents."""
+"""The UNet: v-prediction on the VAE's latents, the text encoder frozen."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ if TYPE_CHECKING:
     from .data import Data
     from .recipe import Recipe
 
+_LARGEST_SNR = 5.0
+_LEAST_WEIGHT = 0.1
+
 
 def train_denoiser(pipeline: StableDiffusionPipeline, data: Data, recipe: Recipe, state: Path) -> Stage:
     """Train on scenes of no held-out combination; sets the VAE's scaling factor to what makes latents of variance 1.
 
-    The loss is of v-prediction (Salimans and Ho, 2022, appendix D), timesteps uniform.
+    The loss is of v-prediction (Salimans and Ho, 2022, appendix D), timesteps uniform, weighted by Min-SNR (Hang and
+    others, 2023) and a floor: so every timestep counts about as much, where by itself the noisiest, whose error no
+    training removes, would drown the fine details.
     """
     latents = _stored_latents(pipeline.vae, data.pictures[data.seen], state)
     pipeline.vae.register_to_config(scaling_factor=round(float(1 / latents.std()), 5))
@@ -33,6 +38,7 @@ def train_denoiser(pipeline: StableDiffusionPipeline, data: Data, recipe: Recipe
     tokens = tokenize(pipeline.tokenizer, [data.scenes[index].caption for index in data.seen])
     empty = tokenize(pipeline.tokenizer, [""])
     text_encoder, unet = pipeline.text_encoder, pipeline.unet.to(memory_format=torch.channels_last)
+    text_encoder.requires_grad_(requires_grad=False)
     alphas = pipeline.scheduler.alphas_cumprod
 
     def loss_at(step: int) -> Tensor:
@@ -46,11 +52,17 @@ def train_denoiser(pipeline: StableDiffusionPipeline, data: Data, recipe: Recipe
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
         text = text_encoder(torch.where(dropped, empty, tokens[chosen]))[0]
-        return functional.mse_loss(unet(noisy, timesteps, text, return_dict=False)[0], velocity)
+        error = functional.mse_loss(unet(noisy, timesteps, text, return_dict=False)[0], velocity, reduction="none")
+        return (_weight(alpha / (1 - alpha)) * error).mean()
 
-    modules = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
+    modules = torch.nn.ModuleDict({"unet": unet})
     steps, rate = recipe.denoiser_steps, recipe.denoiser_rate
     return optimize("denoiser", modules, loss_at, steps, rate, recipe.denoiser_ema, state)
+
+
+def _weight(snr: Tensor) -> Tensor:
+    """Return the weight of v-prediction's error at a signal-to-noise ratio."""
+    return snr.clamp(max=_LARGEST_SNR) / (snr + 1) + _LEAST_WEIGHT
 
 
 def _stored_latents(vae: AutoencoderKL, pictures: Tensor, state: Path) -> Tensor:
