@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 if not __package__:
     sys.exit("type bakeoff, not python cli.py: run as a script, the folder's modules would load twice")
 
+from .bench.command import add_bench
 from .errors import ArtifactError, BakeoffError, ResourceError, UsageError
 from .pictures import check_output, save
 from .progress import Steps
 from .recipe import read
+from .reports.command import add_compare, add_report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
         _add_verify,
         _add_why_rebuild,
         _add_generate,
+        add_bench,
+        add_report,
+        add_compare,
         _add_demo,
     ):
         command = add(commands)

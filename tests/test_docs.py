@@ -25,11 +25,13 @@ def test_the_python_snippet_runs(baked, tmp_path, monkeypatch):
     assert (tmp_path / "mixed" / "bakeoff.json").is_file()
 
 
-def test_the_toml_snippet_is_a_recipe():
+def test_the_toml_snippets_are_a_recipe_and_an_experiment():
+    from bakeoff.bench import experiment
     from bakeoff.recipe import from_toml, parse
 
-    (text,) = snippets("toml")
-    assert from_toml(text) == parse("openvino:bf16,vae_decoder=torch:fp32")[0]
+    recipe, declared = snippets("toml")
+    assert from_toml(recipe) == parse("openvino:bf16,vae_decoder=torch:fp32")[0]
+    assert len(experiment.from_toml(declared).points()) == 6
 
 
 def test_the_commands_parse():

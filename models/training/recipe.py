@@ -19,7 +19,7 @@ class Recipe:
     text_steps: int = 1_000
     text_batch: int = 64
     text_rate: float = 1e-3
-    denoiser_steps: int = 6_000
+    denoiser_steps: int = 4_000
     denoiser_batch: int = 32
     denoiser_rate: float = 1e-3
     denoiser_ema: float = 0.998

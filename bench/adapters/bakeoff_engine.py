@@ -1,0 +1,53 @@
+"""An artifact, or a folder that `bakeoff.load` opens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import bakeoff
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Adapter:
+    """`options`: `folder`, and the arguments of `bakeoff.load`."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        given = {**options}
+        self.engine = bakeoff.load(given.pop("folder"), **given)
+
+    def generate(self, prompts: list[str], latents: NDArray[np.float32], work: dict[str, Any]) -> NDArray[np.uint8]:
+        return self._make(prompts, latents, work, stages=False).images
+
+    def stages(self, prompts: list[str], latents: NDArray[np.float32], work: dict[str, Any]) -> dict[str, float]:
+        seconds = dict(self._make(prompts, latents, work, stages=True).seconds)
+        total = seconds.pop("total")
+        return {**seconds, "host": total - sum(seconds.values())}
+
+    def _make(self, prompts: list[str], latents: NDArray[np.float32], work: dict[str, Any], *, stages: bool) -> Any:  # noqa: ANN401 - a Result
+        import torch
+
+        self._use(work["scheduler"])
+        return self.engine.generate(
+            prompts,
+            latents=torch.from_numpy(latents),
+            seeds=[0] * len(prompts),
+            negative_prompts=work["negative_prompt"],
+            steps=work["steps"],
+            guidance_scale=work["guidance_scale"],
+            size=None if work["height"] is None else (work["height"], work["width"]),
+            max_batch=len(prompts),
+            stages=stages,
+        )
+
+    def _use(self, scheduler: str | None) -> None:
+        pipeline = self.engine.pipeline
+        if scheduler and type(pipeline.scheduler).__name__ != scheduler:
+            import diffusers
+
+            pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+
+    def configuration(self) -> dict[str, Any]:
+        return self.engine.configuration

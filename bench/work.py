@@ -1,0 +1,86 @@
+"""The work that every arm gets: the same prompts, and the same latents from a file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+
+DEFAULT = "shapes-256"
+
+
+def seed_of(prompt_id: str) -> int:
+    """Return the seed of a prompt: from its id, so that it is the same in every experiment."""
+    return int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:7], "big")
+
+
+def prompts(name: str, count: int) -> list[tuple[str, str]]:
+    """Return the first (id, text) of a prompt set, or of the lines of a text file.
+
+    Raises:
+        UsageError: there is no such set or file, or it has too few prompts.
+    """
+    if name.endswith(".txt"):
+        if not Path(name).is_file():
+            message = f"no prompt file {name}"
+            raise UsageError(message)
+        lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [(hashlib.sha256(line.encode()).hexdigest()[:16], line) for line in lines]
+    else:
+        from ..models.prompts import prompt_set
+
+        found = [(prompt.id, prompt.text) for prompt in prompt_set(DEFAULT if name == "default" else name)]
+    if len(found) < count:
+        message = f"got {len(found)} prompts in {name}, expected at least {count}"
+        raise UsageError(message, fix=f"--quality-prompts {len(found)}")
+    return found[:count]
+
+
+def write_latents(model: str, ids: list[str], height: int | None, width: int | None, file: str) -> dict[str, Any]:
+    """Draw each prompt's latents, unit normal float32, from a CPU generator of its own; runs in a child process."""
+    import numpy as np
+
+    from ..runtimes.request import row_generator
+    from ..source import Source
+
+    source = Source.open(model)
+    configs = {part.module: source.config(part.module) for part in source.family.parts}
+    size = source.family.default_size(configs) if height is None or width is None else (height, width)
+    shape = source.family.latent_shape(configs, len(ids), *size)
+    latents = np.stack([row_generator(seed_of(each), shape[1:])[1].numpy() for each in ids])
+    partial = Path(file).with_suffix(".partial.npy")
+    np.save(partial, latents)
+    partial.replace(file)
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return {"latents_sha256": digest, "shape": list(latents.shape), "family": source.family.name, "size": list(size)}
+
+
+def bake(model: str, recipe: str) -> dict[str, Any]:
+    """Export a recipe into the home folder, by key, unless it is there; runs in a child process."""
+    import time
+
+    from ..bake import export, plan
+    from ..recipe import parse
+    from ..source import home
+
+    wanted, placement = parse(recipe)
+    target = home() / "artifacts" / plan(model, wanted).key[:20]
+    present = target.is_dir()
+    started = time.perf_counter()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    artifact = export(model, target, wanted)
+    manifest = artifact.manifest
+    return {
+        "folder": str(target),
+        "placement": placement.as_dict(),
+        "export_s": None if present else time.perf_counter() - started,
+        "key": manifest.key,
+        "bytes": sum(file.size for file in manifest.files.values()),
+        "precisions": {name: part.precision for name, part in manifest.parts.items()},
+        "proof": {
+            name: min(case["sqnr_db"] for case in part["cases"])
+            for name, part in manifest.proof.get("parts", {}).items()
+        },
+    }

@@ -1,0 +1,1 @@
+"""Reports of records: verdicts, tables, one HTML page. Needs neither torch nor the hardware that was measured."""

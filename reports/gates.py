@@ -1,0 +1,100 @@
+"""Whether an arm's pictures are good enough for its speed to count: limits on intervals, not on points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..verdict import mean_interval
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+FP32_PSNR_DB = 45.0
+HALF_FLIP = 1.5
+"""Most mean ꟻLIP of a bf16 or fp16 arm, as a multiple of torch's own bf16."""
+LOST_POINTS = {"int8": 2.0, "w8a8": 2.5, "w8a8-dynamic": 2.5, "nf4": 5.0, "int4": 8.0}
+"""Most points of the scorer that a quantized arm may lose, at the lower bound of the paired difference."""
+LOST_PROMPTS = 1024
+"""Fewest prompts for that bound to be meant."""
+_HALF = {"bf16", "fp16"}
+SAMPLE_DB = 50.0
+"""Least PSNR of a timed picture to the same prompt's in the quality run."""
+CACHED_RATIO = 0.9
+"""A prompt given again and again that takes less than this share of a new prompt's time is answered from a cache."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One condition: what it is, whether it holds (None: can't be said), and the figures."""
+
+    name: str
+    holds: bool | None
+    detail: str
+
+
+def gates(
+    precisions: Iterable[str],
+    figures: dict[str, Any],
+    reference: dict[str, Any] | None,
+    floor: dict[str, Any] | None,
+    runs: list[dict[str, Any]],
+) -> list[Gate]:
+    """Judge an entry by its figures, those of eager fp32 and of torch's bf16, and its timed runs."""
+    if "problem" in figures:
+        return [Gate("size", holds=False, detail=figures["problem"])]
+    flat = sum(figures["flat"])
+    found = [Gate("pictures", holds=not flat, detail=f"{flat} of {len(figures['flat'])} are of one colour")]
+    found += _by_precision(set(precisions), figures, reference, floor)
+    return found + _by_runs(runs)
+
+
+def _by_precision(
+    precisions: set[str], figures: dict[str, Any], reference: dict[str, Any] | None, floor: dict[str, Any] | None
+) -> list[Gate]:
+    quantized = precisions & set(LOST_POINTS)
+    if quantized:
+        return [_lost_points(max(LOST_POINTS[name] for name in quantized), figures, reference)]
+    if precisions & _HALF:
+        return [_near_floor(figures, floor)]
+    worst = min(figures["psnr_db"])
+    return [Gate("fp32", holds=worst >= FP32_PSNR_DB, detail=f"worst PSNR {worst:.1f} dB, at least {FP32_PSNR_DB:g}")]
+
+
+def _near_floor(figures: dict[str, Any], floor: dict[str, Any] | None) -> Gate:
+    if floor is None or len(figures["flip"]) < 2:  # noqa: PLR2004
+        return Gate("half precision", holds=None, detail="torch's own bf16 wasn't measured on two or more prompts")
+    most = HALF_FLIP * float(np.mean(floor["flip"]))
+    _, _, high = mean_interval(figures["flip"])
+    mean = float(np.mean(figures["flip"]))
+    detail = f"mean ꟻLIP {mean:.4f}, at most {high:.4f} with 95 % confidence; limit {most:.4f}"
+    if figures["flip"] == floor["flip"]:
+        return Gate("half precision", holds=True, detail=f"the same as torch's own bf16 (mean ꟻLIP {mean:.4f})")
+    return Gate("half precision", holds=high <= most, detail=detail)
+
+
+def _lost_points(most: float, figures: dict[str, Any], reference: dict[str, Any] | None) -> Gate:
+    if "right" not in figures or reference is None:
+        return Gate("meaning", holds=None, detail="no scorer for this model: name a semantic score and its weights")
+    lost = 100 * (np.asarray(figures["right"], float) - np.asarray(reference["right"], float))
+    if len(lost) < LOST_PROMPTS:
+        detail = f"{len(lost)} prompts, at least {LOST_PROMPTS} needed (difference {lost.mean():+.1f} points)"
+        return Gate("meaning", holds=None, detail=detail)
+    mean, low, _ = mean_interval(list(lost))
+    return Gate("meaning", holds=low >= -most, detail=f"{mean:+.2f} points, at least {low:+.2f}; limit {-most:g}")
+
+
+def _by_runs(runs: list[dict[str, Any]]) -> list[Gate]:
+    near = [run["sample_db"] for run in runs if run["sample_db"] is not None]
+    found = []
+    if near:
+        detail = f"timed pictures are within {min(near):.1f} dB of the judged ones"
+        found.append(Gate("same artifact", holds=min(near) >= SAMPLE_DB, detail=detail))
+    ratios = [float(np.median(run["same_prompt_s"]) / np.median(run["samples_s"])) for run in runs]
+    if ratios:
+        ratio = float(np.median(ratios))
+        detail = f"the same prompt again takes {ratio:.2f} of another's time"
+        found.append(Gate("no prompt cache", holds=ratio >= CACHED_RATIO, detail=detail))
+    return found

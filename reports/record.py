@@ -1,0 +1,33 @@
+"""Records as they lie on disk: one JSON file each, of a schema with a version. Old schemas stay readable."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArtifactError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SCHEMA = 1
+FILE = "record.json"
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read a record: a folder that holds one, or the file itself.
+
+    Raises:
+        ArtifactError: there is none, it isn't JSON, or a newer bakeoff wrote it.
+    """
+    file = folder / FILE if folder.is_dir() else folder
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        message = f"{file} can't be read as a record: {error}"
+        raise ArtifactError(message, fix="bakeoff bench --arms … -o DIR makes one") from error
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    if version != SCHEMA:
+        message = f"{file} has the schema {version!r}, this bakeoff reads {SCHEMA}"
+        raise ArtifactError(message, fix="pip install --upgrade bakeoff")
+    return record

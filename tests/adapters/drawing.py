@@ -1,0 +1,39 @@
+"""An arm of the standard library and NumPy alone: paints a plane from each prompt's latents, and misbehaves when told to."""
+
+import os
+import time
+
+import numpy as np
+
+
+class Adapter:
+    def __init__(self, options):
+        self.options = options
+        self.calls = 0
+        self.known = {}
+        if options.get("at_load") == "raise":
+            message = "no such device"
+            raise RuntimeError(message)
+
+    def generate(self, prompts, latents, work):
+        self.calls += 1
+        if self.calls == self.options.get("at_call"):
+            self._misbehave()
+        time.sleep(0 if self.options.get("caches") and prompts[0] in self.known else self.options.get("sleep", 0.002))
+        self.known[prompts[0]] = True
+        planes = np.abs(latents[:, :3]).repeat(4, axis=2).repeat(4, axis=3)
+        return (np.clip(planes, 0, 2) * 127).astype(np.uint8).transpose(0, 2, 3, 1)
+
+    def _misbehave(self):
+        kind = self.options["kind"]
+        if kind == "raise":
+            message = "out of memory: tried to allocate 9 GB"
+            raise MemoryError(message)
+        if kind == "crash":
+            os.kill(os.getpid(), 11)
+        if kind == "kill":
+            os.kill(os.getpid(), 9)
+        time.sleep(60)
+
+    def configuration(self):
+        return {"all": {"threads": self.options["threads"] + self.options.get("more_threads", 0), "device": "cpu"}}

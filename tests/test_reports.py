@@ -1,0 +1,165 @@
+"""Reports of a planted record: what they say is what was planted; the page opens offline."""
+
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from bakeoff.reports import tables
+from bakeoff.reports.page import page
+from bakeoff.reports.pairs import worst_pairs
+from bakeoff.reports.record import read_record
+from bakeoff.reports.summary import summarize
+
+RATIOS = {"base": 1.0, "faster": 0.5, "same": 1.0, "broken": 0.4}
+PROMPTS = [f"prompt {n}" for n in range(4)]
+
+
+def run(rng, ratio):
+    samples = (0.1 * ratio * np.exp(rng.normal(0, 0.01, 5))).tolist()
+    return {
+        "load_s": 1.0,
+        "first_s": 0.2,
+        "warmup_s": samples[:1],
+        "samples_s": samples,
+        "same_prompt_s": samples[:3],
+        "sample_rows": [0],
+        "sample_db": 200.0,
+        "guard": {"tainted": [], "others_cores": 0.0},
+        "configuration": {"adapter": {"unet": {"threads": 2, "device": "cpu"}}, "python": "3.11", "affinity": [0]},
+    }
+
+
+def entry(psnr_db, *, flat=False):
+    figures = {"psnr_db": [psnr_db] * 4, "ssim": [1.0] * 4, "flip": [0.0] * 4, "flat": [flat] * 4, "right": [True] * 4}
+    return {
+        "quality": {"figures": figures, "configuration": {}},
+        "memory": {
+            "cold_load_s": 2.0,
+            "first_image_s": 0.3,
+            "peak_bytes": {"load": 1e8, "first": 2e8, "steady": 2e8},
+            "peak_anon_bytes": 9e7,
+            "load_peak_anon_bytes": 8e7,
+        },
+        "stages": {"seconds": {"unet": 0.08, "vae_decoder": 0.02}, "overhead": 0.01},
+    }
+
+
+@pytest.fixture
+def record(tmp_path):
+    """Five blocks of four arms, one twice as fast, one that draws black; and one that failed."""
+    rng = np.random.default_rng(0)
+    arms = {name: {"entries": {name: entry(200.0)}, "artifact": {"key": name, "bytes": 10**7}} for name in RATIOS}
+    arms["broken"]["entries"]["broken"] = entry(5.0, flat=True)
+    arms |= {name: {"entries": {name: entry(200.0)}} for name in ("baseline again", "reference")}
+    failure = {"during": "quality", "reason": "<b>out of memory</b>", "stderr": "Traceback"}
+    arms["lost"] = {"entries": {"lost": {"failure": failure}}}
+    blocks = [
+        {"index": i, "order": [], "runs": {n: run(rng, RATIOS.get(n, 1.0)) for n in [*RATIOS, "baseline again"]}}
+        for i in range(5)
+    ]
+    (tmp_path / "pictures").mkdir()
+    pictures = {}
+    for name in [*RATIOS, "reference"]:
+        pictures[name] = f"pictures/{name}.npy"
+        np.save(tmp_path / pictures[name], rng.integers(0, 255, (4, 64, 64, 3)).astype(np.uint8))
+    declared = {"model": "shapes", "baseline": "base", "steps": 20, "batch": 1, "blocks": 5, "repetitions": 5}
+    whole = {
+        "schema_version": 1,
+        "hash": "0" * 64,
+        "started": "2026-01-01T00:00:00+00:00",
+        "experiment": declared | {"quality_prompts": 4, "sweep": {}},
+        "machine": {"cpu": "a processor", "usable_cores": 2, "memory_bytes": 1e10, "python": "3.11"},
+        "prompts": [{"id": text, "text": text} for text in PROMPTS],
+        "pictures": pictures,
+        "arms": arms,
+        "blocks": blocks,
+    }
+    (tmp_path / "record.json").write_text(json.dumps(whole))
+    return tmp_path
+
+
+def test_the_verdict_says_what_was_planted(record):
+    found = {row.name: row for row in summarize(read_record(record)).rows}
+    assert found["faster"].verdict.word == "faster"
+    assert found["faster"].verdict.ratio.ratio == pytest.approx(0.5, rel=0.02)
+    assert found["same"].verdict.word == "no difference shown"
+
+
+def test_a_fast_arm_that_fails_its_gate_is_no_headline(record):
+    summary = summarize(read_record(record))
+    row = next(row for row in summary.rows if row.name == "broken")
+    assert row.verdict.word == "faster"
+    assert not row.passes
+    sentence = next(text for text in summary.headline() if text.startswith("broken"))
+    assert "no candidate" in sentence
+    assert "times as fast" not in sentence
+
+
+def test_all_tables_have_every_arm(record):
+    summary = summarize(read_record(record))
+    names = {"base", "faster", "same", "broken", "lost"}
+    assert {line["arm"] for line in csv.DictReader(io.StringIO(tables.as_csv(summary)))} == names
+    assert {row["name"] for row in json.loads(tables.as_json(summary))["rows"]} == names
+    assert all(f"| {name} |" in tables.markdown(summary) for name in names)
+
+
+def test_pytest_benchmark_gets_the_raw_samples(record):
+    summary = summarize(read_record(record))
+    told = {each["name"]: each["stats"] for each in json.loads(tables.pytest_benchmark(summary))["benchmarks"]}
+    assert set(told) == set(RATIOS)
+    assert told["faster"]["rounds"] == 25
+    assert told["faster"]["median"] == pytest.approx(0.05, rel=0.05)
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+
+def test_the_page_opens_offline_and_says_its_figures_in_words(record):
+    summary = summarize(read_record(record))
+    text = page(summary, worst_pairs(summary, record))
+    found = Page(text)
+    links = [value for _, attributes in found.tags for key, value in attributes.items() if key in {"src", "href"}]
+    assert links
+    assert all(link.startswith("data:") for link in links)
+    assert not re.search(r"url\((?!#)|@import", text)
+    figures = [attributes for tag, attributes in found.tags if tag == "svg"]
+    assert len(figures) == 5
+    assert all(figure["role"] == "img" and figure["aria-label"] for figure in figures)
+    assert all(attributes["alt"] for tag, attributes in found.tags if tag == "img")
+    assert "prefers-color-scheme" in text
+    assert "<b>out of memory</b>" not in text
+
+
+def test_the_worst_pairs_come_first(record):
+    pairs = worst_pairs(summarize(read_record(record)), record, count=5)
+    assert [pair.arm for pair in pairs][:4] == ["broken"] * 4
+    assert pairs[0].picture.size == (192, 64)
+
+
+def test_the_command_writes_all_of_it(record, run_cli):
+    finished = run_cli("report", record, "--png")
+    assert finished.returncode == 0, finished.stderr
+    written = {path.name for path in record.iterdir()}
+    assert {"report.html", "report.md", "report.csv", "report.json", "pareto.png"} <= written
+
+
+@pytest.mark.parametrize(
+    ("content", "match"), [("{", "can't be read"), ('{"schema_version": 99}', "schema 99"), ("[]", "schema")]
+)
+def test_what_is_no_record_is_refused(tmp_path, run_cli, content, match):
+    (tmp_path / "record.json").write_text(content)
+    finished = run_cli("report", tmp_path)
+    assert finished.returncode == 4
+    assert match in finished.stderr
