@@ -72,8 +72,9 @@ def test_the_negative_prompt_ignored(engine, expected):
 
 
 def test_the_vae_scaling_dropped(engine, expected, monkeypatch):
-    monkeypatch.setattr(engine.pipeline.vae.config, "scaling_factor", 1.0, raising=False)
-    engine.pipeline.vae.config = {**engine.pipeline.vae.config, "scaling_factor": 1.0}
+    vae = engine.pipeline.vae
+    decode = vae.decode
+    monkeypatch.setattr(vae, "decode", lambda z, *rest, **named: decode(z * vae.config.scaling_factor, *rest, **named))
     assert fails(expected, draw(engine))
 
 
