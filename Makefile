@@ -7,7 +7,7 @@ INTEROP_READY := .venv-interop/.ready
 GENAI_BIN := .venv-genai/bin
 GENAI_READY := .venv-genai/.ready
 
-.PHONY: demo test test-all test-interop lint bench-export bench-shapes shapes clean
+.PHONY: demo test test-all test-interop lint bench-export bench-shapes bench-statistics shapes clean
 
 demo: $(READY)  ## Export the embedded model for each backend, generate, compare.
 	$(BIN)/bakeoff demo -o demo
@@ -33,6 +33,9 @@ bench-export: $(READY)  ## Peak memory, seconds and bytes of full-size exports (
 
 bench-shapes: $(READY)  ## How often the embedded model draws what its prompt says, over steps and guidance.
 	$(BIN)/python -P docs/benchmarks/shapes_accuracy.py docs/benchmarks/shapes_accuracy.json
+
+bench-statistics: $(READY)  ## How often the bench's verdicts are right, over simulated experiments of known truth.
+	$(BIN)/python -P docs/benchmarks/planted_truth.py docs/benchmarks/planted_truth.json
 
 shapes: $(READY)  ## Train the embedded model again, from nothing but the scene generator (an hour and a half on 2 cores).
 	$(BIN)/python -P -m bakeoff.models.training build/shapes

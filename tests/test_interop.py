@@ -79,6 +79,39 @@ def test_openvino_genai_makes_the_same_picture(copied, latents, tmp_path):
     assert psnr(expected[0], np.load(out)[0]) >= 45
 
 
+def compared(folder, adapter, python, tmp_path, **fields):
+    """Run a short bench of our runtime and a peer's on one folder; return the peer's row."""
+    from bakeoff.bench.experiment import Arm, Experiment
+    from bakeoff.bench.runner import run
+    from bakeoff.reports.summary import summarize
+
+    peer = Arm("peer", adapter=adapter, python=os.environ[python], options={"folder": str(folder)})
+    given = {"timed_prompts": 2, "quality_prompts": 2, "steps": 4, "blocks": 2, "repetitions": 2, "guidance_scale": 3.0}
+    declared = Experiment(
+        "shapes", (Arm("ours", folder=str(folder)), peer), "ours", reference="ours", **given, **fields
+    )
+    rows = {row.name: row for row in summarize(run(declared, tmp_path / "run", print)).rows}
+    assert rows["ours"].failure is None
+    return rows["peer"]
+
+
+@pytest.mark.parametrize("recipe", ["onnx:fp32", "openvino:fp32"])
+def test_optimum_is_an_arm(copied, tmp_path, recipe):
+    row = compared(copied(recipe), "optimum_pipeline", "INTEROP_PYTHON", tmp_path)
+    assert row.failure is None
+    assert min(row.figures["psnr_db"]) >= 45
+    assert row.verdict
+
+
+def test_openvino_genai_is_an_arm(copied, latents, tmp_path):
+    folder = copied("openvino:fp32")
+    np.save(tmp_path / "one.npy", latents[:1].numpy())
+    run("GENAI_PYTHON", "genai_generate.py", folder, tmp_path / "one.npy", tmp_path / "out.npy", 1, 3.0, PROMPTS[0])
+    row = compared(folder, "openvino_genai_pipeline", "GENAI_PYTHON", tmp_path, height=64, width=64)
+    assert row.failure is None
+    assert min(row.figures["psnr_db"]) >= 45
+
+
 def test_what_optimum_exports_opens_in_bakeoff(shapes, latents, tmp_path):
     """An ONNX folder that optimum-cli writes, marked unproved, gives the picture of the original."""
     import bakeoff

@@ -2,14 +2,13 @@
 
 import json
 import os
-import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import bakeoff
-from bakeoff.models.scenes import random_scene
+from bakeoff.models.prompts import prompt_set
 from bakeoff.pictures import psnr
 
 pytestmark = pytest.mark.slow
@@ -17,8 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def pictures(baked):
-    rng = random.Random(64)
-    prompts = [random_scene(rng).caption for _ in range(64)]
+    prompts = [prompt.text for prompt in prompt_set("shapes-1024")[:64]]
     made = {}
 
     def generate(recipe):

@@ -1,12 +1,11 @@
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bakeoff.bench.simulation import experiment, outcomes
 from bakeoff.errors import InputError
 from bakeoff.verdict import (
     Ratio,
@@ -18,21 +17,11 @@ from bakeoff.verdict import (
     verdicts,
 )
 
-sys.path.insert(0, str(Path(__file__).parent))
-from planted import experiment
-
 EXPERIMENTS = 2_000
 
 
-def judged(ratio, blocks, *, stalls=False, seed=0):
-    """Run many experiments with an A/A arm; return each one's verdict on the arm of the planted ratio."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(EXPERIMENTS):
-        timed = experiment(rng, {"base": 1.0, "again": 1.0, "arm": ratio}, blocks, stalls=stalls)
-        floor = paired_ratio(timed["base"], timed["again"])
-        found.append(verdicts({"arm": paired_ratio(timed["base"], timed["arm"])}, floor)["arm"])
-    return found
+def judged(ratio, blocks, *, stalls=False):
+    return outcomes(ratio, blocks, experiments=EXPERIMENTS, stalls=stalls)
 
 
 def share(found, condition):

@@ -1,14 +1,15 @@
 """Measure how often `shapes` draws what its prompt says: `python shapes_accuracy.py RECORD.json`.
 
 All of the held-out prompts at the model's usual steps and guidance, torch fp32; then a part of them over steps and
-guidance. Rows that the record already has are kept, as long as model and scorer are the same. Draws the plot and the
-contact sheet of the first 64 prompts beside the record.
+guidance, where rows that the record already has are kept, as long as model and scorer are the same. Draws the plots, the
+first 64 prompts' pictures, and those that are wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import bakeoff
 from bakeoff.hardware import describe
-from bakeoff.models.prompts import prompt_set
+from bakeoff.models.prompts import Prompt, prompt_set
 from bakeoff.models.scorer import ATTRIBUTES, score, scorer_hash
 from bakeoff.weights import sha256
 
@@ -36,17 +37,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("record", type=Path)
     record_file = parser.parse_args().record
+    docs = record_file.parent.parent
     record = _open(record_file)
     with bakeoff.load(MODEL, device="cpu") as engine:
-        for steps, guidance, count in _settings():
-            name = f"steps {steps}, guidance {guidance:g}, {count} prompts"
+        pictures = _draw(engine, STEPS, GUIDANCE, len(prompt_set(PROMPTS)))
+        record["rows"] = {_name(STEPS, GUIDANCE, len(pictures)): _row(STEPS, GUIDANCE, pictures), **record["rows"]}
+        for steps, guidance in _swept():
+            name = _name(steps, guidance, SWEPT_PROMPTS)
             if name not in record["rows"]:
-                pictures = _draw(engine, steps, guidance, count)
-                record["rows"][name] = _row(steps, guidance, pictures)
+                record["rows"][name] = _row(steps, guidance, _draw(engine, steps, guidance, SWEPT_PROMPTS))
                 record_file.write_text(json.dumps(record, indent=1) + "\n")
                 print(name, record["rows"][name]["right"])
-        _sheet(_draw(engine, STEPS, GUIDANCE, _SHEET**2)).save(record_file.parent.parent / "shapes-held-out.png")
-    _plot(record, record_file.parent.parent / "shapes-accuracy.png")
+    judged = [
+        (prompt, picture, score(prompt.text, picture).right)
+        for prompt, picture in zip(prompt_set(PROMPTS), pictures, strict=True)
+    ]
+    record_file.write_text(json.dumps(record, indent=1) + "\n")
+    _sheet(judged[: _SHEET**2]).save(docs / "shapes-held-out.png")
+    _sheet([each for each in judged if not each[2]][: _SHEET * 2]).save(docs / "shapes-failures.png")
+    _plot(record, docs / "shapes-accuracy.png")
+    _plot_training(docs / "shapes-training.png")
 
 
 def _open(file: Path) -> dict[str, Any]:
@@ -66,13 +76,13 @@ def _open(file: Path) -> dict[str, Any]:
     return head | {"machine": describe(), "rows": old["rows"] if same else {}}
 
 
-def _settings() -> list[tuple[int, float, int]]:
-    swept = [(steps, GUIDANCE, SWEPT_PROMPTS) for steps in SWEPT_STEPS]
-    return [
-        (STEPS, GUIDANCE, len(prompt_set(PROMPTS))),
-        *swept,
-        *((STEPS, guidance, SWEPT_PROMPTS) for guidance in SWEPT_GUIDANCE if guidance != GUIDANCE),
-    ]
+def _name(steps: int, guidance: float, count: int) -> str:
+    return f"steps {steps}, guidance {guidance:g}, {count} prompts"
+
+
+def _swept() -> list[tuple[int, float]]:
+    others = [guidance for guidance in SWEPT_GUIDANCE if guidance != GUIDANCE]
+    return [*((steps, GUIDANCE) for steps in SWEPT_STEPS), *((STEPS, guidance) for guidance in others)]
 
 
 def _draw(engine: bakeoff.Engine, steps: int, guidance: float, count: int) -> np.ndarray:
@@ -94,17 +104,18 @@ def _row(steps: int, guidance: float, pictures: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _sheet(pictures: np.ndarray) -> Image.Image:
-    """Lay out the first prompts with their pictures, framed green where right and red where not."""
-    sheet = Image.new("RGB", (_SHEET * (_CELL + 12), _SHEET * (_CELL + _TEXT)), "white")
+def _sheet(judged: list[tuple[Prompt, np.ndarray, bool]]) -> Image.Image:
+    """Lay out prompts with their pictures, framed green where right and red where not."""
+    rows = max(-(-len(judged) // _SHEET), 1)
+    sheet = Image.new("RGB", (_SHEET * (_CELL + 12), rows * (_CELL + _TEXT)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=9)
-    for number, (prompt, picture) in enumerate(zip(prompt_set(PROMPTS), pictures, strict=False)):
+    for number, (prompt, picture, right) in enumerate(judged):
         x, y = number % _SHEET * (_CELL + 12) + 6, number // _SHEET * (_CELL + _TEXT) + 4
-        frame = "green" if score(prompt.text, picture).right else "red"
-        draw.rectangle((x - 3, y - 3, x + _CELL + 2, y + _CELL + 2), fill=frame)
+        draw.rectangle((x - 3, y - 3, x + _CELL + 2, y + _CELL + 2), fill="green" if right else "red")
         sheet.paste(Image.fromarray(picture).resize((_CELL, _CELL), Image.Resampling.NEAREST), (x, y))
-        words = prompt.text.removesuffix(" background").split(" ")
-        draw.text((x, y + _CELL + 4), " ".join(words[:5]) + "\n" + " ".join(words[5:]), fill="black", font=font)
+        draw.text(
+            (x, y + _CELL + 4), textwrap.fill(prompt.text.removesuffix(" background"), 27), fill="black", font=font
+        )
     return sheet
 
 
@@ -128,6 +139,26 @@ def _plot(record: dict[str, Any], file: Path) -> None:
     left.set_xticks(SWEPT_STEPS, map(str, SWEPT_STEPS))
     left.set_ylabel(f"share of {SWEPT_PROMPTS} held-out prompts")
     right.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def _plot_training(file: Path) -> None:
+    """Plot each stage's loss over its steps."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    stages = json.loads((MODEL / "training.json").read_text())["stages"]
+    figure, axes = plt.subplots(1, len(stages), figsize=(10, 2.8))
+    for axis, (name, stage) in zip(axes, stages.items(), strict=True):
+        axis.plot(*zip(*stage["curve"], strict=True))
+        axis.set_yscale("log")
+        axis.set_title(name.replace("_", " "), fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("smoothed loss")
     figure.tight_layout()
     figure.savefig(file, dpi=110)
 
