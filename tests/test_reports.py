@@ -4,17 +4,22 @@ import csv
 import io
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from bakeoff.reports import tables
+from bakeoff.reports.figures import _COLORS
 from bakeoff.reports.page import page
 from bakeoff.reports.pairs import worst_pairs
 from bakeoff.reports.record import read_record
 from bakeoff.reports.summary import summarize
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RATIOS = {"base": 1.0, "faster": 0.5, "same": 1.0, "broken": 0.4}
 PROMPTS = [f"prompt {n}" for n in range(4)]
 
@@ -163,3 +168,66 @@ def test_what_is_no_record_is_refused(tmp_path, run_cli, content, match):
     finished = run_cli("report", tmp_path)
     assert finished.returncode == 4
     assert match in finished.stderr
+
+
+@pytest.fixture
+def shot(record):
+    """Render the page of a planted record; return its pixels, what the browser logged, and the URLs it asked for."""
+    if BROWSER is None:
+        pytest.skip("no Chromium here")
+    (record / "report.html").write_text(
+        page(summarize(read_record(record)), worst_pairs(summarize(read_record(record)), record))
+    )
+
+    def render(*options, width=1000):
+        command = [
+            BROWSER,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--enable-logging=stderr",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--no-first-run",
+            f"--user-data-dir={record / 'profile'}",
+            f"--log-net-log={record / 'net.json'}",
+            f"--screenshot={record / 'page.png'}",
+            f"--window-size={width},2400",
+            *options,
+            f"file://{record / 'report.html'}",
+        ]
+        finished = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        events = json.loads((record / "net.json").read_text())
+        kind = events["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
+        asked = [event.get("params", {}) for event in events["events"] if event["type"] == kind]
+        urls = [
+            each["url"] for each in asked if each.get("initiator", "not an origin") != "not an origin"
+        ]  # not the browser's own
+        return np.asarray(Image.open(record / "page.png").convert("RGB")), finished.stderr, urls
+
+    return render
+
+
+def shows(pixels, color):
+    wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return (np.abs(pixels.astype(int) - wanted).max(axis=2) < 12).sum() > 50
+
+
+def test_the_page_renders_alone(shot):
+    pixels, logged, urls = shot()
+    assert pixels[5, 5].min() > 240
+    assert all(shows(pixels, color) for color in _COLORS[:3])
+    assert "CONSOLE" not in logged
+    assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
+
+
+def test_the_page_is_dark_where_that_is_wished(shot):
+    pixels, _, _ = shot("--blink-settings=preferredColorScheme=0")
+    assert pixels[5, 5].max() < 40
+    assert (pixels.min(axis=2) > 200).sum() > 1000  # light text, in figures, too
+
+
+def test_the_page_fits_a_phone(shot):
+    pixels, _, _ = shot(width=500)
+    assert shows(pixels, _COLORS[0])
