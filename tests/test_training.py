@@ -3,9 +3,11 @@ import json
 import pytest
 import torch
 
+from bakeoff.models.scenes import Item, Scene
 from bakeoff.models.training import loop
 from bakeoff.models.training.__main__ import train
 from bakeoff.models.training.recipe import Recipe
+from bakeoff.models.training.text_encoder import _labels
 
 TINY = Recipe(
     scenes=16, crowds=8, vae_steps=2, vae_batch=4, text_steps=2, text_batch=4, denoiser_steps=2, denoiser_batch=2
@@ -40,6 +42,15 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, monkeypat
     resumed, stage = minimize(tmp_path / "broken", loss_of)
     assert stage.step == 6
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.parametrize(("relation", "opposite"), [("left of", "right of"), ("above", "below")])
+def test_a_scene_has_the_same_labels_from_either_side(relation, opposite):
+    small, large = Item("small", "red", "star"), Item("large", "blue", "ring")
+    told = _labels(Scene("gray", (small, large), relation))
+    assert told == _labels(Scene("gray", (large, small), opposite))
+    assert told != _labels(Scene("gray", (large, small), relation))
+    assert [labels[0] for labels in told] == [1, 1]
 
 
 @pytest.mark.slow
