@@ -13,7 +13,7 @@ demo: $(READY)  ## Export the embedded model for each backend, generate, compare
 	$(BIN)/bakeoff demo -o demo
 
 test: $(READY)  ## The tests that a change should pass: under 10 minutes on 2 cores.
-	$(BIN)/python -P -m pytest
+	$(BIN)/python -P -m pytest -n auto --dist loadfile
 
 test-all: $(READY)  ## All tests but those that need other environments.
 	$(BIN)/python -P -m pytest -m 'not interop'

@@ -11,6 +11,11 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # A core each: two processes of several threads on the same cores would wait for each other most of the time.
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(cores)]})
+
 PROMPTS = [
     "a large red circle on a white background",
     "a small blue star above a large green ring on a gray background",
@@ -32,19 +37,23 @@ def shapes():
 
 @pytest.fixture(scope="session")
 def baked(tmp_path_factory):
-    """Bake `shapes` by a recipe, once a session: `baked("onnx:fp32")` is the artifact's folder."""
+    """Bake `shapes` by a recipe, once a session of however many processes: `baked("onnx:fp32")` is the artifact's folder."""
+    from filelock import FileLock
+
     from bakeoff.bake import export
     from bakeoff.recipe import parse
 
-    root = tmp_path_factory.mktemp("artifacts")
-    made = {}
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "artifacts"
+    root.mkdir(exist_ok=True)
 
     def bake(recipe):
-        if recipe not in made:
-            folder = root / recipe.replace(":", "-").replace(",", "_").replace("=", "-").replace("+", "-")
-            export("shapes", folder, parse(recipe)[0], reuse=list(made.values()))
-            made[recipe] = folder
-        return made[recipe]
+        folder = root / recipe.replace(":", "-").replace(",", "_").replace("=", "-").replace("+", "-")
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                lenders = [other for other in sorted(root.glob("[!.]*")) if (other / "bakeoff.json").exists()]
+                export("shapes", folder, parse(recipe)[0], reuse=lenders)
+        return folder
 
     return bake
 
