@@ -27,14 +27,14 @@ PROMPTS = (
     "a small blue circle left of a large yellow square on a gray background",
     "a large green ring above a small purple triangle on a black background",
     "a large cyan triangle right of a large red ring on a white background",
-    "a small yellow star below a large blue circle on a gray background",
+    "a large yellow star below a small blue circle on a gray background",
     "a large purple square right of a small green star on a black background",
 )
 """Every shape, relation and background; how often the model draws what it is told is in docs/embedded-model.md."""
 SEED = 7
 STEPS = 20
 GUIDANCE = 3.0
-_SCALE = 2
+_SCALE = 3
 _LABEL_HEIGHT = 18
 _CAPTION_WIDTH = 250
 

@@ -30,7 +30,7 @@ SWEPT_PROMPTS = 64
 SEED = 1000
 MODEL = Path(bakeoff.__file__).parent / "models" / "shapes"
 _SHEET = 8
-_CELL, _TEXT = 128, 40
+_CELL, _TEXT = 128, 48
 
 
 def main() -> None:
