@@ -16,7 +16,7 @@ test: $(READY)  ## The tests that a change should pass: under 10 minutes on 2 co
 	$(BIN)/python -P -m pytest -n auto --dist loadfile
 
 test-all: $(READY)  ## All tests but those that need other environments.
-	$(BIN)/python -P -m pytest -m 'not interop'
+	$(BIN)/python -P -m pytest -n auto --dist loadfile -m 'not interop'
 
 test-interop: $(READY) $(INTEROP_READY) $(GENAI_READY)  ## Open our artifacts with Optimum and OpenVINO GenAI.
 	INTEROP_PYTHON=$(INTEROP_BIN)/python GENAI_PYTHON=$(GENAI_BIN)/python $(BIN)/python -P -m pytest -m interop

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options) or 0)
     except BakeoffError as error:
         return _report(error, options)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         return _report(_named(error), options)
     except KeyboardInterrupt:
@@ -399,7 +403,6 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _quiet_libraries() -> None:
     """Keep what libraries say of themselves off the terminal; without importing them, so that errors come at once."""
-    import os
     import warnings
 
     warnings.filterwarnings("ignore")

@@ -151,6 +151,14 @@ def kill_after(seconds, output, recipe="torch:fp32,unet=torch:bf16"):
     return True
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(baked):
+    command = [sys.executable, "-P", "-u", "-m", "bakeoff.cli", "inspect", baked("torch:fp32"), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_a_killed_export_leaves_no_artifact(tmp_path):
     assert not kill_after(2.0, tmp_path / "out")
 
