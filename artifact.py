@@ -220,7 +220,7 @@ def staged(target: Path, *, replace_existing: bool) -> Iterator[Path]:
     """
     _check_target(target, replace_existing=replace_existing)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
+    sweep(target)
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
     partial.mkdir()
     try:
@@ -249,7 +249,7 @@ def _check_target(target: Path, *, replace_existing: bool) -> None:
         raise ArtifactError(message, fix="choose another folder, or move this one away yourself")
 
 
-def _sweep(target: Path) -> None:
+def sweep(target: Path) -> None:
     """Remove what killed exports to this target have left."""
     for stale in target.parent.glob(f".{target.name}.partial-*"):
         pid = stale.name.rpartition("-")[2]

@@ -21,6 +21,7 @@ from .artifact import (
     describe_files,
     key_of,
     staged,
+    sweep,
 )
 from .errors import CorruptError, RecipeError, ResourceError, UnavailableError, UsageError, unknown
 from .exporters.capture import capture
@@ -202,6 +203,7 @@ def export(
     """
     target = Path(output)
     planned = plan(model, recipe, revision=revision, weights=weights)
+    sweep(target)
     present = None if force else _present(target, planned.key)
     if present is not None:
         progress(f"{target} is up to date")

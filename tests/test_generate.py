@@ -41,7 +41,7 @@ def reference(shapes):
     """Diffusers' own pipeline on the model's folder."""
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(shapes, dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(shapes)
     pipeline.set_progress_bar_config(disable=True)
 
     def generate(prompts, seeds, steps, guidance_scale, **options):

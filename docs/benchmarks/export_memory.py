@@ -1,7 +1,7 @@
 """Measure what exports of full-size modules take: peak anonymous memory, seconds, bytes written.
 
-`python export_memory.py RECORD.json`; rows that the record already has are kept. Weights are random, built on the spot. Each export runs in a
-child process whose anonymous memory its parent samples every 10 ms; the proof runs in another child.
+`python export_memory.py RECORD.json`; rows that the record already has are kept. Weights are random, built on the spot.
+Each export runs in a child process whose anonymous memory its parent samples every 10 ms; the proof runs in another.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ def train(recipe: Recipe, state: Path, output: Path) -> None:
     pipeline.to(torch.float16).save_pretrained(output)
     pipeline.tokenizer.backend_tokenizer.model.save(str(output / "tokenizer"))
     _use_common_keys(output / "text_encoder" / "model.safetensors")
+    _open_as_float32(output / "text_encoder" / "config.json")
     record = {"recipe": asdict(recipe), "stages": {name: asdict(stage) for name, stage in stages.items()}}
     (output / "training.json").write_text(json.dumps(record) + "\n")
 
@@ -67,6 +68,11 @@ def _use_common_keys(file: Path) -> None:
 
     tensors = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _open_as_float32(config: Path) -> None:
+    """Let Transformers open the text encoder in float32, as Diffusers does the other parts, whatever the file holds."""
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
