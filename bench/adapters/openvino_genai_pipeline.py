@@ -13,7 +13,7 @@ import openvino
 import openvino_genai
 
 
-class _Given(openvino_genai.Generator):  # type: ignore[misc] - GenAI has no types
+class _Given(openvino_genai.Generator):  # type: ignore[misc]  # GenAI has no types
     """Gives the latents where noise is asked for."""
 
     def __init__(self, latents: np.ndarray) -> None:
