@@ -14,6 +14,7 @@ if not __package__:
     sys.exit("type bakeoff, not python cli.py: run as a script, the folder's modules would load twice")
 
 from .bench.command import add_bench
+from .doctor import add_doctor
 from .errors import ArtifactError, BakeoffError, ResourceError, UsageError
 from .pictures import check_output, save
 from .progress import Steps
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
-        _add_doctor,
+        add_doctor,
         _add_export,
         _add_inspect,
         _add_verify,
@@ -113,35 +114,6 @@ def _print_json(data: object) -> None:
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr)
-
-
-def _add_doctor(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argparse's subparsers have no public type
-    command: argparse.ArgumentParser = commands.add_parser("doctor", help="show hardware, devices and backends")
-    command.set_defaults(run=_doctor)
-    return command
-
-
-def _doctor(options: argparse.Namespace) -> None:
-    from . import hardware, plugins
-    from .memory import available_bytes
-
-    machine = {**hardware.describe(), "available_bytes": available_bytes()}
-    devices = hardware.devices()
-    backends = {name: plugins.runtime(name).probe() for name in plugins.names("runtimes")}
-    if options.json:
-        groups = {"devices": devices, "backends": backends}
-        _print_json(
-            {"machine": machine, **{key: {n: a.as_dict() for n, a in group.items()} for key, group in groups.items()}}
-        )
-        return
-    print(f"{machine['cpu']}, {machine['usable_cores']} cores to use, {', '.join(machine['instruction_sets'])}")
-    print(f"{machine['memory_bytes'] / 1e9:.1f} GB of memory, {machine['available_bytes'] / 1e9:.1f} GB free")
-    for title, group in (("devices", devices), ("backends", backends)):
-        print(f"\n{title}")
-        for name, found in group.items():
-            print(f"  {'yes' if found.ok else 'no ':3} {name:10} {found.reason}")
-            if found.fix and not found.ok:
-                print(f"      {'':10} hint: {found.fix}")
 
 
 def _add_export(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401

@@ -21,7 +21,7 @@ LAYERS = [
     {"exporters", "runtimes", "models", "quantize"},
     {"parity"},
     {"bake"},
-    {"demo", "bench"},
+    {"demo", "bench", "doctor"},
     {"cli"},
 ]
 SAME_LAYER = {("source", "plugins"), ("artifact", "weights"), ("weights", "errors")}
