@@ -53,7 +53,7 @@ def measured(tmp_path_factory):
         drawing("hang", at_call=3, kind="hang"),
         Arm("lost", adapter=ADAPTER, python="/no/such/python"),
     )
-    declared = replace(experiment(*arms), timeout_s=4.0)
+    declared = replace(experiment(*arms), timeout_s=10.0)
     lines = []
     record = runner.run(declared, folder, lines.append)
     return folder, declared, record, lines
