@@ -24,7 +24,7 @@ test-interop: $(READY) $(INTEROP_READY) $(GENAI_READY)  ## Open our artifacts wi
 lint: $(READY)  ## ruff, and mypy on the package as it is installed.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typecheck
+	rm -rf build/typecheck build/bdist.*
 	$(BIN)/pip install -q --no-deps --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p bakeoff
 

@@ -15,6 +15,7 @@ from ..errors import BakeoffError
 from ..hardware import describe, usable_cores
 from ..memory import Watch, in_child
 from ..recipe import parse
+from ..reports.record import AGAIN, FLOOR, REFERENCE, entry_name
 from . import guard
 from .experiment import Arm, Experiment
 from .process import ArmFailedError, Process
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str], None]
 
-REFERENCE = "reference"
-FLOOR = "bf16 floor"
-AGAIN = "baseline again"
-"""Arms that the experiment adds: eager fp32 to compare with, torch's own bf16, and the baseline a second time."""
 _HALF = {"bf16", "fp16"}
 _ADAPTERS = Path(__file__).parent / "adapters"
 _QUALITY_BATCH = 8
@@ -139,7 +136,7 @@ class _Run:
 
     def _entries(self) -> list[Entry]:
         return [
-            Entry(f"{arm.name} | {point}" if point else arm.name, arm, point, experiment)
+            Entry(entry_name(arm.name, point), arm, point, experiment)
             for point, experiment in self._declared.points().items()
             for arm in self._arms()
         ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .summary import REFERENCE, entry_name
+from .record import REFERENCE, entry_name
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 FILE = "record.json"
+REFERENCE = "reference"
+FLOOR = "bf16 floor"
+AGAIN = "baseline again"
+"""Arms that an experiment adds: eager fp32 to compare with, torch's own bf16, and the baseline a second time."""
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -31,3 +35,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         message = f"{file} has the schema {version!r}, this bakeoff reads {SCHEMA}"
         raise ArtifactError(message, fix="pip install --upgrade bakeoff")
     return record
+
+
+def entry_name(arm: str, point: str) -> str:
+    """Return the name under which a record keeps an arm at a point."""
+    return f"{arm} | {point}" if point else arm

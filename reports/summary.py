@@ -9,10 +9,7 @@ import numpy as np
 
 from ..verdict import FEWEST_BLOCKS, Ratio, Verdict, break_even_images, outliers, paired_ratio, percentile, verdicts
 from .gates import Gate, gates
-
-REFERENCE = "reference"
-FLOOR = "bf16 floor"
-AGAIN = "baseline again"
+from .record import AGAIN, FLOOR, REFERENCE, entry_name
 
 
 @dataclass(frozen=True)
@@ -116,11 +113,6 @@ def _point(arm: str, name: str) -> str:
     return name.removeprefix(arm).removeprefix(" | ")
 
 
-def entry_name(arm: str, point: str) -> str:
-    """Return the name under which a record keeps an arm at a point."""
-    return f"{arm} | {point}" if point else arm
-
-
 def _ratio(record: dict[str, Any], arm: str, baseline: str, point: str) -> Ratio | None:
     """Compare over the blocks in which both ran."""
     first, second = entry_name(baseline, point), entry_name(arm, point)
@@ -164,12 +156,12 @@ def _row(record: dict[str, Any], arm: str, name: str, point: str, verdict: Verdi
         blocks=[run["samples_s"] for run in runs],
         batch=batch,
         verdict=verdict,
-        remarks=_remarks(runs, others if arm != baseline else [], record),
+        remarks=_remarks(runs, others if arm != baseline else []),
         load_s=_median([run["load_s"] for run in runs]),
         cold_load_s=memory and memory["cold_load_s"],
         first_s=_median([run["first_s"] for run in runs]),
         export_s=artifact.get("export_s"),
-        break_even=_break_even(record, runs, others, batch),
+        break_even=_break_even(runs, others, batch),
         memory=memory,
         stages=(entry.get("stages") or {}).get("seconds"),
         disk_bytes=artifact.get("bytes"),
@@ -194,10 +186,7 @@ def _median(values: list[float]) -> float | None:
     return float(np.median(values)) if values else None
 
 
-def _break_even(
-    record: dict[str, Any], runs: list[dict[str, Any]], others: list[dict[str, Any]], batch: int
-) -> float | None:
-    del record
+def _break_even(runs: list[dict[str, Any]], others: list[dict[str, Any]], batch: int) -> float | None:
     if not runs or not others:
         return None
     (base_setup, base_image), (arm_setup, arm_image) = (
@@ -210,7 +199,7 @@ def _break_even(
     return break_even_images(base_setup, base_image, arm_setup, arm_image)
 
 
-def _remarks(runs: list[dict[str, Any]], others: list[dict[str, Any]], record: dict[str, Any]) -> list[str]:
+def _remarks(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[str]:
     """Say what is unfair or doubtful: other threads, a fallback, a hidden precision, a disturbed block."""
     remarks = []
     tainted = [text for run in runs for text in run["guard"]["tainted"]]
@@ -228,7 +217,6 @@ def _remarks(runs: list[dict[str, Any]], others: list[dict[str, Any]], record: d
         hidden = _knob(run, "precision") & {"i8", "u8", "i4", "u4", "int8", "int4"}
         if hidden:
             remarks.append(f"runs in {', '.join(sorted(hidden))}")
-    del record
     return remarks
 
 
@@ -250,10 +238,11 @@ def _sentence(row: Row, baseline: str) -> str:
     if row.verdict.word == "no difference shown":
         word = f"shows no difference from {baseline} that {ratio.blocks} blocks could show"
         return f"{row.name} {word} ({between}; the smallest to be seen was {row.verdict.smallest_effect:.0%}).{doubt}"
-    times = 1 / ratio.ratio if row.verdict.word == "faster" else ratio.ratio
     if failing:
         return f"{row.name} is no candidate, whatever its speed ({between}).{doubt}"
-    return f"{row.name} is {times:.2f} times {'as fast as' if times == 1 / ratio.ratio else 'slower than'} {baseline} ({between})."
+    faster = row.verdict.word == "faster"
+    times = f"{1 / ratio.ratio:.2f} times as fast as" if faster else f"{ratio.ratio:.2f} times slower than"
+    return f"{row.name} is {times} {baseline} ({between})."
 
 
 def seconds(value: float | None) -> str:
