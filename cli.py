@@ -366,11 +366,13 @@ def _demo(options: argparse.Namespace) -> None:
     from . import demo
 
     rows = demo.run(options.output, _say)
+    if not options.json:
+        print(demo.table(rows), f"\npictures: {options.output / 'contact-sheet.png'}\n", sep="\n", flush=True)
+    verdict = demo.bench(options.output, _say)
     if options.json:
-        _print_json(rows)
+        _print_json({"pictures": rows, "verdict": verdict})
         return
-    print(demo.table(rows))
-    print(f"\npictures: {options.output / 'contact-sheet.png'}")
+    print("", *verdict, f"\nreport: {options.output / 'bench' / 'report.html'}", sep="\n")
 
 
 def _quiet_libraries() -> None:

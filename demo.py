@@ -1,4 +1,4 @@
-"""The demo: bake the embedded model for each backend, make the same pictures, show them side by side."""
+"""The demo: bake the embedded model for each backend, show its pictures side by side, then hold a short bake-off."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     Pictures = NDArray[np.uint8]
 
 RECIPES = ("torch:fp32", "onnx:fp32", "openvino:fp32")
+"""Whose pictures should be the same."""
+BENCHED = (*RECIPES, "torch:bf16", "openvino:bf16")
+"""Every arm for a CPU."""
 PROMPTS = (
     "a large red star on a white background",
     "a small blue circle left of a large yellow square on a gray background",
@@ -43,14 +46,11 @@ def run(folder: Path, progress: Callable[[str], None]) -> list[dict[str, Any]]:
     """Export, generate and compare; write `contact-sheet.png` and `demo.json` into `folder`; return the table's rows."""
     import numpy as np
 
-    from .bake import export
-
     folder.mkdir(parents=True, exist_ok=True)
     rows, columns = [], []
     for recipe in RECIPES:
-        progress(f"exporting {recipe}")
-        target = folder / recipe.replace(":", "-")
-        artifact = export("shapes", target, parse(recipe)[0], progress=progress, force=_outdated(target, recipe))
+        artifact = _export(folder, recipe, progress)
+        target = artifact.folder
         progress(f"generating with {recipe}")
         pictures = folder / f"{target.name}.npy"
         arguments = {"artifact": str(target), "pictures": str(pictures)}
@@ -70,6 +70,47 @@ def run(folder: Path, progress: Callable[[str], None]) -> list[dict[str, Any]]:
     _contact_sheet(columns).save(folder / "contact-sheet.png")
     (folder / "demo.json").write_text(json.dumps(rows, indent=1) + "\n")
     return rows
+
+
+def _export(folder: Path, recipe: str, progress: Callable[[str], None]) -> Artifact:
+    from .bake import export
+
+    progress(f"exporting {recipe}")
+    target = folder / recipe.replace(":", "-")
+    return export("shapes", target, parse(recipe)[0], progress=progress, force=_outdated(target, recipe))
+
+
+def bench(folder: Path, progress: Callable[[str], None]) -> list[str]:
+    """Compare every arm for a CPU in a short experiment, from nothing; write its report; return the verdict."""
+    import shutil
+
+    from .bench.display import Display
+    from .bench.experiment import Arm, Experiment
+    from .bench.runner import run
+    from .reports.command import write
+    from .reports.summary import summarize
+
+    arms = tuple(Arm(recipe, folder=str(_export(folder, recipe, progress).folder)) for recipe in BENCHED)
+    output = folder / "bench"
+    if output.exists():
+        shutil.rmtree(output)
+    declared = Experiment(
+        "shapes",
+        arms,
+        baseline=arms[0].name,
+        reference=arms[0].name,
+        timed_prompts=4,
+        quality_prompts=16,
+        steps=4,
+        guidance_scale=GUIDANCE,
+        blocks=2,
+        repetitions=3,
+    )
+    with Display() as display:
+        record = run(declared, output, display)
+    summary = summarize(record)
+    write(summary, output, output)
+    return summary.headline()
 
 
 def _outdated(target: Path, recipe: str) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import nvidia
 from .errors import RecipeError, unknown
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def usable_cores() -> int:
 
 
 def describe() -> dict[str, Any]:
-    """Describe processor, instruction sets and memory."""
+    """Describe processor, instruction sets, caches, memory and GPUs."""
     import psutil
 
     info = _cpuinfo()
@@ -50,10 +51,24 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": info.get("model name") or platform.processor() or platform.machine(),
         "instruction_sets": [name for name in _INSTRUCTION_SETS if name in info.get("flags", "").split()],
+        "caches_bytes": _caches(),
         "physical_cores": psutil.cpu_count(logical=False),
         "usable_cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
+        "gpus": nvidia.describe(),
     }
+
+
+def _caches() -> dict[str, int]:
+    """Return the caches of the first core, in bytes, by level and kind; some of them other cores share."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
+            found[f"L{level} {kind.lower()}"] = int(size.removesuffix("K")) * 1024
+        except (OSError, ValueError):
+            continue
+    return found
 
 
 def _cpuinfo() -> dict[str, str]:

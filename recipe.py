@@ -100,16 +100,23 @@ def read(argument: str) -> tuple[Recipe, Placement]:
     """
     if not argument.endswith(".toml"):
         return parse(argument)
-    file = Path(argument)
+    return from_toml(read_text(Path(argument), "recipe")), Placement()
+
+
+def read_text(file: Path, kind: str) -> str:
+    """Read a file that the user names; `kind` says what it should hold.
+
+    Raises:
+        UsageError: there is no such file, or it isn't text.
+    """
     if not file.is_file():
-        message = f"no recipe file {file}"
+        message = f"no {kind} file {file}"
         raise UsageError(message)
     try:
-        text = file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         message = f"{file} is not UTF-8 text: {error}"
         raise UsageError(message) from error
-    return from_toml(text), Placement()
 
 
 def parse(text: str) -> tuple[Recipe, Placement]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..recipe import read_text
+from .metrics import known
 
 if TYPE_CHECKING:
     import argparse
@@ -57,6 +59,19 @@ def add_bench(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argpa
         metavar="AXIS=A,B",
         help="measure at several values: steps=4,8,20; repeatable",
     )
+    command.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME=WEIGHTS",
+        help=f"judge by a metric that takes weights, from a folder or a hub id; repeatable: {', '.join(known())}",
+    )
+    command.add_argument(
+        "--resident",
+        action="store_true",
+        default=None,
+        help="keep the arms' processes alive between blocks, where loading outweighs the timed work",
+    )
     command.set_defaults(run=_bench)
     return command
 
@@ -64,9 +79,12 @@ def add_bench(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argpa
 def _bench(options: argparse.Namespace) -> None:
     from ..reports.summary import summarize
     from ..reports.tables import as_json, markdown
+    from .display import Display
     from .runner import run
 
-    record = run(_declared(options), options.output, lambda text: print(text, file=sys.stderr))
+    declared = _declared(options)
+    with Display() as display:
+        record = run(declared, options.output, display)
     summary = summarize(record)
     print(as_json(summary) if options.json else markdown(summary))
     print(f"report: bakeoff report {options.output}", file=sys.stderr)
@@ -82,18 +100,20 @@ def _declared(options: argparse.Namespace) -> Experiment:
         if given:
             message = f"got {options.experiment} and --{', --'.join(given)}; a file declares the whole experiment"
             raise UsageError(message, fix="write them into the file")
-        return from_toml(_text(options.experiment))
+        return from_toml(read_text(options.experiment, "experiment"))
     if options.rigorous:
         given.setdefault("blocks", 10)
     given["sweep"] = dict(_axis(text) for text in options.sweep)
+    given["metrics"] = dict(_weights(text) for text in options.metric)
     return from_dict(given)
 
 
-def _text(file: Path) -> str:
-    if not file.is_file():
-        message = f"no experiment file {file}"
-        raise UsageError(message)
-    return file.read_text(encoding="utf-8")
+def _weights(text: str) -> tuple[str, str]:
+    name, equals, weights = text.partition("=")
+    if not equals or not weights:
+        message = f"got --metric {text}, expected a metric and its weights"
+        raise UsageError(message, fix="--metric lpips=FOLDER")
+    return name.replace("-", "_"), weights
 
 
 def _axis(text: str) -> tuple[str, list[Any]]:

@@ -13,11 +13,15 @@ from typing import Any
 
 from ..errors import UsageError, unknown
 from ..recipe import parse
+from ..reports.budgets import Budget
+from .metrics import known
 
 AXES = ("steps", "height", "width", "batch", "guidance_scale", "scheduler", "threads")
 """What may be swept."""
 _CONTINUES = re.compile(r"[a-z_0-9]+=[a-z]+:")
 """How a piece after a comma goes on with the recipe before it: `openvino:int8,vae_decoder=torch:bf16`."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,13 @@ class Arm:
     recipe: str | None = None
     """With placement: `torch:bf16+compile@cpu`."""
     folder: str | None = None
-    """An artifact, or an Optimum or Diffusers folder, opened as it is."""
+    """An artifact, an Optimum or Diffusers folder or a hub id, opened as it is."""
     adapter: str | None = None
     """A Python file with a class `Adapter`, or the name of a shipped one: see `bakeoff.bench.adapters`."""
     python: str | None = None
     """The interpreter of the adapter's environment."""
+    precision: str | None = None
+    """What it runs in, for its quality gate, where neither a recipe nor a manifest says it."""
     options: dict[str, Any] = field(default_factory=dict)
     """Handed to the adapter, or to `bakeoff.load`."""
 
@@ -67,6 +73,12 @@ class Experiment:
     """Longest silence of a worker before it counts as hung."""
     seed: int = 0
     """Of the order in which the arms of a block run."""
+    resident: bool = False
+    """Keep the arms alive and idle between blocks: where loading outweighs the timed work."""
+    metrics: dict[str, str] = field(default_factory=dict)
+    """Metrics that need weights, by name (`lpips`, `clip_score`…): the folder or hub id of their weights."""
+    budgets: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By arm: what it may take. See `bakeoff.reports.budgets.Budget`."""
     sweep: dict[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,12 +93,14 @@ class Experiment:
             if not isinstance(value, int) or value < 1:
                 message = f"got {name} = {value!r}, expected a whole number from 1"
                 raise UsageError(message)
-        for axis, values in self.sweep.items():
-            if axis not in AXES:
-                raise UsageError(unknown("axis of a sweep", axis, AXES))
-            if not isinstance(values, list) or not values:
-                message = f"got {values!r} for the axis {axis}, expected a list of values"
-                raise UsageError(message)
+        for arm, limits in self.budgets.items():
+            if arm not in names:
+                raise UsageError(unknown("arm of a budget", arm, names))
+            Budget.read(limits)
+        for name in self.metrics:
+            if name not in known():
+                raise UsageError(unknown("metric", name, known()))
+        _check_sweep(self.sweep)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,6 +123,15 @@ class Experiment:
         return next(arm for arm in self.arms if arm.name == name)
 
 
+def _check_sweep(sweep: dict[str, list[Any]]) -> None:
+    for axis, values in sweep.items():
+        if axis not in AXES:
+            raise UsageError(unknown("axis of a sweep", axis, AXES))
+        if not isinstance(values, list) or not values:
+            message = f"got {values!r} for the axis {axis}, expected a list of values"
+            raise UsageError(message)
+
+
 def parse_arms(text: str) -> tuple[Arm, ...]:
     """Read arms as the command line takes them: recipes and folders after commas.
 
@@ -125,7 +148,7 @@ def parse_arms(text: str) -> tuple[Arm, ...]:
 
 
 def _arm(text: str) -> Arm:
-    if Path(text).is_dir():
+    if Path(text).is_dir() or _HUB_ID.fullmatch(text):
         return Arm(text, folder=text)
     parse(text)  # refuses what is no recipe, before anything runs
     return Arm(text, recipe=text)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ..reports.budgets import Budget
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -22,42 +24,25 @@ class Measured:
         """Return all about an arm."""
         return next(row for row in self.summary.rows if row.name == arm)
 
-    def require(
-        self, arm: str, *, ratio: float | None = None, peak_anon_bytes: float | None = None, gates: bool = True
-    ) -> None:
+    def require(self, arm: str, *, gates: bool = True, **limits: float) -> None:
         """Fail the test, with the figures, where an arm exceeds its budget.
 
         Args:
             arm: its name.
-            ratio: most time against the baseline; the upper bound of the 95 % interval must stay within it.
-            peak_anon_bytes: most anonymous memory.
-            gates: whether its pictures must pass their gates.
+            gates: whether its pictures must pass their gates, too.
+            limits: those of `bakeoff.reports.budgets.Budget`.
 
         Raises:
             AssertionError: it exceeds one.
         """
         row = self.row(arm)
-        broken = [row.failure] if row.failure else self._broken(row, ratio, peak_anon_bytes, gates=gates)
+        judged = Budget.read(limits).gates(row, self.summary.baseline) + (row.gates if gates else [])
+        broken = (
+            [row.failure] if row.failure else [f"{gate.name}: {gate.detail}" for gate in judged if gate.holds is False]
+        )
         if broken:
             message = f"{arm} exceeds its budget: {'; '.join(broken)}"
             raise AssertionError(message)
-
-    def _broken(self, row: Row, ratio: float | None, peak_anon_bytes: float | None, *, gates: bool) -> list[str]:
-        broken = []
-        if ratio is not None:
-            found = row.verdict.ratio if row.verdict else None
-            if found is None:
-                broken.append("no ratio: it takes a baseline and two blocks")
-            elif found.high > ratio:
-                interval = f"{found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}]"
-                broken.append(f"takes {interval} of {self.summary.baseline}'s time, at most {ratio:g} allowed")
-        if peak_anon_bytes is not None:
-            peak = row.memory["peak_anon_bytes"] if row.memory else None
-            if peak is None or peak > peak_anon_bytes:
-                broken.append(f"takes {peak} bytes of anonymous memory, at most {peak_anon_bytes:.0f} allowed")
-        if gates:
-            broken += [f"gate {gate.name}: {gate.detail}" for gate in row.gates if gate.holds is False]
-        return broken
 
 
 @pytest.fixture
@@ -69,6 +54,6 @@ def bakeoff(tmp_path: Any) -> Callable[..., Measured]:  # noqa: ANN401 - a Path
         from .experiment import from_dict
         from .runner import run
 
-        return Measured(summarize(run(from_dict(declared), tmp_path / "bakeoff", lambda _: None)))
+        return Measured(summarize(run(from_dict(declared), tmp_path / "bakeoff")))
 
     return measure

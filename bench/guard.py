@@ -1,4 +1,4 @@
-"""What else the machine did while an arm was timed: load, other processes' share of the cores, stolen time, frequency."""
+"""What else the machine did while an arm was timed: load, other processes, stolen time, frequency, throttling."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .. import nvidia
 
 MOST_OTHERS = 0.1
 """Share of one core that other processes may take before a run is tainted."""
@@ -24,6 +26,9 @@ class Reading:
     busy: float
     stolen: float
     ours: float
+    foreign: int = 0
+    """Other processes that compute on GPUs."""
+    throttled: tuple[str, ...] = ()
 
 
 def read(pid: int) -> Reading:
@@ -35,7 +40,15 @@ def read(pid: int) -> Reading:
     except (OSError, IndexError):
         return Reading(time.monotonic(), 0, 0, 0)
     busy = sum(ticks[i] for i in _BUSY if i < len(ticks))
-    return Reading(time.monotonic(), busy / tick, ticks[_STEAL] / tick, (int(words[11]) + int(words[12])) / tick)
+    ours = (int(words[11]) + int(words[12])) / tick
+    return Reading(
+        time.monotonic(),
+        busy / tick,
+        ticks[_STEAL] / tick,
+        ours,
+        nvidia.foreign_processes(pid),
+        tuple(nvidia.throttled()),
+    )
 
 
 def between(before: Reading, after: Reading) -> dict[str, Any]:
@@ -48,6 +61,8 @@ def between(before: Reading, after: Reading) -> dict[str, Any]:
         for text, beyond in (
             (f"other processes took {others:.2f} cores", others > MOST_OTHERS),
             (f"the host stole {stolen:.2f} cores", stolen > MOST_STOLEN),
+            (f"{after.foreign} other processes used a GPU", after.foreign > 0),
+            (f"a GPU was held back by {', '.join(after.throttled)}", bool(after.throttled)),
         )
         if beyond
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..pictures import psnr
+from .metrics import open_metric
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,11 +20,49 @@ _FLATTEST = 1.0
 """Least standard deviation, in levels, of a picture that shows anything."""
 
 
-def figures_of_all(pairs: list[list[str]], prompts: list[str], scorer: bool) -> list[dict[str, Any]]:  # noqa: FBT001 - called by name, from JSON
-    """Return the figures of each pair of files, reference and arm. Runs in a child process."""
+def figures_of_all(
+    pairs: list[list[dict[str, str | None]]],
+    prompts: list[str],
+    scorer: bool,  # noqa: FBT001 - called by name, from JSON
+    metrics: dict[str, str],
+) -> list[dict[str, Any]]:
+    """Return the figures of each pair, reference and arm: files of pictures and of latents after each step.
+
+    Runs in a child process. `metrics` are names and weights.
+    """
     import numpy as np
 
-    return [figures(np.load(reference), np.load(arm), prompts, scorer=scorer) for reference, arm in pairs]
+    opened = [open_metric(name, weights) for name, weights in metrics.items()]
+    found = []
+    for reference, arm in pairs:
+        expected, got = (np.load(str(side["pictures"])) for side in (reference, arm))
+        told = figures(expected, got, prompts, scorer=scorer)
+        if "problem" not in told:
+            told["metrics"] = {metric.name: metric.values(expected, got, prompts) for metric in opened}
+        if reference["steps"] and arm["steps"]:
+            told["trajectory"] = drift(np.load(reference["steps"]), np.load(arm["steps"]))
+        found.append(told)
+    return found
+
+
+def check_metrics(metrics: dict[str, str]) -> None:
+    """Open each metric's weights; raises what `open_metric` does. Runs in a child process."""
+    for name, weights in metrics.items():
+        open_metric(name, weights)
+
+
+def drift(expected: NDArray[np.float32], got: NDArray[np.float32]) -> list[float]:
+    """Return how far latents (steps, B, …) are from the reference's after each step: relative root mean square.
+
+    A drift grows from rounding step by step; a part that is broken is far off from the first step.
+    """
+    import numpy as np
+
+    if expected.shape != got.shape:
+        return []
+    axes = tuple(range(1, expected.ndim))
+    off, size = (np.sqrt(np.mean(np.square(x, dtype=np.float64), axis=axes)) for x in (got - expected, expected))
+    return [float(f"{value:.4g}") for value in off / size]
 
 
 def figures(expected: Pictures, got: Pictures, prompts: list[str], *, scorer: bool) -> dict[str, Any]:

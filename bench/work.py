@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..artifact import Manifest
 
 DEFAULT = "shapes-256"
 
@@ -57,6 +60,18 @@ def write_latents(model: str, ids: list[str], height: int | None, width: int | N
     return {"latents_sha256": digest, "shape": list(latents.shape), "family": source.family.name, "size": list(size)}
 
 
+def found(folder: str) -> dict[str, Any]:
+    """Say what a folder or a hub id holds that is run as it is; runs in a child process."""
+    from ..artifact import MANIFEST, Artifact
+    from ..source import Source
+
+    path = Path(folder).resolve() if Path(folder).is_dir() else Source.open(folder).folder
+    if (path / MANIFEST).is_file():
+        return {"folder": str(path), "placement": {}, **_told(Artifact.open(path).manifest)}
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return {"folder": str(path), "placement": {}, "bytes": size}
+
+
 def bake(model: str, recipe: str) -> dict[str, Any]:
     """Export a recipe into the home folder, by key, unless it is there; runs in a child process."""
     import time
@@ -70,15 +85,15 @@ def bake(model: str, recipe: str) -> dict[str, Any]:
     present = target.is_dir()
     started = time.perf_counter()
     target.parent.mkdir(parents=True, exist_ok=True)
-    artifact = export(model, target, wanted)
-    manifest = artifact.manifest
+    manifest = export(model, target, wanted).manifest
+    export_s = None if present else time.perf_counter() - started
+    return {"folder": str(target), "placement": placement.as_dict(), "export_s": export_s, **_told(manifest)}
+
+
+def _told(manifest: Manifest) -> dict[str, Any]:
     return {
-        "folder": str(target),
-        "placement": placement.as_dict(),
-        "export_s": None if present else time.perf_counter() - started,
         "key": manifest.key,
         "bytes": sum(file.size for file in manifest.files.values()),
-        "precisions": {name: part.precision for name, part in manifest.parts.items()},
         "proof": {
             name: min(case["sqnr_db"] for case in part["cases"])
             for name, part in manifest.proof.get("parts", {}).items()

@@ -6,6 +6,7 @@ answers go as JSON lines to what was stdout (which is then stderr's, so that a l
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -16,6 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+_TOLD_VERSIONS = (
+    "bakeoff", "diffusers", "numpy", "onnxruntime", "openvino", "openvino_genai", "optimum", "tensorrt", "torch",
+    "torchao", "transformers",
+)  # fmt: skip
 
 
 class Worker:
@@ -70,10 +76,33 @@ class Worker:
         told = tell([self.work["prompts"][row] for row in rows], latents, self.work)
         return {"stages": told, "seconds": (time.perf_counter_ns() - started) / 1e9}
 
+    def trajectory(self, rows: list[int], file: str) -> dict[str, Any]:
+        """Keep the latents after each step, (steps, B, …) float32, where the adapter can tell them."""
+        tell = getattr(self.adapter, "trajectory", None)
+        if tell is None:
+            return {"steps": 0}
+        latents = np.ascontiguousarray(self.work["latents"][rows])
+        told = np.asarray(tell([self.work["prompts"][row] for row in rows], latents, self.work), np.float32)
+        np.save(file, told)
+        return {"steps": len(told)}
+
+    def device_memory(self) -> dict[str, Any]:
+        """Say what the adapter's own allocator took of a device at most, in bytes, where there is one."""
+        told: dict[str, Any] = getattr(self.adapter, "device_memory", dict)()
+        return told
+
     def configuration(self) -> dict[str, Any]:
         """Say what the adapter read back: threads, devices, precision executed; and this process's own."""
         told: dict[str, Any] = getattr(self.adapter, "configuration", dict)()
-        return {"adapter": told, "python": sys.version.split()[0], "affinity": affinity()}
+        versions = {name: version(name) for name in _TOLD_VERSIONS if importlib.util.find_spec(name)}
+        return {"adapter": told, "python": sys.version.split()[0], "affinity": affinity(), "versions": versions}
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # installed under another name, such as onnxruntime-gpu
+        return str(getattr(sys.modules.get(package), "__version__", "unknown"))
 
 
 def affinity() -> list[int]:

@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
-FORMATS = ("html", "markdown", "csv", "json", "pytest-benchmark")
+    from .summary import Summary
+
+FORMATS = ("html", "markdown", "csv", "json", "model-card", "pytest-benchmark")
 _FILES = {
     "html": "report.html",
     "markdown": "report.md",
     "csv": "report.csv",
     "json": "report.json",
+    "model-card": "model-card.md",
     "pytest-benchmark": "pytest-benchmark.json",
 }
 
@@ -23,7 +27,7 @@ def add_report(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argp
         "report", aliases=["replay"], help="render a record, of whatever machine, as a page and tables"
     )
     command.add_argument("record", type=Path, help="the folder that bakeoff bench wrote, or its record.json")
-    command.add_argument("--format", choices=FORMATS, action="append", help="by default all but pytest-benchmark")
+    command.add_argument("--format", choices=FORMATS, action="append", help="by default all but the last two")
     command.add_argument("-o", "--output", type=Path, metavar="DIR", help="by default beside the record")
     command.add_argument("--png", action="store_true", help="write the figures as PNG files, too")
     command.set_defaults(run=_report)
@@ -32,30 +36,40 @@ def add_report(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argp
 
 def _report(options: argparse.Namespace) -> None:
     from . import tables
-    from .figures import figures
-    from .page import page
-    from .pairs import worst_pairs
     from .record import read_record
     from .summary import summarize
 
     folder = options.record if options.record.is_dir() else options.record.parent
-    output = options.output or folder
     summary = summarize(read_record(options.record))
+    written = write(summary, folder, options.output or folder, options.format or FORMATS[:-2], png=options.png)
+    if options.json:
+        print(tables.as_json(summary))
+    else:
+        print("\n".join(map(str, written)))
+
+
+def write(
+    summary: Summary, folder: Path, output: Path, formats: Sequence[str] = FORMATS[:-2], *, png: bool = False
+) -> list[Path]:
+    """Render a record of `folder`, whose pictures lie there, into `output`; return the files."""
+    from . import tables
+    from .figures import figures
+    from .page import page
+    from .pairs import worst_pairs
+
     render = {
         "html": lambda: page(summary, worst_pairs(summary, folder)),
         "markdown": lambda: tables.markdown(summary),
         "csv": lambda: tables.as_csv(summary),
         "json": lambda: tables.as_json(summary),
+        "model-card": lambda: tables.model_card(summary),
         "pytest-benchmark": lambda: tables.pytest_benchmark(summary),
     }
     output.mkdir(parents=True, exist_ok=True)
-    written = [_write(output / _FILES[name], render[name]().encode()) for name in options.format or FORMATS[:-1]]
-    if options.png:
+    written = [_write(output / _FILES[name], render[name]().encode()) for name in formats]
+    if png:
         written += [_write(output / f"{figure.name}.png", figure.png) for figure in figures(summary)]
-    if options.json:
-        print(tables.as_json(summary))
-    else:
-        print("\n".join(map(str, written)))
+    return written
 
 
 def _write(file: Path, content: bytes) -> Path:
@@ -83,5 +97,6 @@ def _compare(options: argparse.Namespace) -> None:
     from .record import read_record
 
     first, second = read_record(options.first), read_record(options.second)
-    compared = compare(first, second)
+    folders = tuple(path if path.is_dir() else path.parent for path in (options.first, options.second))
+    compared = compare(first, second, folders)
     print(json.dumps([asdict(each) for each in compared], indent=1) if options.json else table(compared, first, second))

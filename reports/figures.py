@@ -18,6 +18,9 @@ _INK = "#123456"
 """A colour that nothing else has: in the SVG it becomes the text's own, light or dark."""
 _COLORS = ("#3b7dd8", "#e08e3c", "#3fa66a", "#c2559d", "#8a6fd1", "#c9a227", "#4bb3c2", "#d65f5f")
 
+_LEAST_DRIFT = 1e-9
+"""Drawn where latents are equal: a logarithmic axis has no zero."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -38,6 +41,7 @@ def figures(summary: Summary) -> list[Figure]:
         _figure("stages", "Where the time goes", _stages, summary),
         _figure("memory", "Memory by phase", _memory, summary),
         _figure("drift", "Latency over repetitions", _drift, summary),
+        _figure("trajectory", "Distance from eager fp32 along the steps", _trajectory, summary),
     ]
     return [figure for figure in made if figure]
 
@@ -48,7 +52,7 @@ def _figure(name: str, title: str, draw: Callable[[Any, Summary], str | None], s
 
     style = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
     with mpl.rc_context({**style, "svg.fonttype": "none", "font.size": 10, "svg.hashsalt": name}):
-        height = 3.6 if name in {"drift", "pareto"} else 1.2 + 0.45 * max(len(summary.rows), 3)
+        height = 3.6 if name in {"drift", "pareto", "trajectory"} else 1.2 + 0.45 * max(len(summary.rows), 3)
         canvas = Canvas(figsize=(7.2, height), layout="constrained")
         axes = canvas.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
@@ -207,3 +211,19 @@ def _drift(axes: Any, summary: Summary) -> str | None:  # noqa: ANN401
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8, ncols=2)
     return f"Seconds of every repetition of {', '.join(row.name for row in rows)}, in the order they ran."
+
+
+def _trajectory(axes: Any, summary: Summary) -> str | None:  # noqa: ANN401
+    traced = [(row, row.figures["trajectory"]) for row in summary.rows if row.figures and row.figures.get("trajectory")]
+    traced = [(row, values) for row, values in traced if any(values)]
+    if not traced:
+        return None
+    for i, (row, values) in enumerate(traced):
+        color = _COLORS[i % len(_COLORS)]
+        shown = [max(value, _LEAST_DRIFT) for value in values]
+        axes.semilogy(range(1, len(values) + 1), shown, ".-", lw=1, ms=4, color=color, label=_label(row))
+    axes.set_xlabel("step")
+    axes.set_ylabel("relative RMS distance of latents")
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    told = [f"{row.name} {values[0]:.1e} after the first step, {values[-1]:.1e} at the end" for row, values in traced]
+    return f"Distance of the latents from eager fp32's: {'; '.join(told)}."

@@ -41,22 +41,30 @@ def gates(
     reference: dict[str, Any] | None,
     floor: dict[str, Any] | None,
     runs: list[dict[str, Any]],
+    semantic: tuple[str, float] | None = None,
 ) -> list[Gate]:
-    """Judge an entry by its figures, those of eager fp32 and of torch's bf16, and its timed runs."""
+    """Judge an entry by its figures, those of eager fp32 and of torch's bf16, and its timed runs.
+
+    `semantic` names the metric that says what pictures mean where the scorer can't, and what makes its values points.
+    """
     if "problem" in figures:
         return [Gate("size", holds=False, detail=figures["problem"])]
     flat = sum(figures["flat"])
     found = [Gate("pictures", holds=not flat, detail=f"{flat} of {len(figures['flat'])} are of one colour")]
-    found += _by_precision(set(precisions), figures, reference, floor)
+    found += _by_precision(set(precisions), figures, reference, floor, semantic)
     return found + _by_runs(runs)
 
 
 def _by_precision(
-    precisions: set[str], figures: dict[str, Any], reference: dict[str, Any] | None, floor: dict[str, Any] | None
+    precisions: set[str],
+    figures: dict[str, Any],
+    reference: dict[str, Any] | None,
+    floor: dict[str, Any] | None,
+    semantic: tuple[str, float] | None,
 ) -> list[Gate]:
     quantized = precisions & set(LOST_POINTS)
     if quantized:
-        return [_lost_points(max(LOST_POINTS[name] for name in quantized), figures, reference)]
+        return [_lost_points(max(LOST_POINTS[name] for name in quantized), figures, reference, semantic)]
     if precisions & _HALF:
         return [_near_floor(figures, floor)]
     worst = min(figures["psnr_db"])
@@ -75,15 +83,26 @@ def _near_floor(figures: dict[str, Any], floor: dict[str, Any] | None) -> Gate:
     return Gate("half precision", holds=high <= most, detail=detail)
 
 
-def _lost_points(most: float, figures: dict[str, Any], reference: dict[str, Any] | None) -> Gate:
-    if "right" not in figures or reference is None:
-        return Gate("meaning", holds=None, detail="no scorer for this model: name a semantic score and its weights")
-    lost = 100 * (np.asarray(figures["right"], float) - np.asarray(reference["right"], float))
+def _lost_points(
+    most: float, figures: dict[str, Any], reference: dict[str, Any] | None, semantic: tuple[str, float] | None
+) -> Gate:
+    mine, theirs = (_points(each, semantic) for each in (figures, reference or {}))
+    if mine is None or theirs is None:
+        return Gate("meaning", holds=None, detail="no scorer for this model: name a semantic metric and its weights")
+    lost = np.subtract(mine, theirs)
     if len(lost) < LOST_PROMPTS:
         detail = f"{len(lost)} prompts, at least {LOST_PROMPTS} needed (difference {lost.mean():+.1f} points)"
         return Gate("meaning", holds=None, detail=detail)
     mean, low, _ = mean_interval(list(lost))
     return Gate("meaning", holds=low >= -most, detail=f"{mean:+.2f} points, at least {low:+.2f}; limit {-most:g}")
+
+
+def _points(figures: dict[str, Any], semantic: tuple[str, float] | None) -> list[float] | None:
+    if "right" in figures:
+        return [100.0 * right for right in figures["right"]]
+    if semantic and semantic[0] in figures.get("metrics", {}):
+        return [semantic[1] * value for value in figures["metrics"][semantic[0]]]
+    return None
 
 
 def _by_runs(runs: list[dict[str, Any]]) -> list[Gate]:

@@ -9,7 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from .figures import figures
-from .tables import cells
+from .tables import conditions, notes, table
 
 if TYPE_CHECKING:
     from .pairs import Pair
@@ -41,7 +41,7 @@ def page(summary: Summary, pairs: list[Pair]) -> str:
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>bakeoff: {escape(title)}</title><style>{_STYLE}</style></head><body><main>",
-            f"<h1>{escape(title)}</h1><p class=soft>{escape(_conditions(summary))}</p>",
+            f"<h1>{escape(title)}</h1><p class=soft>{escape(conditions(summary))}</p>",
             _verdict(summary),
             _figures(summary),
             "<h2>All figures</h2>",
@@ -51,15 +51,6 @@ def page(summary: Summary, pairs: list[Pair]) -> str:
             _folded(summary),
             "</main></body></html>",
         ]
-    )
-
-
-def _conditions(summary: Summary) -> str:
-    e, machine = summary.record["experiment"], summary.record["machine"]
-    return (
-        f"{e['steps']} steps, batch {e['batch']}, {e['blocks']} blocks of {e['repetitions']} repetitions, "
-        f"{e['quality_prompts']} prompts judged; {machine['cpu']}, {machine['usable_cores']} cores, "
-        f"{machine['memory_bytes'] / 1e9:.0f} GB; started {summary.record['started']}"
     )
 
 
@@ -85,7 +76,7 @@ def _figures(summary: Summary) -> str:
 
 
 def _table(summary: Summary) -> str:
-    rows = [(row, cells(row)) for row in summary.rows]
+    rows = list(zip(summary.rows, table(summary), strict=True))
     head = "".join(f"<th scope=col>{escape(name)}</th>" for name in rows[0][1])
     body = "".join(
         f"<tr{'' if row.passes else ' class=failed'}>{''.join(f'<td>{escape(value)}</td>' for value in values.values())}</tr>"
@@ -95,13 +86,18 @@ def _table(summary: Summary) -> str:
 
 
 def _remarks(summary: Summary) -> str:
-    found = [f"{row.name}: {note}" for row in summary.rows for note in row.remarks]
-    found += [f"{row.name}, gate {gate.name}: {gate.detail}" for row in summary.rows for gate in row.gates]
+    found = [f"{row.name}: {note}" for row in summary.rows for note in notes(row)]
+    found += [
+        f"{row.name}, gate {gate.name}: {gate.detail}" for row in summary.rows for gate in row.gates if gate.holds
+    ]
     found += [
         f"{row.name}: {row.outlying} repetitions lie far from the median; they are kept"
         for row in summary.rows
         if row.outlying
     ]
+    found += [f"noise: {line}" for line in summary.noise()]
+    if summary.unmeasured():
+        found.append(f"not measured, no weights named: {', '.join(summary.unmeasured())}")
     return (
         f"<h2>Beside the figures</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in found)}</ul>" if found else ""
     )
@@ -130,7 +126,8 @@ def _folded(summary: Summary) -> str:
         for name, entry in about["entries"].items()
         if "failure" in entry
     )
-    told = {"experiment": record["experiment"], "machine": record["machine"], "hash": record["hash"]}
+    command = " ".join(record.get("command", []))
+    told = {name: record[name] for name in ("experiment", "machine", "hash", "latents") if name in record}
     configurations = {
         name: run["configuration"] for block in record["blocks"][:1] for name, run in block["runs"].items()
     }
@@ -138,4 +135,6 @@ def _folded(summary: Summary) -> str:
         f"<details><summary>{title}</summary><pre>{escape(json.dumps(data, indent=1))}</pre></details>"
         for title, data in (("Experiment and machine", told), ("What each arm ran with", configurations))
     ]
+    if command:
+        blocks.insert(0, f"<details><summary>Command</summary><pre>{escape(command)}</pre></details>")
     return "".join(blocks) + (f"<details open><summary>Failures</summary>{failures}</details>" if failures else "")

@@ -41,12 +41,28 @@ def worst_pairs(summary: Summary, folder: Path, count: int = 8) -> list[Pair]:
     )
     pairs = []
     for psnr_db, name, number, row in ranked[:count]:
-        files = [summary.record["pictures"].get(each) for each in (entry_name(REFERENCE, row.point), name)]
-        if not all(file and (folder / file).is_file() for file in files):
+        files = [picture_file(summary.record, folder, each) for each in (entry_name(REFERENCE, row.point), name)]
+        if not all(files):
             continue
-        expected, got = (np.load(folder / str(file), mmap_mode="r")[number] for file in files)
+        expected, got = (np.load(file, mmap_mode="r")[number] for file in files if file)
         pairs.append(Pair(name, summary.record["prompts"][number]["text"], psnr_db, _side_by_side(expected, got)))
     return pairs
+
+
+def picture_file(record: dict[str, Any], folder: Path, entry: str) -> Path | None:
+    """Return the file of an entry's judged pictures, (N, H, W, 3) uint8, or None where it isn't in the folder."""
+    name = next(
+        (
+            about["entries"][entry]["quality"]["pictures"]
+            for about in record["arms"].values()
+            if "quality" in about["entries"].get(entry, {})
+        ),
+        None,
+    )
+    if name is None:
+        return None
+    file = (folder / name).resolve()
+    return file if file.is_relative_to(folder.resolve()) and file.is_file() else None
 
 
 def _side_by_side(expected: Any, got: Any) -> Any:  # noqa: ANN401 - arrays (H, W, 3) uint8, a PIL image

@@ -13,9 +13,12 @@ if TYPE_CHECKING:
 SCHEMA = 1
 FILE = "record.json"
 REFERENCE = "reference"
-FLOOR = "bf16 floor"
+FLOOR_FP32 = "fp32 floor"
+FLOOR_BF16 = "bf16 floor"
 AGAIN = "baseline again"
-"""Arms that an experiment adds: eager fp32 to compare with, torch's own bf16, and the baseline a second time."""
+"""Arms that an experiment adds: eager fp32 to compare with, the same with other threads and batches, torch's own bf16,
+and the baseline a second time."""
+ADDED = frozenset({REFERENCE, FLOOR_FP32, FLOOR_BF16, AGAIN})
 
 
 def read_record(folder: Path) -> dict[str, Any]:

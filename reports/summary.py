@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from ..pictures import SAME_DB
 from ..verdict import FEWEST_BLOCKS, Ratio, Verdict, break_even_images, outliers, paired_ratio, percentile, verdicts
+from .budgets import Budget
 from .gates import Gate, gates
-from .record import AGAIN, FLOOR, REFERENCE, entry_name
+from .record import ADDED, AGAIN, FLOOR_BF16, FLOOR_FP32, REFERENCE, entry_name
+from .remarks import doubts, unfair
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,10 @@ class Row:
     """Seconds of each repetition, by block."""
     batch: int
     verdict: Verdict | None
-    remarks: list[str]
-    """What makes the comparison with the baseline unfair, or the figure doubtful."""
+    unfair: list[str]
+    """In what it differs from the baseline, or does otherwise than its recipe says."""
+    doubts: list[str]
+    """What disturbed its runs."""
     load_s: float | None
     cold_load_s: float | None
     first_s: float | None
@@ -36,7 +41,13 @@ class Row:
     memory: dict[str, Any] | None
     stages: dict[str, float] | None
     disk_bytes: int | None
+    energy_j: float | None
+    """Joules an image, of all counters together."""
+    proof: dict[str, float]
+    """Each part's worst SQNR in dB against eager fp32, as its artifact says."""
     figures: dict[str, Any] | None
+    floor_flip: float | None
+    """Mean ꟻLIP of torch's own bf16: the unit of an arm's."""
 
     @property
     def passes(self) -> bool:
@@ -53,6 +64,10 @@ class Row:
     @property
     def images_per_s(self) -> float | None:
         return self.batch / self.median_s if self.median_s else None
+
+    @property
+    def flip(self) -> float | None:
+        return float(np.mean(self.figures["flip"])) if self.figures and "flip" in self.figures else None
 
     @property
     def outlying(self) -> int:
@@ -75,6 +90,32 @@ class Summary:
     def baseline(self) -> str:
         return str(self.record["experiment"]["baseline"])
 
+    @property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """Return what the record knows of each metric that takes weights, by name."""
+        found: dict[str, dict[str, Any]] = self.record.get("metrics", {})
+        return found
+
+    def noise(self) -> list[str]:
+        """Say how large the noise is: of the baseline's time, of fp32, of torch's bf16."""
+        told = [
+            f"{self.baseline} against itself{_at(point)}: ratio {ratio.ratio:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+            for point, ratio in self.floors.items()
+        ]
+        for point in dict.fromkeys(row.point for row in self.rows):
+            fp32, bf16 = (_figures(self.record, floor, point) for floor in (FLOOR_FP32, FLOOR_BF16))
+            if fp32 and "psnr_db" in fp32:
+                worst = decibels(min(fp32["psnr_db"]))
+                told.append(f"eager fp32 with other threads and batches{_at(point)}: worst PSNR {worst}")
+            if bf16 and "flip" in bf16:
+                worst = decibels(min(bf16["psnr_db"]))
+                told.append(f"torch's own bf16{_at(point)}: mean ꟻLIP {np.mean(bf16['flip']):.4f}, worst PSNR {worst}")
+        return told
+
+    def unmeasured(self) -> list[str]:
+        """Return the titles of the metrics for which no weights were named."""
+        return [about["title"] for about in self.metrics.values() if not about["weights"]]
+
     def headline(self) -> list[str]:
         """Return the verdict in words: a sentence an arm."""
         return [_sentence(row, self.baseline) for row in self.rows if row.arm != self.baseline] or [
@@ -86,10 +127,7 @@ def summarize(record: dict[str, Any]) -> Summary:
     """Read a record's samples and figures; computes ratios, verdicts and gates anew."""
     arms = record["arms"]
     entries = [
-        (arm, name)
-        for arm, about in arms.items()
-        if arm not in {REFERENCE, FLOOR, AGAIN}
-        for name in (about["entries"] or {arm: None})
+        (arm, name) for arm, about in arms.items() if arm not in ADDED for name in (about["entries"] or {arm: None})
     ]
     points = list(dict.fromkeys(_point(arm, name) for arm, name in entries))
     floors, rows = {}, []
@@ -106,7 +144,16 @@ def summarize(record: dict[str, Any]) -> Summary:
         }
         judged = verdicts(ratios, floor) if ratios else {}
         rows += [_row(record, arm, name, point, judged.get(name)) for arm, name in here]
-    return Summary(record, rows, floors)
+    return Summary(record, [_within_budget(row, record["experiment"]) for row in rows], floors)
+
+
+def _within_budget(row: Row, experiment: dict[str, Any]) -> Row:
+    limits = experiment.get("budgets", {}).get(row.arm)
+    return replace(row, gates=row.gates + Budget.read(limits).gates(row, experiment["baseline"])) if limits else row
+
+
+def _at(point: str) -> str:
+    return f" ({point})" if point else ""
 
 
 def _point(arm: str, name: str) -> str:
@@ -135,14 +182,15 @@ def _figures(record: dict[str, Any], arm: str, point: str) -> dict[str, Any] | N
 def _row(record: dict[str, Any], arm: str, name: str, point: str, verdict: Verdict | None) -> Row:
     about = record["arms"][arm]
     entry = about["entries"].get(name, {})
-    artifact, memory = about.get("artifact", {}), entry.get("memory")
+    artifact, memory, stages = about.get("artifact", {}), entry.get("memory"), entry.get("stages") or {}
     failure = about.get("failure") or entry.get("failure")
     runs, figures = _runs(record, name), _figures(record, arm, point)
     baseline = record["experiment"]["baseline"]
     others = _runs(record, entry_name(baseline, point))
-    precisions = artifact.get("precisions", {}).values()
+    precisions = about.get("precisions", [])
+    floor = _figures(record, FLOOR_BF16, point)
     found = (
-        gates(precisions, figures, _figures(record, REFERENCE, point), _figures(record, FLOOR, point), runs)
+        gates(precisions, figures, _figures(record, REFERENCE, point), floor, runs, _semantic(record))
         if figures
         else [_unjudged(record, point)]
     )
@@ -156,17 +204,31 @@ def _row(record: dict[str, Any], arm: str, name: str, point: str, verdict: Verdi
         blocks=[run["samples_s"] for run in runs],
         batch=batch,
         verdict=verdict,
-        remarks=_remarks(runs, others if arm != baseline else []),
+        unfair=unfair(runs, others if arm != baseline else [], precisions),
+        doubts=doubts(runs, stages.get("overhead")),
         load_s=_median([run["load_s"] for run in runs]),
         cold_load_s=memory and memory["cold_load_s"],
         first_s=_median([run["first_s"] for run in runs]),
         export_s=artifact.get("export_s"),
         break_even=_break_even(runs, others, batch),
         memory=memory,
-        stages=(entry.get("stages") or {}).get("seconds"),
+        stages=stages.get("seconds"),
         disk_bytes=artifact.get("bytes"),
+        energy_j=_median(
+            [sum(run["energy_j"].values()) / batch / len(run["samples_s"]) for run in runs if run.get("energy_j")]
+        ),
+        proof=artifact.get("proof", {}),
         figures=figures,
+        floor_flip=float(np.mean(floor["flip"])) if floor and "flip" in floor else None,
     )
+
+
+def _semantic(record: dict[str, Any]) -> tuple[str, float] | None:
+    """Return the first semantic metric that was measured, and the factor that makes its values points."""
+    for name, about in record.get("metrics", {}).items():
+        if about["kind"] == "semantic" and about["weights"]:
+            return name, about["points"]
+    return None
 
 
 def _unjudged(record: dict[str, Any], point: str) -> Gate:
@@ -182,8 +244,10 @@ def _value(record: dict[str, Any], point: str, field: str) -> Any:  # noqa: ANN4
     return type(value)(swept[field]) if field in swept else value
 
 
-def _median(values: list[float]) -> float | None:
-    return float(np.median(values)) if values else None
+def _median(values: list[float | None]) -> float | None:
+    """Return the median of those that were measured: a resident worker is opened in its first block alone."""
+    measured = [value for value in values if value is not None]
+    return float(np.median(measured)) if measured else None
 
 
 def _break_even(runs: list[dict[str, Any]], others: list[dict[str, Any]], batch: int) -> float | None:
@@ -191,37 +255,12 @@ def _break_even(runs: list[dict[str, Any]], others: list[dict[str, Any]], batch:
         return None
     (base_setup, base_image), (arm_setup, arm_image) = (
         (
-            float(np.median([run["load_s"] + run["first_s"] for run in some])),
+            float(np.median([run["load_s"] + run["first_s"] for run in some if run["load_s"] is not None])),
             float(np.median([second for run in some for second in run["samples_s"]])) / batch,
         )
         for some in (others, runs)
     )
     return break_even_images(base_setup, base_image, arm_setup, arm_image)
-
-
-def _remarks(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[str]:
-    """Say what is unfair or doubtful: other threads, a fallback, a hidden precision, a disturbed block."""
-    remarks = []
-    tainted = [text for run in runs for text in run["guard"]["tainted"]]
-    if tainted:
-        count = sum(bool(run["guard"]["tainted"]) for run in runs)
-        remarks.append(f"{count} of {len(runs)} blocks were disturbed ({tainted[0]})")
-    if runs and others:
-        for knob in ("threads", "device", "compile"):
-            mine, theirs = _knob(runs[0], knob), _knob(others[0], knob)
-            if mine and theirs and mine != theirs:
-                remarks.append(f"{knob}: {', '.join(sorted(mine))} against the baseline's {', '.join(sorted(theirs))}")
-    for run in runs[:1]:
-        fallbacks = [part["fallback"] for part in run["configuration"]["adapter"].values() if part.get("fallback")]
-        remarks += sorted(set(fallbacks))
-        hidden = _knob(run, "precision") & {"i8", "u8", "i4", "u4", "int8", "int4"}
-        if hidden:
-            remarks.append(f"runs in {', '.join(sorted(hidden))}")
-    return remarks
-
-
-def _knob(run: dict[str, Any], name: str) -> set[str]:
-    return {str(part[name]) for part in run["configuration"]["adapter"].values() if name in part}
 
 
 def _sentence(row: Row, baseline: str) -> str:
@@ -230,7 +269,8 @@ def _sentence(row: Row, baseline: str) -> str:
     if not row.blocks:
         return f"{row.name} wasn't timed."
     failing = [f"{gate.name}: {gate.detail}" for gate in row.gates if gate.holds is False]
-    doubt = f" It fails its quality gate ({'; '.join(failing)})." if failing else ""
+    doubt = f" It fails ({'; '.join(failing)})." if failing else ""
+    doubt += f" Not a fair comparison: {'; '.join(row.unfair)}." if row.unfair else ""
     if row.verdict is None:
         return f"{row.name} takes {seconds(row.median_s)}.{doubt}"
     ratio = row.verdict.ratio
@@ -242,10 +282,14 @@ def _sentence(row: Row, baseline: str) -> str:
         return f"{row.name} is no candidate, whatever its speed ({between}).{doubt}"
     faster = row.verdict.word == "faster"
     times = f"{1 / ratio.ratio:.2f} times as fast as" if faster else f"{ratio.ratio:.2f} times slower than"
-    return f"{row.name} is {times} {baseline} ({between})."
+    return f"{row.name} is {times} {baseline} ({between}).{doubt}"
 
 
 def seconds(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"
+
+
+def decibels(value: float) -> str:
+    return "same bits" if value >= SAME_DB else f"{value:.1f} dB"

@@ -7,52 +7,92 @@ import io
 import json
 import statistics
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .summary import seconds
+from ..verdict import PERCENTILE_SAMPLES
+from .summary import decibels, seconds
 
 if TYPE_CHECKING:
     from .summary import Row, Summary
 
 _MB = 1e6
+_NONE = "–"
 
 
-def cells(row: Row) -> dict[str, str]:
-    """Return a row as people read it: latency, ratio, quality and memory side by side."""
-    memory, figures, ratio = row.memory, row.figures, row.verdict and row.verdict.ratio
-    told = {
-        "arm": row.name,
-        "median": seconds(row.median_s),
-        "min – max": f"{seconds(min(row.samples))} – {seconds(max(row.samples))}" if row.blocks else "–",
-        "blocks × reps": f"{len(row.blocks)} × {len(row.blocks[0])}" if row.blocks else "–",
-        "ratio [95 %]": f"{ratio.ratio:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]" if ratio else "–",
-        "verdict": row.verdict.word if row.verdict else "–",
-        "images/s": f"{row.images_per_s:.3g}" if row.images_per_s else "–",
-        "load": seconds(row.load_s),
-        "cold load": seconds(row.cold_load_s),
-        "first image": seconds(row.first_s),
-        "break-even": _images(row),
-        "peak RSS": f"{max(memory['peak_bytes'].values()) / _MB:.0f} MB" if memory else "–",
-        "peak anon": f"{memory['peak_anon_bytes'] / _MB:.0f} MB" if memory else "–",
-        "disk": f"{row.disk_bytes / _MB:.1f} MB" if row.disk_bytes else "–",
-        "worst PSNR": _worst_psnr(figures),
-        "mean ꟻLIP": f"{statistics.fmean(figures['flip']):.4f}" if figures and "flip" in figures else "–",
-        "right": f"{statistics.fmean(figures['right']):.1%}" if figures and "right" in figures else "–",
-        "gate": _gate(row),
-    }
+def table(summary: Summary) -> list[dict[str, str]]:
+    """Return the rows as people read them: latency, ratio, quality and memory side by side; no column of dashes."""
+    rows = [cells(row, summary) for row in summary.rows]
+    empty = {name for name in rows[0] if all(row[name] == _NONE for row in rows)}
+    return [{name: value for name, value in row.items() if name not in empty} for row in rows]
+
+
+def cells(row: Row, summary: Summary) -> dict[str, str]:
+    """Return all that can be said of a row, a dash where it wasn't measured; † marks an unfair comparison."""
+    told = {"arm": row.name} | _latency(row) | _setup(row) | _memory(row) | _quality(row, summary)
     return {key: value.replace("|", "·") for key, value in told.items()}
 
 
-def _worst_psnr(figures: dict[str, Any] | None) -> str:
-    if not figures or "psnr_db" not in figures:
-        return "–"
-    worst = min(figures["psnr_db"])
-    return "same bits" if worst >= 200 else f"{worst:.1f} dB"  # noqa: PLR2004 - what psnr says of equal pictures
+def _latency(row: Row) -> dict[str, str]:
+    ratio = row.verdict and row.verdict.ratio
+    mark = " †" if row.unfair else ""
+    return {
+        "median": seconds(row.median_s),
+        "min – max": f"{seconds(min(row.samples))} – {seconds(max(row.samples))}" if row.blocks else _NONE,
+        **{f"p{percent}": seconds(row.percentile(percent)) for percent in PERCENTILE_SAMPLES},
+        "blocks × reps": f"{len(row.blocks)} × {len(row.blocks[0])}" if row.blocks else _NONE,
+        "ratio [95 %]": f"{ratio.ratio:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]{mark}" if ratio else _NONE,
+        "verdict": row.verdict.word if row.verdict else _NONE,
+        "images/s": f"{row.images_per_s:.3g}" if row.images_per_s else _NONE,
+        "J/image": f"{row.energy_j:.3g}" if row.energy_j else _NONE,
+    }
+
+
+def _setup(row: Row) -> dict[str, str]:
+    return {
+        "export": seconds(row.export_s),
+        "cold load": seconds(row.cold_load_s),
+        "load": seconds(row.load_s),
+        "first image": seconds(row.first_s),
+        "break-even": _images(row),
+    }
+
+
+def _memory(row: Row) -> dict[str, str]:
+    memory = row.memory
+    device = (memory or {}).get("device") or {}
+    return {
+        "peak RSS": f"{max(memory['peak_bytes'].values()) / _MB:.0f} MB" if memory else _NONE,
+        "peak anon": f"{memory['peak_anon_bytes'] / _MB:.0f} MB" if memory else _NONE,
+        "device, allocator": _megabytes(device.get("allocator_peak_bytes")),
+        "device, process": _megabytes(device.get("process_bytes")),
+        "disk": f"{row.disk_bytes / _MB:.1f} MB" if row.disk_bytes else _NONE,
+    }
+
+
+def _megabytes(value: float | None) -> str:
+    return _NONE if value is None else f"{value / _MB:.0f} MB"
+
+
+def _quality(row: Row, summary: Summary) -> dict[str, str]:
+    figures = row.figures or {}
+    taken = figures.get("metrics", {})
+    told = {
+        "worst part": f"{min(row.proof.values()):.0f} dB" if row.proof else _NONE,
+        "worst PSNR": decibels(min(figures["psnr_db"])) if "psnr_db" in figures else _NONE,
+        "mean SSIM": f"{statistics.fmean(figures['ssim']):.4f}" if "ssim" in figures else _NONE,
+        "mean ꟻLIP": f"{row.flip:.4f}" if row.flip is not None else _NONE,
+        "ꟻLIP / bf16's": f"{row.flip / row.floor_flip:.2f}" if row.flip is not None and row.floor_flip else _NONE,
+        "right": f"{statistics.fmean(figures['right']):.1%}" if "right" in figures else _NONE,
+    }
+    for name, about in summary.metrics.items():
+        few = " (too few pictures)" if name in taken and len(figures["flat"]) < about["fewest"] else ""
+        told[about["title"]] = f"{statistics.fmean(taken[name]):.4g}{few}" if name in taken else _NONE
+    return told | {"gate": _gate(row)}
 
 
 def _images(row: Row) -> str:
     if not row.blocks or row.verdict is None:
-        return "–"
+        return _NONE
     return "never" if row.break_even is None else f"{row.break_even:.0f} images"
 
 
@@ -66,32 +106,58 @@ def _gate(row: Row) -> str:
     return "passes" if all(gate.holds for gate in row.gates) else "passes, partly unjudged"
 
 
+def notes(row: Row) -> list[str]:
+    """Return what stands beside a row: what is unfair, what disturbed it, gates that it doesn't pass."""
+    told = [f"† {text}" for text in row.unfair] + row.doubts
+    told += [f"gate {gate.name}: {gate.detail}" for gate in row.gates if gate.holds is not True]
+    return [*told, row.failure] if row.failure else told
+
+
 def markdown(summary: Summary) -> str:
     """Render the verdict and the table."""
-    lines = ["## Verdict", "", *(f"- {sentence}" for sentence in summary.headline()), ""]
-    rows = [cells(row) for row in summary.rows]
+    lines = ["## Verdict", "", *(f"- {sentence}" for sentence in summary.headline()), "", *_grid(table(summary)), ""]
+    lines += [f"- {row.name}: {note}" for row in summary.rows for note in notes(row)]
+    lines += [f"- noise: {line}" for line in summary.noise()]
+    if summary.unmeasured():
+        lines.append(f"- not measured, no weights named: {', '.join(summary.unmeasured())}")
+    return "\n".join([*lines, "", conditions(summary), ""])
+
+
+def _grid(rows: list[dict[str, str]]) -> list[str]:
     heads = list(rows[0])
-    lines += ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
-    for row in summary.rows:
-        notes = [*row.remarks, *(f"gate {gate.name}: {gate.detail}" for gate in row.gates if gate.holds is not True)]
-        if row.failure:
-            notes.append(row.failure)
-        lines += [f"- {row.name}: {note}" for note in notes]
-    return "\n".join([*lines, "", _conditions(summary), ""])
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    return lines + ["| " + " | ".join(row.values()) + " |" for row in rows]
 
 
-def _conditions(summary: Summary) -> str:
+_CARD = ("arm", "median", "ratio [95 %]", "verdict", "peak RSS", "disk", "worst PSNR", "mean ꟻLIP", "right", "gate")
+
+
+def model_card(summary: Summary) -> str:
+    """Render a section to paste into a model's card."""
+    rows = [{name: value for name, value in row.items() if name in _CARD} for row in table(summary)]
+    lines = ["## Measured with bakeoff", "", *_grid(rows), "", *(f"- {text}" for text in summary.headline()), ""]
+    how = (
+        "Latency is from prompt to pixels in host memory; ratios are of paired block medians with 95 % intervals; "
+        "PSNR and ꟻLIP are against eager fp32 on the same latents."
+    )
+    return "\n".join([*lines, f"{conditions(summary)} {how}", ""])
+
+
+def conditions(summary: Summary) -> str:
+    """Say what was measured, and on what."""
     e, machine = summary.record["experiment"], summary.record["machine"]
     work = (
-        f"{e['model']}, {e['steps']} steps, batch {e['batch']}, {e['blocks']} blocks × {e['repetitions']} repetitions"
+        f"{e['model']}, {e['steps']} steps, batch {e['batch']}, {e['blocks']} blocks of {e['repetitions']} repetitions, "
+        f"{e['quality_prompts']} prompts judged"
     )
-    return f"Measured: {work}; {machine['cpu']}, {machine['usable_cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB; baseline {e['baseline']}."
+    kept = ", workers kept alive between blocks" if e.get("resident") else ""
+    here = f"{machine['cpu']}, {machine['usable_cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB"
+    return f"Measured: {work}{kept}; {here}; baseline {e['baseline']}; {summary.record['started']}."
 
 
 def as_csv(summary: Summary) -> str:
     """Render one line an arm."""
-    rows = [cells(row) for row in summary.rows]
+    rows = table(summary)
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -106,7 +172,8 @@ def as_json(summary: Summary) -> str:
         for row in summary.rows
     ]
     floors = {point: asdict(ratio) for point, ratio in summary.floors.items()}
-    return json.dumps({"headline": summary.headline(), "rows": rows, "floors": floors}, indent=1)
+    told = {"headline": summary.headline(), "rows": rows, "floors": floors, "noise": summary.noise()}
+    return json.dumps(told, indent=1)
 
 
 def pytest_benchmark(summary: Summary) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ArtifactError, UnavailableError, unknown
@@ -24,6 +25,8 @@ _PROVIDERS = {
 }
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 _ERRORS_ONLY = 3
+_FLOAT_PRODUCTS = ("Conv", "Gemm", "MatMul")
+_INT8_PRODUCTS = ("ConvInteger", "MatMulInteger", "QGemm", "QLinearConv", "QLinearMatMul")
 
 
 class OnnxRuntime(Runtime):
@@ -44,12 +47,13 @@ class OnnxRuntime(Runtime):
         import onnxruntime
 
         super().__init__(part, placement)
-        refuse_outside_data(part.folder)
+        operators = _operators(part.folder)
         provider, fallback = _provider(placement)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = placement.threads or usable_cores()
         options.inter_op_num_threads = 1
         options.log_severity_level = _ERRORS_ONLY
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         self._session: Any = onnxruntime.InferenceSession(
             part.folder / "model.onnx", options, providers=list(dict.fromkeys([provider, "CPUExecutionProvider"]))
         )
@@ -63,7 +67,8 @@ class OnnxRuntime(Runtime):
             "device": next((name for name, value in _PROVIDERS.items() if value == ran), ran),
             "providers": self._session.get_providers(),
             "threads": self._session.get_session_options().intra_op_num_threads,
-            "precision": "float32" if part.precision == "fp32" else part.precision,
+            "precision": _precisions(operators, part.precision),
+            "nodes": _nodes_by_provider(self._session),
             "fallback": fallback,
         }
 
@@ -104,8 +109,23 @@ def _provider(placement: Placement) -> tuple[str, str | None]:
     return provider, fallback
 
 
-def refuse_outside_data(folder: Path) -> None:
-    """Refuse a model whose external data lies outside its folder.
+def _nodes_by_provider(session: Any) -> dict[str, int]:  # noqa: ANN401 - onnxruntime is untyped
+    """Count the nodes that each execution provider took; empty where this ONNX Runtime can't tell."""
+    counts: Counter[str] = Counter()
+    for subgraph in getattr(session, "get_provider_graph_assignment_info", list)():
+        counts[subgraph.ep_name] += len(subgraph.get_nodes())
+    return dict(counts)
+
+
+def _precisions(operators: Counter[str], stated: str) -> dict[str, int]:
+    """Count the matrix products and convolutions by the precision that they run in: integer ones are operators apart."""
+    counts = {"float32" if stated == "fp32" else stated: sum(operators[name] for name in _FLOAT_PRODUCTS)}
+    counts |= {"int8": sum(operators[name] for name in _INT8_PRODUCTS), "int4": operators["MatMulNBits"]}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _operators(folder: Path) -> Counter[str]:
+    """Count a model's operators by type; refuse one whose external data lies outside its folder.
 
     Raises:
         ArtifactError: with the path.
@@ -123,6 +143,7 @@ def refuse_outside_data(folder: Path) -> None:
             if item.key == "location" and not _is_inside(folder, item.value):
                 message = f"{file} points to data outside its folder: {item.value!r}"
                 raise ArtifactError(message, fix="don't use this model unless you know who made it")
+    return Counter(node.op_type for node in model.graph.node)
 
 
 def _is_inside(folder: Path, location: str) -> bool:

@@ -1,9 +1,15 @@
 """Experiments as users run them, with arms that need no model: what fails stays in its own row, nothing is lost."""
 
+import io
 import json
+import random
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bakeoff.bench import runner
@@ -55,7 +61,7 @@ def measured(tmp_path_factory):
     )
     declared = replace(experiment(*arms), timeout_s=10.0)
     lines = []
-    record = runner.run(declared, folder, lines.append)
+    record = runner.run(declared, folder, lambda text, *_: lines.append(text))
     return folder, declared, record, lines
 
 
@@ -102,8 +108,8 @@ def test_an_arm_that_caches_prompts_fails_its_gate(measured):
 
 
 def test_an_arm_with_other_threads_is_remarked(measured):
-    assert any("threads" in remark for remark in rows(measured)["threads"].remarks)
-    assert not any("threads" in remark for remark in rows(measured)["slow"].remarks)
+    assert any("threads" in remark for remark in rows(measured)["threads"].unfair)
+    assert not rows(measured)["slow"].unfair
 
 
 def test_every_block_runs_every_arm_once_in_an_order_of_its_own(measured):
@@ -121,14 +127,14 @@ def test_the_parent_sleeps_while_a_worker_is_timed(measured):
 def test_a_finished_experiment_run_again_changes_nothing(measured):
     folder, declared, record, _ = measured
     before = (folder / "record.json").read_bytes()
-    again = runner.run(declared, folder, lambda _: None)
+    again = runner.run(declared, folder)
     assert again["blocks"] == json.loads(before)["blocks"] == record["blocks"]
 
 
 def test_an_interrupted_experiment_goes_on_at_the_next_block(tmp_path):
     declared = experiment(drawing("one"), drawing("two"))
 
-    def interrupt(line):
+    def interrupt(line, *_):
         if line.startswith("block 2"):
             raise KeyboardInterrupt
 
@@ -137,7 +143,7 @@ def test_an_interrupted_experiment_goes_on_at_the_next_block(tmp_path):
     kept = read_record(tmp_path)["blocks"]
     assert len(kept) == 1
     lines = []
-    record = runner.run(declared, tmp_path, lines.append)
+    record = runner.run(declared, tmp_path, lambda text, *_: lines.append(text))
     assert record["blocks"][0] == kept[0]
     assert len(record["blocks"]) == 2
     assert not any(line.startswith(("block 1", "quality")) for line in lines)
@@ -146,21 +152,23 @@ def test_an_interrupted_experiment_goes_on_at_the_next_block(tmp_path):
 def test_another_experiment_in_the_same_folder_is_refused(measured):
     folder, declared, _, _ = measured
     with pytest.raises(UsageError, match="steps differ"):
-        runner.run(replace(declared, steps=2), folder, lambda _: None)
+        runner.run(replace(declared, steps=2), folder)
 
 
 def test_a_sweep_measures_every_point(tmp_path):
     declared = experiment(drawing("one"), drawing("two"), sweep={"steps": [1, 2], "batch": [1, 2]}, repetitions=2)
-    record = runner.run(declared, tmp_path, lambda _: None)
+    record = runner.run(declared, tmp_path)
     found = summarize(record).rows
     assert {row.point for row in found} == {f"batch {b}, steps {s}" for b in (1, 2) for s in (1, 2)}
     assert {row.batch for row in found} == {1, 2}
     assert all(len(row.blocks) == 2 and (row.verdict or row.arm == "one") for row in found)
 
 
-def test_records_of_the_same_work_are_compared_unpaired(measured, tmp_path):
-    _, _, record, _ = measured
-    compared = {each.name: each for each in compare(record, record)}
+def test_records_of_the_same_work_are_compared_unpaired(measured):
+    folder, _, record, _ = measured
+    compared = {each.name: each for each in compare(record, record, (folder, folder))}
+    assert compared["plain"].first_psnr_db == compared["plain"].second_psnr_db == 200
+    assert compared["unloadable"].first_psnr_db is None
     assert compared["plain"].low <= 1 <= compared["plain"].high
     other = json.loads(json.dumps(record))
     other["experiment"]["steps"] = 9
@@ -220,3 +228,130 @@ def test_a_budget_is_held_by_the_fixture(bakeoff):
         measured.require("b", ratio=0.01)
     with pytest.raises(AssertionError, match="anonymous memory"):
         measured.require("b", peak_anon_bytes=1000)
+
+
+def test_resident_arms_are_opened_once(tmp_path):
+    declared = experiment(drawing("one"), drawing("two", at_call=9, kind="crash"), resident=True, blocks=3)
+    record = runner.run(declared, tmp_path)
+    runs = [block["runs"] for block in record["blocks"]]
+    assert [bool(each["one"]["load_s"]) for each in runs] == [True, False, False]
+    found = {row.name: row for row in summarize(record).rows}
+    assert len(found["one"].blocks) == 3
+    assert found["one"].load_s
+    assert "SIGSEGV" in found["two"].failure
+
+
+def test_floors_are_measured_beside_the_arms(measured):
+    quality = measured[2]["arms"]["fp32 floor"]["entries"]["fp32 floor"]["quality"]
+    timed = measured[2]["blocks"][0]["runs"]["plain"]
+    threads = [each["configuration"]["adapter"]["all"]["threads"] for each in (quality, timed)]
+    assert threads[0] != threads[1]
+    assert min(quality["figures"]["psnr_db"]) == 200
+    assert any("other threads" in line for line in summarize(measured[2]).noise())
+
+
+def test_latents_are_followed_along_the_steps(tmp_path):
+    arms = (drawing("near"), drawing("far", drifts=0.1))
+    record = runner.run(experiment(*arms, steps=3, blocks=1), tmp_path)
+    found = {row.name: row.figures["trajectory"] for row in summarize(record).rows}
+    assert found["near"] == [0, 0, 0]
+    assert found["far"] == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_metrics_without_weights_say_so(measured):
+    assert "LPIPS" in summarize(measured[2]).unmeasured()
+
+
+def test_weights_that_are_not_there_are_said_before_anything_runs(tmp_path):
+    lines = []
+    declared = experiment(drawing("one"), metrics={"lpips": str(tmp_path / "none")})
+    with pytest.raises(UsageError, match="none"):
+        runner.run(declared, tmp_path / "run", lambda text, *_: lines.append(text))
+    assert lines == ["opening the weights of lpips"]
+
+
+def test_a_budget_is_part_of_the_experiment(tmp_path):
+    budgets = {"one": {"median_s": 10, "peak_anon_bytes": 1000}}
+    record = runner.run(experiment(drawing("one"), budgets=budgets), tmp_path)
+    row = summarize(record).rows[0]
+    assert [gate.holds for gate in row.gates if gate.name == "budget"] == [True, False]
+    assert not row.passes
+
+
+def test_the_bar_shows_jobs_and_keeps_failures(capsys):
+    from bakeoff.bench.display import Display
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    with Display(stream) as display:
+        display("block 1 of 2: one", 3, 10)
+        display("two failed: no memory", 4, 10)
+    assert "3/10" in stream.getvalue()
+    assert "two failed: no memory\n" in stream.getvalue()
+
+
+def test_energy_is_the_difference_of_counters(tmp_path):
+    from bakeoff.bench import energy
+
+    for name, label in (("intel-rapl:0", "package-0"), ("intel-rapl:0:0", "core")):
+        (tmp_path / name).mkdir()
+        for file, content in (("name", label), ("energy_uj", "9000000"), ("max_energy_range_uj", "10000000")):
+            (tmp_path / name / file).write_text(content)
+    before = energy.read(tmp_path)
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("2000000")  # it began again from 0
+    assert energy.between(before, energy.read(tmp_path)) == {"package-0 (intel-rapl:0)": 3.0}
+    assert energy.between(energy.read(tmp_path / "none"), energy.read(tmp_path / "none")) is None
+
+
+def test_host_memory_agrees_with_a_known_allocation(tmp_path):
+    """With a parent of 2 GB: a child's figure must not inherit it."""
+    held = np.ones(2 * 10**9, np.uint8)
+    arms = (drawing("none"), drawing("gigabyte", allocates=10**9))
+    record = runner.run(experiment(*arms, blocks=1), tmp_path)
+    none, gigabyte = (row.memory for row in summarize(record).rows)
+    assert held.sum() == 2 * 10**9
+    assert none["peak_anon_bytes"] < 0.2e9
+    for phase in ("load", "steady"):
+        assert gigabyte["peak_bytes"][phase] - none["peak_bytes"][phase] == pytest.approx(10**9, rel=0.05)
+    assert gigabyte["peak_anon_bytes"] - none["peak_anon_bytes"] == pytest.approx(10**9, rel=0.05)
+
+
+@pytest.mark.slow
+def test_ten_kills_lose_at_most_the_running_block(tmp_path):
+    declared = {
+        "model": "shapes",
+        "arms": [{"name": name, "adapter": ADAPTER, "options": {"sleep": 0.01}} for name in ("one", "two")],
+        "reference": "one",
+        "baseline": "one",
+        "timed_prompts": 3,
+        "quality_prompts": 3,
+        "steps": 1,
+        "blocks": 12,
+    }
+    script = f"""
+import json, sys
+from pathlib import Path
+from bakeoff.bench.experiment import from_dict
+from bakeoff.bench.runner import run
+run(from_dict(json.loads({json.dumps(json.dumps(declared))})), Path(sys.argv[1]))
+"""
+    rng, kept = random.Random(0), []
+    for _ in range(10):
+        process = subprocess.Popen([sys.executable, "-P", "-c", script, str(tmp_path)])
+        try:
+            process.wait(rng.uniform(2, 9))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        if (tmp_path / "record.json").exists():
+            blocks = read_record(tmp_path)["blocks"]
+            assert blocks[: len(kept)] == kept
+            kept = blocks
+    subprocess.run([sys.executable, "-P", "-c", script, str(tmp_path)], check=True)
+    record = read_record(tmp_path)
+    assert record["blocks"][: len(kept)] == kept
+    assert [block["index"] for block in record["blocks"]] == list(range(12))
+    assert all(len(row.blocks) == 12 and not row.failure for row in summarize(record).rows)

@@ -10,6 +10,7 @@ import bakeoff
 from bakeoff.bench.quality import figures
 from bakeoff.errors import ParityError
 from bakeoff.reports.gates import gates
+from bakeoff.reports.remarks import unfair
 
 PROMPTS = [
     "a large red circle on a white background",
@@ -99,6 +100,26 @@ def test_one_layer_zeroed(copied, expected):
     save_file(tensors, file, metadata={"format": "pt"})
     with bakeoff.load(folder, device="cpu", threads=1) as engine:
         assert fails(expected, draw(engine))
+
+
+def test_an_arm_that_runs_int8_secretly(tmp_path, copied):
+    """An ONNX folder whose UNet somebody quantized, and which says it is fp32."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    folder = copied("onnx:fp32")
+    (folder / "bakeoff.json").unlink()
+    whole = tmp_path / "whole.onnx"
+    model = onnx.load(folder / "unet" / "model.onnx")
+    del model.graph.value_info[:]  # ONNX Runtime's quantizer replaces Gemm, and trips over the shapes from before
+    onnx.save(model, whole)
+    quantize_dynamic(whole, folder / "unet" / "model.onnx", weight_type=QuantType.QUInt8, op_types_to_quantize=["Conv"])
+    with bakeoff.load(folder, device="cpu", threads=1) as engine:
+        engine.generate(PROMPTS[0], seeds=3, steps=1)
+        told = engine.configuration
+    assert told["unet"]["precision"]["int8"] > 0
+    run = {"configuration": {"adapter": told}}
+    assert any("int8" in text for text in unfair([run], [], ["fp32"]))
 
 
 def test_half_precision_is_judged_by_torchs_own(expected):

@@ -15,13 +15,15 @@ FOLDERS = sorted(
 
 LAYERS = [
     {"errors"},
+    {"nvidia"},
     {"recipe", "artifact", "hardware", "weights", "memory", "pictures", "progress", "verdict"},
     {"components", "reports"},
     {"plugins", "source"},
     {"exporters", "runtimes", "models", "quantize"},
     {"parity"},
     {"bake"},
-    {"demo", "bench", "doctor"},
+    {"bench", "doctor"},
+    {"demo"},
     {"cli"},
 ]
 SAME_LAYER = {("source", "plugins"), ("artifact", "weights"), ("weights", "errors")}

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bakeoff.errors import UsageError
 from bakeoff.reports import tables
+from bakeoff.reports.budgets import Budget
 from bakeoff.reports.figures import _COLORS
 from bakeoff.reports.page import page
 from bakeoff.reports.pairs import worst_pairs
@@ -35,14 +37,21 @@ def run(rng, ratio):
         "sample_rows": [0],
         "sample_db": 200.0,
         "guard": {"tainted": [], "others_cores": 0.0},
-        "configuration": {"adapter": {"unet": {"threads": 2, "device": "cpu"}}, "python": "3.11", "affinity": [0]},
+        "energy_j": {"package-0": 50.0},
+        "configuration": {
+            "adapter": {"unet": {"threads": 2, "device": "cpu", "precision": {"f32": 5}}},
+            "python": "3.11",
+            "affinity": [0],
+            "versions": {"torch": "2.13"},
+        },
     }
 
 
-def entry(psnr_db, *, flat=False):
+def entry(name, psnr_db=200.0, *, flat=False):
     figures = {"psnr_db": [psnr_db] * 4, "ssim": [1.0] * 4, "flip": [0.0] * 4, "flat": [flat] * 4, "right": [True] * 4}
+    figures |= {"trajectory": [1e-5, 2e-5], "metrics": {"lpips": [0.25] * 4}}
     return {
-        "quality": {"figures": figures, "configuration": {}},
+        "quality": {"figures": figures, "configuration": {}, "pictures": f"pictures/{name}.npy"},
         "memory": {
             "cold_load_s": 2.0,
             "first_image_s": 0.3,
@@ -58,9 +67,9 @@ def entry(psnr_db, *, flat=False):
 def record(tmp_path):
     """Five blocks of four arms, one twice as fast, one that draws black; and one that failed."""
     rng = np.random.default_rng(0)
-    arms = {name: {"entries": {name: entry(200.0)}, "artifact": {"key": name, "bytes": 10**7}} for name in RATIOS}
-    arms["broken"]["entries"]["broken"] = entry(5.0, flat=True)
-    arms |= {name: {"entries": {name: entry(200.0)}} for name in ("baseline again", "reference")}
+    arms = {name: {"entries": {name: entry(name)}, "artifact": {"key": name, "bytes": 10**7}} for name in RATIOS}
+    arms["broken"]["entries"]["broken"] = entry("broken", 5.0, flat=True)
+    arms |= {name: {"entries": {name: entry(name)}} for name in ("baseline again", "reference")}
     failure = {"during": "quality", "reason": "<b>out of memory</b>", "stderr": "Traceback"}
     arms["lost"] = {"entries": {"lost": {"failure": failure}}}
     blocks = [
@@ -68,11 +77,17 @@ def record(tmp_path):
         for i in range(5)
     ]
     (tmp_path / "pictures").mkdir()
-    pictures = {}
     for name in [*RATIOS, "reference"]:
-        pictures[name] = f"pictures/{name}.npy"
-        np.save(tmp_path / pictures[name], rng.integers(0, 255, (4, 64, 64, 3)).astype(np.uint8))
-    declared = {"model": "shapes", "baseline": "base", "steps": 20, "batch": 1, "blocks": 5, "repetitions": 5}
+        np.save(tmp_path / f"pictures/{name}.npy", rng.integers(0, 255, (4, 64, 64, 3)).astype(np.uint8))
+    declared = {
+        "model": "shapes",
+        "baseline": "base",
+        "steps": 20,
+        "guidance_scale": None,
+        "batch": 1,
+        "blocks": 5,
+        "repetitions": 5,
+    }
     whole = {
         "schema_version": 1,
         "hash": "0" * 64,
@@ -80,7 +95,11 @@ def record(tmp_path):
         "experiment": declared | {"quality_prompts": 4, "sweep": {}},
         "machine": {"cpu": "a processor", "usable_cores": 2, "memory_bytes": 1e10, "python": "3.11"},
         "prompts": [{"id": text, "text": text} for text in PROMPTS],
-        "pictures": pictures,
+        "metrics": {
+            "lpips": {"title": "LPIPS", "kind": "paired", "weights": "somewhere", "fewest": 1, "points": 1.0},
+            "fid": {"title": "FID", "kind": "distribution", "weights": None, "fewest": 5000, "points": 1.0},
+        },
+        "command": ["bakeoff", "bench", "experiment.toml"],
         "arms": arms,
         "blocks": blocks,
     }
@@ -140,11 +159,88 @@ def test_the_page_opens_offline_and_says_its_figures_in_words(record):
     assert all(link.startswith("data:") for link in links)
     assert not re.search(r"url\((?!#)|@import", text)
     figures = [attributes for tag, attributes in found.tags if tag == "svg"]
-    assert len(figures) == 5
+    assert len(figures) == 6
     assert all(figure["role"] == "img" and figure["aria-label"] for figure in figures)
     assert all(attributes["alt"] for tag, attributes in found.tags if tag == "img")
     assert "prefers-color-scheme" in text
     assert "<b>out of memory</b>" not in text
+
+
+def change(record, edit):
+    content = json.loads((record / "record.json").read_text())
+    edit(content)
+    (record / "record.json").write_text(json.dumps(content))
+    return summarize(read_record(record))
+
+
+def test_what_is_unfair_stands_next_to_the_ratio(record):
+    def hide(content):
+        for block in content["blocks"]:
+            told = block["runs"]["faster"]["configuration"]
+            told["adapter"]["unet"] |= {"precision": {"f32": 5, "i8": 9}, "threads": 4, "offload": "sequential"}
+            block["runs"]["base"]["configuration"]["adapter"]["unet"]["offload"] = "none"
+            told["affinity"] = [0, 1]
+
+        content["arms"]["faster"]["precisions"] = ["fp32"]
+
+    summary = change(record, hide)
+    row = next(row for row in tables.table(summary) if row["arm"] == "faster")
+    assert row["ratio [95 %]"].endswith("†")
+    sentence = next(text for text in summary.headline() if text.startswith("faster"))
+    assert "Not a fair comparison" in sentence
+    for text in ("i8", "threads: 4", "offload: sequential", "2 cores"):
+        assert text in sentence
+    assert not any("†" in row["ratio [95 %]"] for row in tables.table(summary) if row["arm"] != "faster")
+
+
+def test_a_recipes_own_precision_is_not_hidden(record):
+    def say(content):
+        for block in content["blocks"]:
+            block["runs"]["faster"]["configuration"]["adapter"]["unet"]["precision"] = {"f32": 5, "i8": 9}
+        content["arms"]["faster"]["precisions"] = ["fp32", "int8"]
+
+    assert not next(row for row in change(record, say).rows if row.name == "faster").unfair
+
+
+def test_budgets_are_gates(record):
+    def limit(content):
+        content["experiment"]["budgets"] = {"faster": {"ratio": 0.9, "psnr_db": 60}, "same": {"ratio": 0.9, "flip": 1}}
+
+    found = {row.name: row for row in change(record, limit).rows}
+    assert found["faster"].passes
+    assert [gate.holds for gate in found["same"].gates if gate.name == "budget"] == [False, True]
+
+
+def test_an_unknown_limit_is_refused():
+    with pytest.raises(UsageError, match="did you mean|ratio"):
+        Budget.read({"rato": 1})
+    with pytest.raises(UsageError, match="expected a number"):
+        Budget.read({"ratio": "fast"})
+
+
+def test_metrics_stand_in_the_table_or_are_named_as_missing(record):
+    summary = summarize(read_record(record))
+    row = tables.table(summary)[0]
+    assert row["LPIPS"] == "0.25"
+    assert "FID" not in row
+    assert "not measured, no weights named: FID" in tables.markdown(summary)
+    assert row["J/image"] == "10"
+
+
+def test_a_model_card_has_the_figures_and_how_they_came(record):
+    text = tables.model_card(summarize(read_record(record)))
+    assert text.startswith("## Measured with bakeoff")
+    assert all(f"| {name} |" in text for name in RATIOS)
+    assert "95 % intervals" in text
+
+
+def test_a_picture_outside_the_records_folder_is_not_read(record):
+    def escape(content):
+        content["arms"]["broken"]["entries"]["broken"]["quality"]["pictures"] = "../outside.npy"
+
+    np.save(record.parent / "outside.npy", np.zeros((4, 64, 64, 3), np.uint8))
+    summary = change(record, escape)
+    assert "broken" not in {pair.arm for pair in worst_pairs(summary, record)}
 
 
 def test_the_worst_pairs_come_first(record):

@@ -19,14 +19,24 @@ class Adapter:
         self.engine = bakeoff.load(given.pop("folder"), **given)
 
     def generate(self, prompts: list[str], latents: NDArray[np.float32], work: dict[str, Any]) -> NDArray[np.uint8]:
-        return self._make(prompts, latents, work, stages=False).images
+        return self._make(prompts, latents, work).images
 
     def stages(self, prompts: list[str], latents: NDArray[np.float32], work: dict[str, Any]) -> dict[str, float]:
         seconds = dict(self._make(prompts, latents, work, stages=True).seconds)
         total = seconds.pop("total")
         return {**seconds, "host": total - sum(seconds.values())}
 
-    def _make(self, prompts: list[str], latents: NDArray[np.float32], work: dict[str, Any], *, stages: bool) -> Any:  # noqa: ANN401 - a Result
+    def trajectory(self, prompts: list[str], latents: NDArray[np.float32], work: dict[str, Any]) -> list[Any]:
+        steps: list[Any] = []
+        self._make(prompts, latents, work, callback=lambda *told: steps.append(told[2].float().cpu().numpy()))
+        return steps
+
+    def device_memory(self) -> dict[str, int]:
+        import torch
+
+        return {"allocator_peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
+
+    def _make(self, prompts: list[str], latents: NDArray[np.float32], work: dict[str, Any], **options: Any) -> Any:  # noqa: ANN401 - a Result
         import torch
 
         self._use(work["scheduler"])
@@ -39,7 +49,7 @@ class Adapter:
             guidance_scale=work["guidance_scale"],
             size=None if work["height"] is None else (work["height"], work["width"]),
             max_batch=len(prompts),
-            stages=stages,
+            **options,
         )
 
     def _use(self, scheduler: str | None) -> None:

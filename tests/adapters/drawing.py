@@ -11,6 +11,7 @@ class Adapter:
         self.options = options
         self.calls = 0
         self.known = {}
+        self.held = np.ones(options.get("allocates", 0), np.uint8)
         if options.get("at_load") == "raise":
             message = "no such device"
             raise RuntimeError(message)
@@ -23,6 +24,10 @@ class Adapter:
         self.known[prompts[0]] = True
         planes = np.abs(latents[:, :3]).repeat(4, axis=2).repeat(4, axis=3)
         return (np.clip(planes, 0, 2) * 127).astype(np.uint8).transpose(0, 2, 3, 1)
+
+    def trajectory(self, prompts, latents, work):
+        drifts = self.options.get("drifts", 0)
+        return [latents * (1 + drifts * step) for step in range(1, work["steps"] + 1)]
 
     def _misbehave(self):
         kind = self.options["kind"]

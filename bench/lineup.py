@@ -1,0 +1,69 @@
+"""Who runs: the declared arms and those that the experiment adds, at every point of its sweep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..artifact import MANIFEST, Artifact
+from ..recipe import parse
+from ..reports.record import AGAIN, FLOOR_BF16, FLOOR_FP32, REFERENCE, entry_name
+from .experiment import Arm
+
+if TYPE_CHECKING:
+    from .experiment import Experiment
+
+UNTIMED = frozenset({REFERENCE, FLOOR_FP32, FLOOR_BF16})
+"""Arms that are there for their pictures alone."""
+_HALF = frozenset({"bf16", "fp16"})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An arm at a point of the sweep."""
+
+    name: str
+    arm: Arm
+    point: str
+    experiment: Experiment
+
+
+def lineup(declared: Experiment) -> list[Arm]:
+    """Return the declared arms and the added ones.
+
+    Added are the baseline again, the reference, the reference again with other threads and batches (the floor of
+    fp32), and torch's own bf16 where an arm has half precision.
+    """
+    named = {arm.name: arm for arm in declared.arms}
+    reference = named.get(declared.reference) or Arm(declared.reference, recipe=declared.reference)
+    added = [
+        replace(named[declared.baseline], name=AGAIN),
+        replace(reference, name=REFERENCE),
+        replace(reference, name=FLOOR_FP32),
+    ]
+    if any(precisions(arm) & _HALF for arm in declared.arms):
+        added.append(Arm(FLOOR_BF16, recipe="torch:bf16"))
+    return [*declared.arms, *added]
+
+
+def entries(declared: Experiment) -> list[Entry]:
+    """Return every arm at every point."""
+    arms = lineup(declared)
+    return [
+        Entry(entry_name(arm.name, point), arm, point, experiment)
+        for point, experiment in declared.points().items()
+        for arm in arms
+    ]
+
+
+def precisions(arm: Arm) -> set[str]:
+    """Return what an arm says it runs in; empty where it doesn't say."""
+    if arm.precision:
+        return {arm.precision}
+    if arm.recipe:
+        recipe, _ = parse(arm.recipe)
+        return {recipe.default.precision, *(part.precision for part in recipe.parts.values())}
+    if arm.folder and not arm.adapter and (Path(arm.folder) / MANIFEST).is_file():
+        return {part.precision for part in Artifact.open(Path(arm.folder)).manifest.parts.values()}
+    return set()

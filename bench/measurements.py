@@ -1,0 +1,152 @@
+"""What is measured of one entry, each in a worker of its own: pictures, memory, stages, and the timed repetitions."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import nvidia
+from ..memory import SAMPLE_EVERY_S, Watch
+from ..pictures import psnr
+from ..reports.record import FLOOR_FP32
+from . import energy, guard
+
+if TYPE_CHECKING:
+    from .lineup import Entry
+    from .opening import Opener
+    from .process import Process
+
+_BATCH = 8
+_OTHER_BATCH = 3
+"""Prompts in a batch of the pictures to judge; another number for the floor of fp32."""
+_TRACED = 4
+"""Prompts whose latents are kept after each step."""
+_AGAIN = 3
+
+
+def quality(opener: Opener, entry: Entry) -> dict[str, Any]:
+    """Make all pictures once, and keep them; and of a few prompts the latents after each step."""
+    import numpy as np
+
+    count, file = opener.declared.quality_prompts, opener.file(entry)
+    batch = _OTHER_BATCH if entry.arm.name == FLOOR_FP32 else _BATCH
+    with opener.opened(entry, "quality") as (process, _):
+        batches = []
+        for first in range(0, count, batch):
+            process.ask("generate", rows=list(range(first, min(first + batch, count))))
+            process.ask("save", file=str(file.resolve()))
+            batches.append(np.load(file))
+        np.save(file, np.concatenate(batches))
+        traced = process.ask(
+            "trajectory", rows=list(range(min(_TRACED, count))), file=str(opener.file(entry, "steps").resolve())
+        )
+        return {
+            "pictures": str(file.relative_to(opener.folder)),
+            "traced": traced["steps"],
+            "configuration": process.ask("configuration"),
+        }
+
+
+def memory(opener: Opener, entry: Entry) -> dict[str, Any]:
+    """Open and run once more, with another process sampling anonymous memory; the load is a cold one."""
+    folder = opener.options(entry).get("folder")
+    evicted = _evict(Path(folder)) if folder else False
+    rows = list(range(entry.experiment.batch))
+    with opener.started(entry, "memory") as process, Watch(process.pid) as watch:
+        opened = opener.open(process, entry)
+        load_anon = watch.peak.anon_bytes
+        first = process.ask("generate", rows=rows)
+        steady = process.ask("generate", rows=rows)
+        device = process.ask("device_memory") | {"process_bytes": nvidia.process_bytes(process.pid)}
+    return {
+        "cold_load_s": opened["seconds"],
+        "page_cache_evicted": evicted,
+        "first_image_s": first["seconds"],
+        "peak_bytes": {"load": opened["peak_bytes"], "first": first["peak_bytes"], "steady": steady["peak_bytes"]},
+        "peak_anon_bytes": watch.peak.anon_bytes,
+        "load_peak_anon_bytes": load_anon,
+        "sampled_every_s": SAMPLE_EVERY_S,
+        "device": {name: value for name, value in device.items() if value is not None},
+    }
+
+
+def stages(opener: Opener, entry: Entry) -> dict[str, Any]:
+    """Time the parts in a second pass, and say what the timing itself costs; the timed runs know nothing of it."""
+    rows = list(range(entry.experiment.batch))
+    with opener.opened(entry, "stages") as (process, _):
+        process.ask("stages", rows=rows)
+        plain = [process.ask("generate", rows=rows)["seconds"] for _ in range(_AGAIN)]
+        told = [process.ask("stages", rows=rows) for _ in range(_AGAIN)]
+    if told[-1]["stages"] is None:
+        return {"seconds": None, "overhead": None}
+    overhead = statistics.median(each["seconds"] for each in told) / statistics.median(plain) - 1
+    return {"seconds": told[-1]["stages"], "overhead": overhead}
+
+
+def repetitions(opener: Opener, entry: Entry, block: int) -> dict[str, Any]:
+    """Time one arm in one block: load, first pictures, warm-up, repetitions, and one prompt over and over."""
+    e = entry.experiment
+    sample = opener.file(entry, "timed")
+    with opener.timed(entry) as (process, opened):
+        first = process.ask("generate", rows=_rotated(entry, block, 0))["seconds"] if opened else None
+        warm = [_generate(process, entry, block, i) for i in range(e.warmups)]
+        before, parent, joules = guard.read(process.pid), os.times(), energy.read()
+        samples = [_generate(process, entry, block, i) for i in range(e.repetitions)]
+        used, after = energy.between(joules, energy.read()), guard.read(process.pid)
+        own = os.times()
+        process.ask("save", file=str(sample.resolve()))
+        same = [_generate(process, entry, block, 0) for _ in range(_AGAIN)]
+        configuration = process.ask("configuration")
+    busy = (own.user - parent.user + own.system - parent.system) / max(after.at - before.at, 1e-9)
+    rows = _rotated(entry, block, e.repetitions - 1)
+    return {
+        "load_s": opened and opened["seconds"],
+        "first_s": first,
+        "warmup_s": warm,
+        "samples_s": samples,
+        "same_prompt_s": same,
+        "energy_j": used,
+        "sample_rows": rows,
+        "sample_db": _sample_db(opener, entry, sample, rows),
+        "guard": guard.between(before, after) | {"parent_cores": round(busy, 4)},
+        "configuration": configuration,
+    }
+
+
+def _generate(process: Process, entry: Entry, block: int, repetition: int) -> float:
+    return float(process.ask("generate", rows=_rotated(entry, block, repetition))["seconds"])
+
+
+def _rotated(entry: Entry, block: int, repetition: int) -> list[int]:
+    """Return the prompts of a repetition: each takes up where the one before ended."""
+    e = entry.experiment
+    first = (block * e.repetitions + repetition) * e.batch
+    return [(first + row) % e.timed_prompts for row in range(e.batch)]
+
+
+def _sample_db(opener: Opener, entry: Entry, sample: Path, rows: list[int]) -> float | None:
+    """Return how near the timed run's last pictures are to the judged ones of the same prompts: worst PSNR."""
+    import numpy as np
+
+    kept = np.load(opener.file(entry), mmap_mode="r")
+    got = np.load(sample)
+    sample.unlink()
+    pairs = [(kept[row], picture) for row, picture in zip(rows, got, strict=True) if row < len(kept)]
+    return min((psnr(a, b) if a.shape == b.shape else 0.0 for a, b in pairs), default=None)
+
+
+def _evict(folder: Path) -> bool:
+    """Ask the kernel to drop a folder's files from its page cache, so that the next load is a cold one."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+    return True

@@ -1,0 +1,127 @@
+"""Opens entries in worker processes, each with what the experiment says: its artifact, its threads, the same work."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from ..hardware import usable_cores
+from ..reports.record import FLOOR_FP32
+from .process import Process
+from .work import seed_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .experiment import Experiment
+    from .lineup import Entry
+
+_ADAPTERS = Path(__file__).parent / "adapters"
+
+
+class Opener:
+    """Knows the run's folder, and how each entry is started. A context manager: its end ends the resident workers."""
+
+    def __init__(self, declared: Experiment, folder: Path, record: dict[str, Any]) -> None:
+        self.folder = folder
+        self.declared = declared
+        self._record = record
+        self._resident: dict[str, Process] = {}
+        self._kept = ExitStack()
+        for name in ("pictures", "latents", "logs"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._resident.clear()
+        self._kept.close()
+
+    @contextmanager
+    def opened(self, entry: Entry, purpose: str) -> Iterator[tuple[Process, dict[str, Any]]]:
+        """Start an entry's worker and open it; yield it and what opening told.
+
+        Raises:
+            ArmFailedError: it couldn't be started or opened.
+        """
+        with self.started(entry, purpose) as process:
+            yield process, self.open(process, entry)
+
+    @contextmanager
+    def timed(self, entry: Entry) -> Iterator[tuple[Process, dict[str, Any] | None]]:
+        """As `opened`; but resident workers stay alive and idle between blocks, and tell of opening in their first."""
+        if not self.declared.resident:
+            with self.opened(entry, "timed") as opened:
+                yield opened
+        elif entry.name in self._resident:
+            yield self._resident[entry.name], None
+        else:
+            process = self._kept.enter_context(self.started(entry, "timed"))
+            told = self.open(process, entry)
+            self._resident[entry.name] = process
+            yield process, told
+
+    def open(self, process: Process, entry: Entry) -> dict[str, Any]:
+        """Open an entry in its worker and give it the work; return what opening told."""
+        told = process.ask("open", options=self.options(entry))
+        process.ask("prepare", work=self._work(entry))
+        return told
+
+    def started(self, entry: Entry, purpose: str) -> Process:
+        """Start an entry's worker, which has opened nothing yet."""
+        arm = entry.arm
+        shipped = _ADAPTERS / f"{arm.adapter}.py"
+        adapter = shipped if shipped.is_file() else Path(arm.adapter or _ADAPTERS / "bakeoff_engine.py").resolve()
+        log = self.folder / "logs" / f"{_file_name(entry.name)}-{purpose}.txt"
+        python = arm.python or sys.executable
+        return Process(python, adapter, log, self._threads(entry), self.declared.timeout_s)
+
+    def _threads(self, entry: Entry) -> int:
+        threads = entry.experiment.threads or usable_cores()
+        if entry.arm.name == FLOOR_FP32:  # another count, so that sums are cut in other places
+            return threads - 1 or threads + 1
+        return threads
+
+    def options(self, entry: Entry) -> dict[str, Any]:
+        """Return what the entry's adapter is given."""
+        arm, threads = entry.arm, self._threads(entry)
+        if arm.adapter:
+            return {**arm.options, "threads": threads}
+        artifact = self._record["arms"][arm.name]["artifact"]
+        placement = {**artifact["placement"], "threads": artifact["placement"].get("threads") or threads}
+        return {**placement, **arm.options, "folder": artifact["folder"]}
+
+    def _work(self, entry: Entry) -> dict[str, Any]:
+        e, given = entry.experiment, self._record["prompts"]
+        return {
+            "prompts": [prompt["text"] for prompt in given],
+            "seeds": [seed_of(prompt["id"]) for prompt in given],
+            "latents": str((self.folder / "latents" / f"{size_name(e)}.npy").resolve()),
+            "steps": e.steps,
+            "height": e.height,
+            "width": e.width,
+            "guidance_scale": e.guidance_scale,
+            "negative_prompt": e.negative_prompt,
+            "scheduler": e.scheduler,
+        }
+
+    def file(self, entry: Entry, kind: str = "") -> Path:
+        """Return where an entry's pictures are kept."""
+        return self.folder / "pictures" / f"{_file_name(entry.name)}{kind and '-'}{kind}.npy"
+
+
+def size_name(experiment: Experiment) -> str:
+    """Return the name of a size, under which its latents are kept."""
+    if experiment.height is None or experiment.width is None:
+        return "default"
+    return f"{experiment.height}x{experiment.width}"
+
+
+def _file_name(entry: str) -> str:
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", entry).strip("-")[:60]
+    return f"{readable}-{hashlib.sha256(entry.encode()).hexdigest()[:6]}"
