@@ -218,14 +218,12 @@ def test_seeds_come_from_ids():
 
 
 def test_a_budget_is_held_by_the_fixture(bakeoff):
-    arms = [
-        {"name": name, "adapter": ADAPTER, "options": {"sleep": sleep}} for name, sleep in (("a", 0.02), ("b", 0.004))
-    ]
+    arms = [{"name": name, "adapter": ADAPTER, "options": {"sleep": 0.004}} for name in ("a", "b")]
     fields = {"timed_prompts": 2, "quality_prompts": 2, "steps": 1, "blocks": 2, "repetitions": 3}
     measured = bakeoff(model="shapes", arms=arms, reference="a", **fields)
-    measured.require("b", ratio=1.0)
-    with pytest.raises(AssertionError, match="of a's time, at most 0.01"):
-        measured.require("b", ratio=0.01)
+    measured.require("b", ratio=1e6, psnr_db=100, gates=False)
+    with pytest.raises(AssertionError, match="of a's time, at most 0.001"):
+        measured.require("b", ratio=0.001)
     with pytest.raises(AssertionError, match="anonymous memory"):
         measured.require("b", peak_anon_bytes=1000)
 
