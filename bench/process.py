@@ -33,7 +33,9 @@ class ArmFailedError(Exception):
 class Process:
     """A context manager around one worker. While it works the parent sleeps on a pipe."""
 
-    def __init__(self, python: str, adapter: Path, log: Path, threads: int, timeout_s: float) -> None:
+    def __init__(
+        self, python: str, adapter: Path, log: Path, threads: int, timeout_s: float, *, resident: bool = False
+    ) -> None:
         self._timeout_s = timeout_s
         self._log = log
         self._stderr = log.open("wb")
@@ -43,7 +45,7 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
-                env=environment(threads),
+                env=environment(threads, resident=resident),
             )
         except OSError as error:
             self._stderr.close()
@@ -96,13 +98,16 @@ class Process:
         self._stderr.close()
 
 
-def environment(threads: int) -> Mapping[str, str]:
-    """Return what a worker sees of the environment: a few names, and the same number of threads for every library."""
+def environment(threads: int, *, resident: bool) -> Mapping[str, str]:
+    """Return what a worker sees of the environment: a few names, and the same number of threads for every library.
+
+    A resident worker's threads sleep rather than spin while they wait, or an idle arm would slow the one that is timed.
+    """
     passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    return (
-        passed | counts | {"PYTHONUNBUFFERED": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
-    )
+    waiting = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"} if resident else {}
+    quiet = {"PYTHONUNBUFFERED": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
+    return passed | counts | waiting | quiet
 
 
 def _death(code: int) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..recipe import Placement
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+_PRODUCTS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 
 
@@ -88,11 +89,14 @@ class OpenVINORuntime(Runtime):
 
 
 def _executed_precision(compiled: Any) -> dict[str, int]:  # noqa: ANN401 - openvino is untyped
-    """Count the compiled operations by the precision that they really run in."""
+    """Count the compiled matrix products and convolutions by the precision that they really run in.
+
+    Masks and indices are u8 and i32 whatever the recipe, so the other operations say nothing.
+    """
     counts: dict[str, int] = {}
     for operation in compiled.get_runtime_model().get_ordered_ops():
         info = operation.get_rt_info()
-        if "runtimePrecision" in info:
+        if "runtimePrecision" in info and str(info["layerType"].astype(str)) in _PRODUCTS:
             precision = str(info["runtimePrecision"].astype(str))
             counts[precision] = counts.get(precision, 0) + 1
     return counts

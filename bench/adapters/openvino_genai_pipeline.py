@@ -37,6 +37,9 @@ class Adapter:
         self.pipeline = openvino_genai.Text2ImagePipeline(options["folder"], device, **self.config)
 
     def generate(self, prompts: list[str], latents: np.ndarray, work: dict[str, Any]) -> np.ndarray:
+        if work["scheduler"]:
+            message = f"got the scheduler {work['scheduler']}, which GenAI takes from scheduler_config.json alone"
+            raise ValueError(message)
         given = {"num_inference_steps": work["steps"], "height": work["height"], "width": work["width"]}
         for name in ("guidance_scale", "negative_prompt"):
             if work[name] is not None:

@@ -40,6 +40,7 @@ class Adapter:
     def generate(self, prompts: list[str], latents: np.ndarray, work: dict[str, Any]) -> np.ndarray:
         import torch
 
+        self._use(work["scheduler"])
         scale = work["guidance_scale"]
         images = self.pipeline(
             prompts,
@@ -52,6 +53,12 @@ class Adapter:
             **({} if scale is None else {"guidance_scale": scale}),
         ).images
         return (np.asarray(images) * 255).round().astype(np.uint8)
+
+    def _use(self, scheduler: str | None) -> None:
+        if scheduler and type(self.pipeline.scheduler).__name__ != scheduler:
+            import diffusers
+
+            self.pipeline.scheduler = getattr(diffusers, scheduler).from_config(self.pipeline.scheduler.config)
 
     def configuration(self) -> dict[str, Any]:
         return {"pipeline": self.config}
