@@ -6,8 +6,10 @@ INTEROP_BIN := .venv-interop/bin
 INTEROP_READY := .venv-interop/.ready
 GENAI_BIN := .venv-genai/bin
 GENAI_READY := .venv-genai/.ready
+SDCPP_BIN := .venv-sdcpp/bin
+SDCPP_READY := .venv-sdcpp/.ready
 
-.PHONY: demo test test-all test-interop lint bench-export bench-shapes bench-statistics shapes clean
+.PHONY: demo test test-all test-interop test-interop-sdcpp lint bench bench-engine bench-export bench-shapes bench-statistics shapes clean
 
 demo: $(READY)  ## Export the embedded model for each backend, generate, compare.
 	$(BIN)/bakeoff demo -o demo
@@ -21,12 +23,22 @@ test-all: $(READY)  ## All tests but those that need other environments.
 test-interop: $(READY) $(INTEROP_READY) $(GENAI_READY)  ## Open our artifacts with Optimum and OpenVINO GenAI.
 	INTEROP_PYTHON=$(INTEROP_BIN)/python GENAI_PYTHON=$(GENAI_BIN)/python $(BIN)/python -P -m pytest -m interop
 
+test-interop-sdcpp: $(READY) $(SDCPP_READY)  ## Compare with stable-diffusion.cpp at SD 1.5's sizes (compiles it, ten minutes; 5 GB of disk).
+	SDCPP_PYTHON=$(SDCPP_BIN)/python $(BIN)/python -P -m pytest -m interop -k stable_diffusion_cpp
+
 lint: $(READY)  ## ruff, and mypy on the package as it is installed.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/typecheck build/bdist.*
 	$(BIN)/pip install -q --no-deps --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p bakeoff
+
+bench: $(READY)  ## Micro-benchmarks of parts, exports and artifacts, one after another: for developing, no claim rests on them.
+	$(BIN)/python -P -m pytest -p benchmark tests/benchmarks -o python_files='bench_*.py' --benchmark-only \
+		--benchmark-columns=min,median,iqr,rounds --benchmark-storage=file://build/benchmarks
+
+bench-engine: $(READY)  ## What the engine costs over a loop written by hand (half an hour and 4 GB of disk; leave the machine alone).
+	$(BIN)/python -P docs/benchmarks/engine_overhead.py docs/benchmarks/engine_overhead.json
 
 bench-export: $(READY)  ## Peak memory, seconds and bytes of full-size exports (20 GB of disk, half an hour).
 	$(BIN)/python -P docs/benchmarks/export_memory.py docs/benchmarks/export_memory.json
@@ -57,5 +69,10 @@ $(GENAI_READY): tests/interop/genai-constraints.txt
 	$(GENAI_BIN)/pip install -q --disable-pip-version-check -c $< openvino-genai openvino-tokenizers openvino numpy
 	touch $@
 
+$(SDCPP_READY): tests/interop/sdcpp-constraints.txt
+	$(PYTHON) -m venv .venv-sdcpp
+	$(SDCPP_BIN)/pip install -q --disable-pip-version-check -c $< stable-diffusion-cpp-python numpy
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-interop .venv-genai build demo
+	rm -rf $(VENV) .venv-interop .venv-genai .venv-sdcpp build demo

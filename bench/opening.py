@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ..hardware import usable_cores
 from ..reports.record import FLOOR_FP32
 from .process import Process
-from .work import seed_of
+from .work import local, seed_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,7 +95,7 @@ class Opener:
             return {**arm.options, "threads": threads}
         artifact = self._record["arms"][arm.name]["artifact"]
         placement = {**artifact["placement"], "threads": artifact["placement"].get("threads") or threads}
-        return {**placement, **arm.options, "folder": artifact["folder"]}
+        return {**placement, **arm.options, "folder": str(local(artifact["folder"]))}
 
     def _work(self, entry: Entry) -> dict[str, Any]:
         e, given = entry.experiment, self._record["prompts"]

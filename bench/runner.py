@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import hardware
@@ -22,7 +23,6 @@ from .work import prompts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from .experiment import Arm, Experiment
 
@@ -60,7 +60,7 @@ class _Run:
 
     def all(self) -> dict[str, Any]:
         self._record["machine"] = hardware.describe()
-        self._record["command"] = sys.argv
+        self._record["command"] = [Path(sys.argv[0]).name, *sys.argv[1:]]
         self._record["prompts"] = [
             {"id": each, "text": text} for each, text in prompts(self._declared.prompts, self._prompt_count())
         ]

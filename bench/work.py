@@ -60,12 +60,29 @@ def write_latents(model: str, ids: list[str], height: int | None, width: int | N
     return {"latents_sha256": digest, "shape": list(latents.shape), "family": source.family.name, "size": list(size)}
 
 
+_HOME = "$BAKEOFF_HOME"
+
+
+def portable(folder: Path) -> str:
+    """Return a folder's name for a record, which others read: what lies in our home is said relative to it."""
+    from ..source import home
+
+    return f"{_HOME}/{folder.relative_to(home())}" if folder.is_relative_to(home()) else str(folder)
+
+
+def local(name: str) -> Path:
+    """Return the folder that a record names."""
+    from ..source import home
+
+    return home() / name.removeprefix(f"{_HOME}/") if name.startswith(f"{_HOME}/") else Path(name).resolve()
+
+
 def found(folder: str) -> dict[str, Any]:
     """Say what a folder or a hub id holds that is run as it is; runs in a child process."""
     from ..artifact import MANIFEST, Artifact
     from ..source import Source
 
-    path = Path(folder).resolve() if Path(folder).is_dir() else Source.open(folder).folder
+    path = Path(folder) if Path(folder).is_dir() else Source.open(folder).folder
     if (path / MANIFEST).is_file():
         return {"folder": str(path), "placement": {}, **_told(Artifact.open(path).manifest)}
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -87,7 +104,7 @@ def bake(model: str, recipe: str) -> dict[str, Any]:
     target.parent.mkdir(parents=True, exist_ok=True)
     manifest = export(model, target, wanted).manifest
     export_s = None if present else time.perf_counter() - started
-    return {"folder": str(target), "placement": placement.as_dict(), "export_s": export_s, **_told(manifest)}
+    return {"folder": portable(target), "placement": placement.as_dict(), "export_s": export_s, **_told(manifest)}
 
 
 def _told(manifest: Manifest) -> dict[str, Any]:
