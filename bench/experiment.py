@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, unknown
-from ..recipe import parse
+from ..recipe import read
 from ..reports.budgets import Budget
 from .metrics import known
 
@@ -30,7 +30,7 @@ class Arm:
 
     name: str
     recipe: str | None = None
-    """With placement: `torch:bf16+compile@cpu`."""
+    """With placement: `torch:bf16+compile@cpu`; or a .toml file."""
     folder: str | None = None
     """An artifact, an Optimum or Diffusers folder or a hub id, opened as it is."""
     adapter: str | None = None
@@ -148,9 +148,9 @@ def parse_arms(text: str) -> tuple[Arm, ...]:
 
 
 def _arm(text: str) -> Arm:
-    if Path(text).is_dir() or _HUB_ID.fullmatch(text):
+    if Path(text).is_dir() or (_HUB_ID.fullmatch(text) and not text.endswith(".toml")):
         return Arm(text, folder=text)
-    parse(text)  # refuses what is no recipe, before anything runs
+    read(text)  # refuses what is no recipe, before anything runs
     return Arm(text, recipe=text)
 
 
@@ -193,7 +193,7 @@ def _read_arm(data: dict[str, Any]) -> Arm:
     if "name" not in data:
         data = {"name": data.get("recipe") or data.get("folder") or data.get("adapter"), **data}
     if data.get("recipe"):
-        parse(data["recipe"])
+        read(data["recipe"])
     return Arm(**data)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..artifact import MANIFEST, Artifact
-from ..recipe import parse
+from ..recipe import read
 from ..reports.record import AGAIN, FLOOR_BF16, FLOOR_FP32, REFERENCE, entry_name
 from .experiment import Arm
 
@@ -62,7 +62,7 @@ def precisions(arm: Arm) -> set[str]:
     if arm.precision:
         return {arm.precision}
     if arm.recipe:
-        recipe, _ = parse(arm.recipe)
+        recipe, _ = read(arm.recipe)
         return {recipe.default.precision, *(part.precision for part in recipe.parts.values())}
     if arm.folder and not arm.adapter and (Path(arm.folder) / MANIFEST).is_file():
         return {part.precision for part in Artifact.open(Path(arm.folder)).manifest.parts.values()}

@@ -94,10 +94,10 @@ def bake(model: str, recipe: str) -> dict[str, Any]:
     import time
 
     from ..bake import export, plan
-    from ..recipe import parse
+    from ..recipe import read
     from ..source import home
 
-    wanted, placement = parse(recipe)
+    wanted, placement = read(recipe)
     target = home() / "artifacts" / plan(model, wanted).key[:20]
     present = target.is_dir()
     started = time.perf_counter()

@@ -14,6 +14,7 @@ import pytest
 
 from bakeoff.bench import runner
 from bakeoff.bench.experiment import Arm, Experiment, from_toml, parse_arms
+from bakeoff.bench.lineup import precisions
 from bakeoff.bench.work import prompts, seed_of
 from bakeoff.errors import UsageError
 from bakeoff.reports.compare import compare
@@ -182,8 +183,21 @@ def test_arms_of_the_command_line():
         "openvino:bf16,vae_decoder=torch:fp32",
         "onnx:fp32@cpu",
     ]
+    assert parse_arms("owner/name")[0].folder == "owner/name"
     with pytest.raises(UsageError):
         parse_arms("torch")
+
+
+def test_an_arm_may_be_a_recipe_file(tmp_path):
+    file = tmp_path / "mixed.toml"
+    file.write_text(
+        'backend = "openvino"\nprecision = "bf16"\n[parts.vae_decoder]\nbackend = "torch"\nprecision = "fp32"'
+    )
+    arm = parse_arms(str(file))[0]
+    assert arm.recipe == str(file)
+    assert precisions(arm) == {"bf16", "fp32"}
+    with pytest.raises(UsageError, match="no recipe file"):
+        parse_arms("none/such.toml")
 
 
 @pytest.mark.parametrize(
