@@ -16,8 +16,9 @@ from ..recipe import read
 from ..reports.budgets import Budget
 from .metrics import known
 
-AXES = ("steps", "height", "width", "batch", "guidance_scale", "scheduler", "threads")
-"""What may be swept."""
+AXES = ("steps", "size", "batch", "guidance_scale", "scheduler", "threads")
+"""What may be swept; a size is `HEIGHTxWIDTH`, in pixels."""
+_SIZE = re.compile(r"(\d+)x(\d+)")
 _CONTINUES = re.compile(r"[a-z_0-9]+=[a-z]+:")
 """How a piece after a comma goes on with the recipe before it: `openvino:int8,vae_decoder=torch:bf16`."""
 
@@ -116,6 +117,8 @@ class Experiment:
         for values in itertools.product(*(self.sweep[axis] for axis in axes)):
             chosen = dict(zip(axes, values, strict=True))
             name = ", ".join(f"{axis} {value}" for axis, value in chosen.items())
+            if "size" in chosen:
+                chosen["height"], chosen["width"] = _size(chosen.pop("size"))
             points[name] = replace(self, sweep={}, **chosen)
         return points
 
@@ -130,6 +133,16 @@ def _check_sweep(sweep: dict[str, list[Any]]) -> None:
         if not isinstance(values, list) or not values:
             message = f"got {values!r} for the axis {axis}, expected a list of values"
             raise UsageError(message)
+    for value in sweep.get("size", []):
+        _size(value)
+
+
+def _size(text: Any) -> tuple[int, int]:  # noqa: ANN401 - whatever the user wrote
+    found = _SIZE.fullmatch(str(text))
+    if not found:
+        message = f"got the size {text!r}, expected HEIGHTxWIDTH in pixels"
+        raise UsageError(message, fix="--sweep size=512x512,768x512")
+    return int(found[1]), int(found[2])
 
 
 def parse_arms(text: str) -> tuple[Arm, ...]:

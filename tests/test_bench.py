@@ -225,6 +225,13 @@ def test_an_experiment_file_says_what_the_options_say():
     assert list(declared.points()) == ["steps 1", "steps 2"]
 
 
+def test_sizes_are_swept_together():
+    declared = from_toml('model = "shapes"\narms = ["torch:fp32"]\n[sweep]\nsize = ["64x64", "64x128"]')
+    assert [(point.height, point.width) for point in declared.points().values()] == [(64, 64), (64, 128)]
+    with pytest.raises(UsageError, match="HEIGHTxWIDTH"):
+        from_toml('model = "shapes"\narms = ["torch:fp32"]\n[sweep]\nsize = [64]')
+
+
 def test_seeds_come_from_ids():
     assert seed_of("shapes-256/0000") == seed_of("shapes-256/0000") != seed_of("shapes-256/0001")
     with pytest.raises(UsageError, match="at least 300"):

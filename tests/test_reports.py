@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -138,6 +139,15 @@ def test_pytest_benchmark_gets_the_raw_samples(record):
     assert set(told) == set(RATIOS)
     assert told["faster"]["rounds"] == 25
     assert told["faster"]["median"] == pytest.approx(0.05, rel=0.05)
+
+
+def test_pytest_benchmark_reads_it(record):
+    file = record / "0001_bakeoff.json"
+    file.write_text(tables.pytest_benchmark(summarize(read_record(record))))
+    command = [sys.executable, "-P", "-m", "pytest_benchmark", "compare", str(file), "--columns=median,rounds"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert all(name in told for name in RATIOS)
+    assert "25" in told
 
 
 class Page(HTMLParser):
