@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .memory import in_child
-from .pictures import SAME_DB, psnr
+from .pictures import decibels, psnr
 from .recipe import parse
 
 if TYPE_CHECKING:
@@ -156,18 +156,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         seconds = row["seconds"]
         cells = [
             row["recipe"],
-            *(_decibels(row["sqnr_db"][part]) for part in parts),
-            _decibels(min(row["psnr_db"])) if row is not rows[0] else "reference",
+            *(decibels(row["sqnr_db"][part], 0) for part in parts),
+            decibels(min(row["psnr_db"]), 0) if row is not rows[0] else "reference",
             f"{seconds['total'] / len(PROMPTS):.2f}",
             f"{seconds['unet'] / len(PROMPTS):.2f}",
             f"{row['peak_anon_bytes'] / 1e6:.0f} MB",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _decibels(value: float) -> str:
-    return "same bits" if value >= SAME_DB else f"{value:.0f} dB"
 
 
 def _contact_sheet(columns: list[Pictures]) -> Any:  # noqa: ANN401 - a PIL image

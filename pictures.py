@@ -18,6 +18,11 @@ SAME_DB = 200.0
 """What is said of two pictures that are equal; uint8 ones that aren't stay below 100."""
 
 
+def decibels(value: float, digits: int = 1) -> str:
+    """Write a PSNR or SQNR for people."""
+    return "same bits" if value >= SAME_DB else f"{value:.{digits}f} dB"
+
+
 def check_output(output: Path) -> None:
     """Refuse before the work is done what can't be written after it.
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UsageError
-from ..pictures import psnr
+from ..pictures import decibels, psnr
 from ..verdict import CONFIDENCE, FEWEST_BLOCKS
 from .pairs import picture_file
 from .record import REFERENCE, entry_name
-from .summary import decibels, seconds, summarize
+from .summary import seconds, summarize
 
 if TYPE_CHECKING:
     from pathlib import Path

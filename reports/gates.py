@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..pictures import decibels
 from ..verdict import mean_interval
 
 if TYPE_CHECKING:
@@ -68,7 +69,9 @@ def _by_precision(
     if precisions & _HALF:
         return [_near_floor(figures, floor)]
     worst = min(figures["psnr_db"])
-    return [Gate("fp32", holds=worst >= FP32_PSNR_DB, detail=f"worst PSNR {worst:.1f} dB, at least {FP32_PSNR_DB:g}")]
+    return [
+        Gate("fp32", holds=worst >= FP32_PSNR_DB, detail=f"worst PSNR {decibels(worst)}, at least {FP32_PSNR_DB:g} dB")
+    ]
 
 
 def _near_floor(figures: dict[str, Any], floor: dict[str, Any] | None) -> Gate:
@@ -109,7 +112,7 @@ def _by_runs(runs: list[dict[str, Any]]) -> list[Gate]:
     near = [run["sample_db"] for run in runs if run["sample_db"] is not None]
     found = []
     if near:
-        detail = f"timed pictures are within {min(near):.1f} dB of the judged ones"
+        detail = f"timed pictures against the judged ones: {decibels(min(near))}"
         found.append(Gate("same artifact", holds=min(near) >= SAMPLE_DB, detail=detail))
     ratios = [float(np.median(run["same_prompt_s"]) / np.median(run["samples_s"])) for run in runs]
     if ratios:

@@ -88,9 +88,6 @@ def _table(summary: Summary) -> str:
 def _remarks(summary: Summary) -> str:
     found = [f"{row.name}: {note}" for row in summary.rows for note in notes(row)]
     found += [
-        f"{row.name}, gate {gate.name}: {gate.detail}" for row in summary.rows for gate in row.gates if gate.holds
-    ]
-    found += [
         f"{row.name}: {row.outlying} repetitions lie far from the median; they are kept"
         for row in summary.rows
         if row.outlying
@@ -135,6 +132,10 @@ def _folded(summary: Summary) -> str:
         f"<details><summary>{title}</summary><pre>{escape(json.dumps(data, indent=1))}</pre></details>"
         for title, data in (("Experiment and machine", told), ("What each arm ran with", configurations))
     ]
+    passed = [f"{row.name}, {gate.name}: {gate.detail}" for row in summary.rows for gate in row.gates if gate.holds]
+    if passed:
+        items = "".join(f"<li>{escape(text)}</li>" for text in passed)
+        blocks.insert(0, f"<details><summary>Gates that hold</summary><ul>{items}</ul></details>")
     if command:
         blocks.insert(0, f"<details><summary>Command</summary><pre>{escape(command)}</pre></details>")
     return "".join(blocks) + (f"<details open><summary>Failures</summary>{failures}</details>" if failures else "")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..pictures import SAME_DB
+from ..pictures import decibels
 from ..verdict import FEWEST_BLOCKS, Ratio, Verdict, break_even_images, outliers, paired_ratio, percentile, verdicts
 from .budgets import Budget
 from .gates import Gate, gates
@@ -289,7 +289,3 @@ def seconds(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"
-
-
-def decibels(value: float) -> str:
-    return "same bits" if value >= SAME_DB else f"{value:.1f} dB"

@@ -9,8 +9,9 @@ import statistics
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from ..pictures import decibels
 from ..verdict import PERCENTILE_SAMPLES
-from .summary import decibels, seconds
+from .summary import seconds
 
 if TYPE_CHECKING:
     from .summary import Row, Summary
