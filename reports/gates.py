@@ -24,7 +24,7 @@ _HALF = {"bf16", "fp16"}
 SAMPLE_DB = 50.0
 """Least PSNR of a timed picture to the same prompt's in the quality run."""
 CACHED_RATIO = 0.9
-"""A prompt given again and again that takes less than this share of a new prompt's time is answered from a cache."""
+"""A prompt given again that takes less than this share of a new prompt's time, in every block, comes from a cache."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _by_runs(runs: list[dict[str, Any]]) -> list[Gate]:
         found.append(Gate("same artifact", holds=min(near) >= SAMPLE_DB, detail=detail))
     ratios = [float(np.median(run["same_prompt_s"]) / np.median(run["samples_s"])) for run in runs]
     if ratios:
-        ratio = float(np.median(ratios))
-        detail = f"the same prompt again takes {ratio:.2f} of another's time"
+        ratio = max(ratios)  # a cache answers in every block, noise doesn't
+        detail = f"the same prompt again takes up to {ratio:.2f} of another's time"
         found.append(Gate("no prompt cache", holds=ratio >= CACHED_RATIO, detail=detail))
     return found

@@ -49,10 +49,11 @@ def measured(tmp_path_factory):
     """One experiment whose arms fail in every way that there is, and one that is twice as slow."""
     folder = tmp_path_factory.mktemp("run")
     arms = (
-        drawing("plain", sleep=0.004),
-        drawing("slow", sleep=0.02),
+        drawing("plain", sleep=0.02),
+        drawing("slow", sleep=0.1),
         drawing("caching", sleep=0.02, caches=True),
         drawing("threads", sleep=0.004, more_threads=3),
+        drawing("drifting", drifts=0.1),
         drawing("unloadable", at_load="raise"),
         drawing("memory", at_call=3, kind="raise"),
         drawing("crash", at_call=3, kind="crash"),
@@ -60,7 +61,8 @@ def measured(tmp_path_factory):
         drawing("hang", at_call=3, kind="hang"),
         Arm("lost", adapter=ADAPTER, python="/no/such/python"),
     )
-    declared = replace(experiment(*arms), timeout_s=10.0)
+    budgets = {"slow": {"median_s": 10, "peak_anon_bytes": 1000}}
+    declared = replace(experiment(*arms, steps=3, budgets=budgets), timeout_s=10.0)
     lines = []
     record = runner.run(declared, folder, lambda text, *_: lines.append(text))
     return folder, declared, record, lines
@@ -173,7 +175,7 @@ def test_records_of_the_same_work_are_compared_unpaired(measured):
     assert compared["plain"].low <= 1 <= compared["plain"].high
     other = json.loads(json.dumps(record))
     other["experiment"]["steps"] = 9
-    with pytest.raises(UsageError, match="steps: 1 and 9"):
+    with pytest.raises(UsageError, match="steps: 3 and 9"):
         compare(record, other)
 
 
@@ -269,12 +271,10 @@ def test_floors_are_measured_beside_the_arms(measured):
     assert any("other threads" in line for line in summarize(measured[2]).noise())
 
 
-def test_latents_are_followed_along_the_steps(tmp_path):
-    arms = (drawing("near"), drawing("far", drifts=0.1))
-    record = runner.run(experiment(*arms, steps=3, blocks=1), tmp_path)
-    found = {row.name: row.figures["trajectory"] for row in summarize(record).rows}
-    assert found["near"] == [0, 0, 0]
-    assert found["far"] == pytest.approx([0.1, 0.2, 0.3])
+def test_latents_are_followed_along_the_steps(measured):
+    found = {row.name: row.figures["trajectory"] for row in rows(measured).values() if row.figures}
+    assert found["slow"] == [0, 0, 0]
+    assert found["drifting"] == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_metrics_without_weights_say_so(measured):
@@ -289,10 +289,8 @@ def test_weights_that_are_not_there_are_said_before_anything_runs(tmp_path):
     assert lines == ["opening the weights of lpips"]
 
 
-def test_a_budget_is_part_of_the_experiment(tmp_path):
-    budgets = {"one": {"median_s": 10, "peak_anon_bytes": 1000}}
-    record = runner.run(experiment(drawing("one"), budgets=budgets), tmp_path)
-    row = summarize(record).rows[0]
+def test_a_budget_is_part_of_the_experiment(measured):
+    row = rows(measured)["slow"]
     assert [gate.holds for gate in row.gates if gate.name == "budget"] == [True, False]
     assert not row.passes
 
