@@ -105,6 +105,7 @@ def bench(folder: Path, progress: Callable[[str], None]) -> list[str]:
         guidance_scale=GUIDANCE,
         blocks=2,
         repetitions=3,
+        resident=True,
     )
     with Display() as display:
         record = run(declared, output, display)

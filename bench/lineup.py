@@ -27,6 +27,8 @@ class Entry:
     arm: Arm
     point: str
     experiment: Experiment
+    shares: str | None = None
+    """The entry whose pictures are this one's, too: it is the same arm under another name."""
 
 
 def lineup(declared: Experiment) -> list[Arm]:
@@ -49,11 +51,19 @@ def lineup(declared: Experiment) -> list[Arm]:
 
 def entries(declared: Experiment) -> list[Entry]:
     """Return every arm at every point."""
-    arms = lineup(declared)
+    same = {AGAIN: declared.baseline}
+    if declared.reference in {arm.name for arm in declared.arms}:
+        same[REFERENCE] = declared.reference
     return [
-        Entry(entry_name(arm.name, point), arm, point, experiment)
+        Entry(
+            entry_name(arm.name, point),
+            arm,
+            point,
+            experiment,
+            shares=entry_name(same[arm.name], point) if arm.name in same else None,
+        )
         for point, experiment in declared.points().items()
-        for arm in arms
+        for arm in lineup(declared)
     ]
 
 

@@ -1,4 +1,4 @@
-"""What is measured of one entry, each in a worker of its own: pictures, memory, stages, and the timed repetitions."""
+"""What is measured of one entry: memory, stages and pictures in one worker, the timed repetitions in others."""
 
 from __future__ import annotations
 
@@ -26,35 +26,46 @@ _TRACED = 4
 _AGAIN = 3
 
 
-def quality(opener: Opener, entry: Entry) -> dict[str, Any]:
+def profile(opener: Opener, entry: Entry) -> dict[str, Any]:
+    """Take memory, then stages, then pictures in one worker; the timed runs know nothing of it. Its load is a cold one."""
+    folder = opener.options(entry).get("folder")
+    evicted = _evict(Path(folder)) if folder else False
+    with opener.started(entry, "profile") as process:
+        memory = _memory(opener, entry, process) | {"page_cache_evicted": evicted}
+        return {"memory": memory, "stages": _stages(entry, process), "quality": _quality(opener, entry, process)}
+
+
+def pictures(opener: Opener, entry: Entry) -> dict[str, Any]:
+    """Take pictures alone."""
+    with opener.opened(entry, "pictures") as (process, _):
+        return {"quality": _quality(opener, entry, process)}
+
+
+def _quality(opener: Opener, entry: Entry, process: Process) -> dict[str, Any]:
     """Make all pictures once, and keep them; and of a few prompts the latents after each step."""
     import numpy as np
 
     count, file = opener.declared.quality_prompts, opener.file(entry)
     batch = _OTHER_BATCH if entry.arm.name == FLOOR_FP32 else _BATCH
-    with opener.opened(entry, "quality") as (process, _):
-        batches = []
-        for first in range(0, count, batch):
-            process.ask("generate", rows=list(range(first, min(first + batch, count))))
-            process.ask("save", file=str(file.resolve()))
-            batches.append(np.load(file))
-        np.save(file, np.concatenate(batches))
-        traced = process.ask(
-            "trajectory", rows=list(range(min(_TRACED, count))), file=str(opener.file(entry, "steps").resolve())
-        )
-        return {
-            "pictures": str(file.relative_to(opener.folder)),
-            "traced": traced["steps"],
-            "configuration": process.ask("configuration"),
-        }
+    batches = []
+    for first in range(0, count, batch):
+        process.ask("generate", rows=list(range(first, min(first + batch, count))))
+        process.ask("save", file=str(file.resolve()))
+        batches.append(np.load(file))
+    np.save(file, np.concatenate(batches))
+    rows = list(range(min(_TRACED, count)))
+    traced = process.ask("trajectory", rows=rows, file=str(opener.file(entry, "steps").resolve()))
+    return {
+        "pictures": str(file.relative_to(opener.folder)),
+        "traced": traced["steps"],
+        "configuration": process.ask("configuration"),
+    }
 
 
-def memory(opener: Opener, entry: Entry) -> dict[str, Any]:
-    """Open and run once more, with another process sampling anonymous memory; the load is a cold one."""
-    folder = opener.options(entry).get("folder")
-    evicted = _evict(Path(folder)) if folder else False
+def _memory(opener: Opener, entry: Entry, process: Process) -> dict[str, Any]:
+    """Open the arm and run it twice, with another process sampling anonymous memory."""
     rows = list(range(entry.experiment.batch))
-    with opener.started(entry, "memory") as process, Watch(process.pid) as watch:
+    with Watch(process.pid) as watch:
         opened = opener.open(process, entry)
         load_anon = watch.peak.anon_bytes
         first = process.ask("generate", rows=rows)
@@ -62,7 +73,6 @@ def memory(opener: Opener, entry: Entry) -> dict[str, Any]:
         device = process.ask("device_memory") | {"process_bytes": nvidia.process_bytes(process.pid)}
     return {
         "cold_load_s": opened["seconds"],
-        "page_cache_evicted": evicted,
         "first_image_s": first["seconds"],
         "peak_bytes": {"load": opened["peak_bytes"], "first": first["peak_bytes"], "steady": steady["peak_bytes"]},
         "peak_anon_bytes": watch.peak.anon_bytes,
@@ -72,13 +82,12 @@ def memory(opener: Opener, entry: Entry) -> dict[str, Any]:
     }
 
 
-def stages(opener: Opener, entry: Entry) -> dict[str, Any]:
-    """Time the parts in a second pass, and say what the timing itself costs; the timed runs know nothing of it."""
+def _stages(entry: Entry, process: Process) -> dict[str, Any]:
+    """Time the parts, and say what the timing itself costs."""
     rows = list(range(entry.experiment.batch))
-    with opener.opened(entry, "stages") as (process, _):
-        process.ask("stages", rows=rows)
-        plain = [process.ask("generate", rows=rows)["seconds"] for _ in range(_AGAIN)]
-        told = [process.ask("stages", rows=rows) for _ in range(_AGAIN)]
+    process.ask("stages", rows=rows)
+    plain = [process.ask("generate", rows=rows)["seconds"] for _ in range(_AGAIN)]
+    told = [process.ask("stages", rows=rows) for _ in range(_AGAIN)]
     if told[-1]["stages"] is None:
         return {"seconds": None, "overhead": None}
     overhead = statistics.median(each["seconds"] for each in told) / statistics.median(plain) - 1

@@ -112,8 +112,8 @@ class Opener:
         }
 
     def file(self, entry: Entry, kind: str = "") -> Path:
-        """Return where an entry's pictures are kept."""
-        return self.folder / "pictures" / f"{_file_name(entry.name)}{kind and '-'}{kind}.npy"
+        """Return where an entry's pictures are kept; those that it shares lie under the other's name."""
+        return self.folder / "pictures" / f"{_file_name(entry.shares or entry.name)}{kind and '-'}{kind}.npy"
 
 
 def size_name(experiment: Experiment) -> str:

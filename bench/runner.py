@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import hardware
 from ..errors import BakeoffError
 from ..memory import in_child
-from ..reports.record import AGAIN, REFERENCE
+from ..reports.record import REFERENCE
 from . import measurements
 from .lineup import UNTIMED, Entry, entries, lineup, precisions
 from .metrics import METRICS
@@ -51,12 +51,9 @@ class _Run:
         self._report = progress
         self._entries = entries(self._declared)
         self._timed = [entry for entry in self._entries if entry.arm.name not in UNTIMED]
-        self._profiled = [entry for entry in self._timed if entry.arm.name != AGAIN]
         self._arms = lineup(self._declared)
         self._done = 0
-        self._total = (
-            len(self._arms) + len(self._entries) + 2 * len(self._profiled) + len(self._timed) * self._declared.blocks
-        )
+        self._total = len(self._arms) + len(self._entries) + len(self._timed) * self._declared.blocks
 
     def all(self) -> dict[str, Any]:
         self._record["machine"] = hardware.describe()
@@ -68,12 +65,9 @@ class _Run:
         self._draw_latents()
         for arm in self._arms:
             self._bake(arm)
-        for entry in self._entries:
-            self._once(entry, "quality", measurements.quality)
+        for entry in sorted(self._entries, key=lambda entry: entry.shares is not None):
+            self._profile(entry)
         self._judge()
-        for entry in self._profiled:
-            self._once(entry, "memory", measurements.memory)
-            self._once(entry, "stages", measurements.stages)
         self._run_blocks()
         return self._record
 
@@ -132,17 +126,28 @@ class _Run:
     def _failed(self, entry: Entry) -> bool:
         return "failure" in self._record["arms"][entry.arm.name] or "failure" in self._about(entry)
 
-    def _once(self, entry: Entry, what: str, take: Callable[[Opener, Entry], dict[str, Any]]) -> None:
-        """Take one kind of measurement, unless the record has it; a failure is the entry's own."""
+    def _profile(self, entry: Entry) -> None:
+        """Take all but the timed runs, unless the record has it; a failure is the entry's own."""
         self._done += 1
-        if self._failed(entry) or what in self._about(entry):
+        if self._failed(entry) or "quality" in self._about(entry):
             return
-        self._progress(f"{what}: {entry.name}")
+        if entry.shares:
+            self._share(entry, entry.shares)
+            return
+        self._progress(
+            f"pictures: {entry.name}" if entry.arm.name in UNTIMED else f"memory, stages, pictures: {entry.name}"
+        )
+        take = measurements.pictures if entry.arm.name in UNTIMED else measurements.profile
         try:
-            self._about(entry)[what] = take(self._opener, entry)
+            self._about(entry).update(take(self._opener, entry))
         except ArmFailedError as error:
-            self._fail(entry, what, error)
+            self._fail(entry, "profile", error)
         self._write()
+
+    def _share(self, entry: Entry, other: str) -> None:
+        """Give an entry the pictures, or the failure, of the one that it is under another name."""
+        theirs = self._about(next(each for each in self._entries if each.name == other))
+        self._about(entry).update({name: dict(theirs[name]) for name in ("quality", "failure") if name in theirs})
 
     def _fail(self, entry: Entry, during: str, error: ArmFailedError) -> None:
         self._about(entry)["failure"] = {"during": during, "reason": error.reason, "stderr": error.stderr}

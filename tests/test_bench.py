@@ -149,7 +149,7 @@ def test_an_interrupted_experiment_goes_on_at_the_next_block(tmp_path):
     record = runner.run(declared, tmp_path, lambda text, *_: lines.append(text))
     assert record["blocks"][0] == kept[0]
     assert len(record["blocks"]) == 2
-    assert not any(line.startswith(("block 1", "quality")) for line in lines)
+    assert not any(line.startswith(("block 1", "memory", "pictures")) for line in lines)
 
 
 def test_another_experiment_in_the_same_folder_is_refused(measured):
@@ -269,6 +269,15 @@ def test_floors_are_measured_beside_the_arms(measured):
     assert threads[0] != threads[1]
     assert min(quality["figures"]["psnr_db"]) == 200
     assert any("other threads" in line for line in summarize(measured[2]).noise())
+
+
+def test_the_same_arm_under_another_name_makes_its_pictures_once(measured):
+    folder, _, record, _ = measured
+    logs = {file.name.rpartition("-")[2] for file in (folder / "logs").glob("baseline-again-*")}
+    assert logs == {"timed.txt"}
+    assert not list((folder / "logs").glob("reference-*"))
+    again = record["arms"]["baseline again"]["entries"]["baseline again"]["quality"]
+    assert again == record["arms"]["plain"]["entries"]["plain"]["quality"]
 
 
 def test_latents_are_followed_along_the_steps(measured):
