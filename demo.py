@@ -100,7 +100,7 @@ def bench(folder: Path, progress: Callable[[str], None]) -> list[str]:
         baseline=arms[0].name,
         reference=arms[0].name,
         timed_prompts=4,
-        quality_prompts=16,
+        quality_prompts=8,
         steps=4,
         guidance_scale=GUIDANCE,
         blocks=2,

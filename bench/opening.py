@@ -79,8 +79,7 @@ class Opener:
         adapter = shipped if shipped.is_file() else Path(arm.adapter or _ADAPTERS / "bakeoff_engine.py").resolve()
         log = self.folder / "logs" / f"{_file_name(entry.name)}-{purpose}.txt"
         python = arm.python or sys.executable
-        d = self.declared
-        return Process(python, adapter, log, self._threads(entry), d.timeout_s, resident=d.resident)
+        return Process(python, adapter, log, self._threads(entry), self.declared.timeout_s)
 
     def _threads(self, entry: Entry) -> int:
         threads = entry.experiment.threads or usable_cores()

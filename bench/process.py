@@ -33,9 +33,7 @@ class ArmFailedError(Exception):
 class Process:
     """A context manager around one worker. While it works the parent sleeps on a pipe."""
 
-    def __init__(
-        self, python: str, adapter: Path, log: Path, threads: int, timeout_s: float, *, resident: bool = False
-    ) -> None:
+    def __init__(self, python: str, adapter: Path, log: Path, threads: int, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._log = log
         self._stderr = log.open("wb")
@@ -45,7 +43,7 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
-                env=environment(threads, resident=resident),
+                env=environment(threads),
             )
         except OSError as error:
             self._stderr.close()
@@ -98,16 +96,12 @@ class Process:
         self._stderr.close()
 
 
-def environment(threads: int, *, resident: bool) -> Mapping[str, str]:
-    """Return what a worker sees of the environment: a few names, and the same number of threads for every library.
-
-    A resident worker's threads sleep rather than spin while they wait, or an idle arm would slow the one that is timed.
-    """
+def environment(threads: int) -> Mapping[str, str]:
+    """Return what a worker sees of the environment: a few names, and the same number of threads for every library."""
     passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     counts = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    waiting = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"} if resident else {}
     quiet = {"PYTHONUNBUFFERED": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
-    return passed | counts | waiting | quiet
+    return passed | counts | quiet
 
 
 def _death(code: int) -> str:
