@@ -365,10 +365,11 @@ def _demo(options: argparse.Namespace) -> None:
     _quiet_libraries()
     from . import demo
 
-    rows = demo.run(options.output, _say)
+    artifacts = demo.bake(options.output, _say)
+    rows = demo.run(options.output, artifacts, _say)
     if not options.json:
         print(demo.table(rows), f"\npictures: {options.output / 'contact-sheet.png'}\n", sep="\n", flush=True)
-    verdict = demo.bench(options.output, _say)
+    verdict = demo.bench(options.output, artifacts)
     if options.json:
         _print_json({"pictures": rows, "verdict": verdict})
         return

@@ -42,14 +42,19 @@ _LABEL_HEIGHT = 18
 _CAPTION_WIDTH = 250
 
 
-def run(folder: Path, progress: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Export, generate and compare; write `contact-sheet.png` and `demo.json` into `folder`; return the table's rows."""
+def bake(folder: Path, progress: Callable[[str], None]) -> dict[str, Artifact]:
+    """Export every arm for a CPU into `folder`; return the artifacts by recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return {recipe: _export(folder, recipe, progress) for recipe in BENCHED}
+
+
+def run(folder: Path, artifacts: dict[str, Artifact], progress: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Generate and compare; write `contact-sheet.png` and `demo.json` into `folder`; return the table's rows."""
     import numpy as np
 
-    folder.mkdir(parents=True, exist_ok=True)
     rows, columns = [], []
     for recipe in RECIPES:
-        artifact = _export(folder, recipe, progress)
+        artifact = artifacts[recipe]
         target = artifact.folder
         progress(f"generating with {recipe}")
         pictures = folder / f"{target.name}.npy"
@@ -80,7 +85,7 @@ def _export(folder: Path, recipe: str, progress: Callable[[str], None]) -> Artif
     return export("shapes", target, parse(recipe)[0], progress=progress, force=_outdated(target, recipe))
 
 
-def bench(folder: Path, progress: Callable[[str], None]) -> list[str]:
+def bench(folder: Path, artifacts: dict[str, Artifact]) -> list[str]:
     """Compare every arm for a CPU in a short experiment, from nothing; write its report; return the verdict."""
     import shutil
 
@@ -90,7 +95,7 @@ def bench(folder: Path, progress: Callable[[str], None]) -> list[str]:
     from .reports.command import write
     from .reports.summary import summarize
 
-    arms = tuple(Arm(recipe, folder=str(_export(folder, recipe, progress).folder)) for recipe in BENCHED)
+    arms = tuple(Arm(recipe, folder=str(artifact.folder)) for recipe, artifact in artifacts.items())
     output = folder / "bench"
     if output.exists():
         shutil.rmtree(output)

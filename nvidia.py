@@ -5,27 +5,32 @@ NVML comes with the driver; its Python binding is `nvidia-ml-py` (`pip install '
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 _THROTTLING = {"SwPowerCap": "power cap", "HwSlowdown": "hardware slowdown", "SwThermalSlowdown": "heat"}
 
 
+@cache
 def _devices() -> tuple[Any, list[Any]]:
-    """Return the binding and a handle a GPU; none where there is no binding or no driver."""
+    """Return the binding and a handle a GPU; none where there is no binding or no driver. NVML stays open."""
     try:
         import pynvml
-
+    except ImportError:
+        return None, []
+    try:
         pynvml.nvmlInit()
         return pynvml, [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    except Exception:  # noqa: BLE001 - the binding's own errors can't be named without it
+    except pynvml.NVMLError:
         return None, []
 
 
 def _told(function: Any, *arguments: Any) -> Any:  # noqa: ANN401 - the binding has no types
-    """Return what the driver tells, or None where this GPU can't."""
+    """Return what the driver tells, or None where this GPU can't, or we may not ask."""
+    nvml, _ = _devices()
     try:
         return function(*arguments)
-    except Exception:  # noqa: BLE001 - not supported, not permitted: absent either way
+    except nvml.NVMLError:
         return None
 
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from ..artifact import MANIFEST, Artifact
 from ..recipe import read
-from ..reports.record import AGAIN, FLOOR_BF16, FLOOR_FP32, REFERENCE, entry_name
+from ..reports.record import ADDED, AGAIN, FLOOR_BF16, FLOOR_FP32, REFERENCE, entry_name
 from .experiment import Arm
 
 if TYPE_CHECKING:
     from .experiment import Experiment
 
-UNTIMED = frozenset({REFERENCE, FLOOR_FP32, FLOOR_BF16})
+UNTIMED = ADDED - {AGAIN}
 """Arms that are there for their pictures alone."""
 _HALF = frozenset({"bf16", "fp16"})
 

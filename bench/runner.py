@@ -65,9 +65,11 @@ class _Run:
         self._draw_latents()
         for arm in self._arms:
             self._bake(arm)
-        for entry in sorted(self._entries, key=lambda entry: entry.shares is not None):
+        for entry in self._entries:
             self._profile(entry)
         self._judge()
+        for entry in self._entries:
+            self._share(entry)
         self._run_blocks()
         return self._record
 
@@ -106,6 +108,11 @@ class _Run:
         about = self._record["arms"].setdefault(arm.name, {"entries": {}, "precisions": sorted(precisions(arm))})
         if "artifact" in about or "failure" in about or arm.adapter:
             return
+        twin = next((each for each in self._arms if (each.recipe, each.folder) == (arm.recipe, arm.folder)), arm)
+        if twin.name != arm.name:  # added under another name, after the one that it is
+            theirs = self._record["arms"][twin.name]
+            about.update({name: dict(theirs[name]) for name in ("artifact", "failure") if name in theirs})
+            return
         self._progress(f"baking {arm.name}")
         try:
             if arm.folder:
@@ -129,10 +136,7 @@ class _Run:
     def _profile(self, entry: Entry) -> None:
         """Take all but the timed runs, unless the record has it; a failure is the entry's own."""
         self._done += 1
-        if self._failed(entry) or "quality" in self._about(entry):
-            return
-        if entry.shares:
-            self._share(entry, entry.shares)
+        if entry.shares or self._failed(entry) or "quality" in self._about(entry):
             return
         self._progress(
             f"pictures: {entry.name}" if entry.arm.name in UNTIMED else f"memory, stages, pictures: {entry.name}"
@@ -144,10 +148,16 @@ class _Run:
             self._fail(entry, "profile", error)
         self._write()
 
-    def _share(self, entry: Entry, other: str) -> None:
-        """Give an entry the pictures, or the failure, of the one that it is under another name."""
-        theirs = self._about(next(each for each in self._entries if each.name == other))
-        self._about(entry).update({name: dict(theirs[name]) for name in ("quality", "failure") if name in theirs})
+    def _own(self, entry: Entry) -> Entry:
+        """Return the entry that makes an entry's pictures: most often itself."""
+        return next(each for each in self._entries if each.name == (entry.shares or entry.name))
+
+    def _share(self, entry: Entry) -> None:
+        """Give an entry the judged pictures, or the failure, of the one that it is under another name."""
+        if entry.shares and not self._failed(entry) and "quality" not in self._about(entry):
+            theirs = self._about(self._own(entry))
+            self._about(entry).update({name: dict(theirs[name]) for name in ("quality", "failure") if name in theirs})
+            self._write()
 
     def _fail(self, entry: Entry, during: str, error: ArmFailedError) -> None:
         self._about(entry)["failure"] = {"during": during, "reason": error.reason, "stderr": error.stderr}
@@ -155,11 +165,12 @@ class _Run:
 
     def _judge(self) -> None:
         """Compare each entry's pictures with the reference's, and with what their prompts say; all in one child."""
-        reference = {entry.point: entry for entry in self._entries if entry.arm.name == REFERENCE}
+        reference = {entry.point: self._own(entry) for entry in self._entries if entry.arm.name == REFERENCE}
         pending = [
             entry
             for entry in self._entries
-            if not self._failed(entry)
+            if not entry.shares
+            and not self._failed(entry)
             and not self._failed(reference[entry.point])
             and "figures" not in self._about(entry)["quality"]
         ]

@@ -18,6 +18,11 @@ _BITS = {
 }  # fmt: skip
 _CLAIMED_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "w8a8": 8, "w8a8-dynamic": 8, "fp8": 8}
 
+_WARMING = 2.0
+_FALLING = 0.02
+"""Share of the time by which each repetition is faster than the one before."""
+_NOTED_OVERHEAD = 0.02
+
 
 def unfair(runs: list[Run], others: list[Run], precisions: Iterable[str]) -> list[str]:
     """Say in what an arm's runs differ from the baseline's that the recipe doesn't say, and what it hides."""
@@ -52,12 +57,6 @@ def doubts(runs: list[Run], overhead: float | None) -> list[str]:
     if overhead is not None and abs(overhead) > _NOTED_OVERHEAD:
         found.append(f"timing the stages changes the time by {overhead:+.1%}")
     return found
-
-
-_WARMING = 2.0
-_FALLING = 0.02
-"""Share of the time by which each repetition is faster than the one before."""
-_NOTED_OVERHEAD = 0.02
 
 
 def _slope(samples: list[float]) -> float:
