@@ -40,7 +40,7 @@ SMALL = {
     "model": "shapes",
     "steps": 20,
     "guidance_scale": 3.0,
-    "blocks": 40,
+    "blocks": 120,
     "repetitions": 3,
     "warmups": 0,
     "quality_prompts": 4,
@@ -49,7 +49,7 @@ SMALL = {
 LARGE = {
     "steps": 2,
     "guidance_scale": 3.0,
-    "blocks": 10,
+    "blocks": 40,
     "repetitions": 1,
     "warmups": 0,
     "quality_prompts": 2,
