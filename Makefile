@@ -37,7 +37,7 @@ bench: $(READY)  ## Micro-benchmarks of parts, exports and artifacts, one after 
 	$(BIN)/python -P -m pytest -p benchmark tests/benchmarks -o python_files='bench_*.py' --benchmark-only \
 		--benchmark-columns=min,median,iqr,rounds --benchmark-storage=file://build/benchmarks
 
-bench-engine: $(READY)  ## What the engine costs over a loop written by hand (an hour and 4 GB of disk; leave the machine alone).
+bench-engine: $(READY)  ## What the engine costs over a loop written by hand (twenty minutes and 4 GB of disk; leave the machine alone).
 	$(BIN)/python -P docs/benchmarks/engine_overhead.py docs/benchmarks/engine_overhead.json
 
 bench-export: $(READY)  ## Peak memory, seconds and bytes of full-size exports (20 GB of disk, half an hour).

@@ -1,80 +1,117 @@
 """Measure what the engine costs: `python engine_overhead.py RECORD.json`; cases that the record already has are kept.
 
-The bench times the engine and `direct_loop.py` on the same folder, in workers that stay alive: many short blocks see a
-difference of 1 % on a machine whose repetitions lie 5 % apart. Milliseconds a step are those of a whole picture over
-its steps, so that what the engine does once a picture is in them. `within` says that the upper end of the ratio's 95 %
-interval is at most 1.01, or that of the difference's at most 0.5 ms a step: the engine may cost the larger of the two.
+In one process, the engine and a loop written by hand make the same pictures in turn with the same opened runtimes, so
+that neither has the luckier process. Each round runs the engine, the loop and the engine once more, in another order;
+a block is five rounds, and blocks are compared as the bench compares them. Milliseconds a step are those of a whole
+picture over its steps, so that what the engine does once a picture is in them. `within` says that the upper end of the
+ratio's 95 % interval is at most 1.01, or that of the difference's at most 0.5 ms a step: the engine may cost the larger.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import itertools
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 import bakeoff
-from bakeoff.bench.experiment import Arm, Experiment
-from bakeoff.bench.runner import run
 from bakeoff.hardware import describe
-from bakeoff.pictures import SAME_DB
-from bakeoff.reports.record import AGAIN
-from bakeoff.reports.summary import summarize
+from bakeoff.source import read_json
 from bakeoff.verdict import mean_interval, paired_ratio
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from numpy.typing import NDArray
+
+    from bakeoff.runtimes.engine import Engine
+    from bakeoff.runtimes.runtime import Runtime
+
 MOST_SHARE = 0.01
 MOST_MS_A_STEP = 0.5
-DIRECT = Path(__file__).with_name("direct_loop.py")
+ROUNDS_A_BLOCK = 5
+GUIDANCE = 3.0
+PROMPT = "a large red circle on a white background"
 SHAPES = Path(bakeoff.__file__).parent / "models" / "shapes"
-SMALL = {
-    "model": "shapes",
-    "steps": 20,
-    "guidance_scale": 3.0,
-    "blocks": 120,
-    "repetitions": 3,
-    "warmups": 0,
-    "quality_prompts": 4,
-    "resident": True,
-}
-LARGE = {
-    "steps": 2,
-    "guidance_scale": 3.0,
-    "blocks": 40,
-    "repetitions": 1,
-    "warmups": 0,
-    "quality_prompts": 2,
-    "timed_prompts": 2,
-    "resident": True,
-}
+
+
+class DirectLoop:
+    """Stable Diffusion without the engine and without Diffusers' pipeline: its runtimes and scheduler in a loop. Always guided."""
+
+    def __init__(self, folder: Path, runtimes: Mapping[str, Runtime], scaling: float) -> None:
+        self.runtimes, self.scaling = runtimes, scaling
+        self.timestep = next(port for port in runtimes["unet"].inputs if port.name == "timestep")
+        self.tokenizer = _host_object(folder, "tokenizer")
+        self.scheduler = _host_object(folder, "scheduler")
+
+    @torch.no_grad()
+    def generate(self, prompts: list[str], latents: torch.Tensor, steps: int, guidance: float) -> NDArray[np.uint8]:
+        texts = torch.cat([self._encode([""] * len(prompts)), self._encode(prompts)])
+        made = self._denoise(latents, texts, steps, guidance)
+        pictures = self.runtimes["vae_decoder"].run({"latent_sample": made / self.scaling})["sample"]
+        shares = (pictures * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        return (shares * 255).round().astype(np.uint8)
+
+    def _encode(self, texts: list[str]) -> torch.Tensor:
+        length = self.tokenizer.model_max_length
+        ids = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return self.runtimes["text_encoder"].run({"input_ids": ids.input_ids})["last_hidden_state"]
+
+    def _denoise(self, latents: torch.Tensor, texts: torch.Tensor, steps: int, guidance: float) -> torch.Tensor:
+        self.scheduler.set_timesteps(steps)
+        latents = latents * self.scheduler.init_noise_sigma
+        for timestep in self.scheduler.timesteps:
+            inputs = {
+                "sample": self.scheduler.scale_model_input(torch.cat([latents, latents]), timestep),
+                "timestep": timestep.to(getattr(torch, self.timestep.dtype)).reshape((1,) * self.timestep.rank),
+                "encoder_hidden_states": texts,
+            }
+            without, with_text = self.runtimes["unet"].run(inputs)["out_sample"].chunk(2)
+            predicted = without + guidance * (with_text - without)
+            latents = self.scheduler.step(predicted, timestep, latents, return_dict=False)[0]
+        return latents
+
+
+def _host_object(folder: Path, name: str) -> Any:  # noqa: ANN401 - a scheduler or a tokenizer
+    library, class_name = read_json(folder / "model_index.json")[name]
+    return getattr(importlib.import_module(library), class_name).from_pretrained(folder / name, local_files_only=True)
+
+
+def loop_of(engine: Engine) -> DirectLoop:
+    """Return the loop around an engine's own runtimes, which have to be open."""
+    runtimes = {name: station.runtime for name, station in engine._stations.items() if station.runtime}  # noqa: SLF001 - the same objects are the point
+    return DirectLoop(engine.folder, runtimes, engine.pipeline.vae.config.scaling_factor)
 
 
 @dataclass(frozen=True)
 class Case:
-    """How the folder that both arms open is made, in an empty folder, and the fields of the experiment."""
+    """How the folder that is opened is made, in an empty folder; steps a picture, and blocks of five rounds."""
 
     make: Callable[[Path], Path]
-    fields: Mapping[str, Any]
+    steps: int
+    blocks: int
 
 
 def bake_shapes(recipe: str, work: Path) -> Path:
-    parsed, _ = bakeoff.parse(recipe)
-    bakeoff.export("shapes", work / "artifact", parsed)
+    bakeoff.export("shapes", work / "artifact", bakeoff.parse(recipe)[0], prove=False)
     return work / "artifact"
 
 
 def write_large(work: Path) -> Path:
     """Write a pipeline with SD 1.5's UNet at 32x32 latents, a text encoder of its width, and the rest of `shapes`."""
-    import torch
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from bakeoff.models.fullsize import SD15_UNET, write_module
@@ -93,74 +130,82 @@ def write_large(work: Path) -> Path:
 
 CASES = {
     **{
-        f"shapes, {backend}:fp32": Case(partial(bake_shapes, f"{backend}:fp32"), SMALL)
+        f"shapes, {backend}:fp32": Case(partial(bake_shapes, f"{backend}:fp32"), steps=20, blocks=40)
         for backend in ("torch", "onnx", "openvino")
     },
-    "SD 1.5-size UNet, torch:fp32": Case(write_large, LARGE),
+    "SD 1.5-size UNet, torch:fp32": Case(write_large, steps=2, blocks=8),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("record", type=Path)
-    parser.add_argument("--work", type=Path, help="folder for artifacts and runs; a temporary one by default")
+    parser.add_argument("--work", type=Path, help="folder for artifacts; a temporary one by default")
+    parser.add_argument("--case", choices=CASES, help="measure this one in this process, and print its row")
     options = parser.parse_args()
+    if options.case:
+        with tempfile.TemporaryDirectory(dir=options.work) as work:
+            print(json.dumps(measure(options.case, Path(work))))
+        return
     rows = json.loads(options.record.read_text())["rows"] if options.record.exists() else {}
-    for name, case in CASES.items():
+    for name in CASES:
         if name not in rows:
-            with tempfile.TemporaryDirectory(dir=options.work) as work:
-                rows[name] = measure(case, Path(work), partial(_progress, name))
+            arguments = [options.record, "--case", name, *(("--work", options.work) if options.work else ())]
+            command = [sys.executable, "-P", __file__, *map(str, arguments)]
+            rows[name] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)  # noqa: S603 - ourselves
             record = {"machine": describe(), "command": "make bench-engine", "rows": rows}
             options.record.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(rows, indent=1))
 
 
-def _progress(name: str, line: str, done: int, total: int) -> None:
-    print(f"{name} [{done}/{total}]: {line}", file=sys.stderr, flush=True)
+def measure(name: str, work: Path) -> dict[str, Any]:
+    """Run a case's rounds and return its row."""
+    case = CASES[name]
+    with bakeoff.load(case.make(work)) as engine:
+        height, width = engine.generate(PROMPT, steps=1, seeds=0).images.shape[1:3]
+        shape = (1, 4, height // engine.pipeline.vae_scale_factor, width // engine.pipeline.vae_scale_factor)
+        latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        loop = loop_of(engine)
+        ways: dict[str, Callable[[], NDArray[np.uint8]]] = {
+            "engine": lambda: (
+                engine.generate(PROMPT, steps=case.steps, guidance_scale=GUIDANCE, latents=latents).images
+            ),
+            "direct": lambda: loop.generate([PROMPT], latents, case.steps, GUIDANCE),
+        }
+        ways["again"] = ways["engine"]
+        identical = bool(np.array_equal(ways["engine"](), ways["direct"]()))
+        return {**_costs(_time(name, ways, case.blocks), case.steps), "pictures_identical": identical}
 
 
-def measure(case: Case, work: Path, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
-    """Run a case's experiment and return its row."""
-    folder = str(case.make(work))
-    arms = (Arm("engine", folder=folder), Arm("direct", adapter=str(DIRECT), options={"folder": folder}))
-    fields = {"model": folder, **case.fields}
-    record = run(Experiment(arms=arms, baseline="engine", reference="direct", **fields), work / "run", progress)
-    failures = [row.failure for row in summarize(record).rows if row.failure]
-    if failures:
-        raise SystemExit("; ".join(failures))
-    return {**case.fields, **_costs(record), **_conditions(record)}
+def _time(name: str, ways: Mapping[str, Callable[[], object]], blocks: int) -> dict[str, list[list[float]]]:
+    """Return seconds by way, block and round; the ways take turns in every order."""
+    orders = itertools.cycle(itertools.permutations(ways))
+    seconds: dict[str, list[list[float]]] = {way: [[] for _ in range(blocks)] for way in ways}
+    for block in tqdm(range(blocks), desc=name):
+        for order in itertools.islice(orders, ROUNDS_A_BLOCK):
+            for way in order:
+                started = time.perf_counter()
+                ways[way]()
+                seconds[way][block].append(time.perf_counter() - started)
+    return seconds
 
 
-def _costs(record: dict[str, Any]) -> dict[str, Any]:
+def _costs(seconds: dict[str, list[list[float]]], steps: int) -> dict[str, Any]:
     """Compare the engine with the loop, and with itself."""
-    steps = record["experiment"]["steps"]
-    engine, direct, again = ([run["samples_s"] for run in _runs(record, arm)] for arm in ("engine", "direct", AGAIN))
-    ratio, floor = paired_ratio(direct, engine), paired_ratio(engine, again)
-    ms_a_step = [1000 * np.median(blocks, axis=1) / steps for blocks in (engine, direct)]
-    more = mean_interval(ms_a_step[0] - ms_a_step[1])
+    ratio = paired_ratio(seconds["direct"], seconds["engine"])
+    floor = paired_ratio(seconds["engine"], seconds["again"])
+    engine, direct = (1000 * np.median(seconds[way], axis=1) / steps for way in ("engine", "direct"))
+    more = mean_interval(engine - direct)
     return {
-        "direct_ms_a_step": round(float(np.median(ms_a_step[1])), 3),
+        "steps": steps,
+        "blocks": len(engine),
+        "rounds_a_block": ROUNDS_A_BLOCK,
+        "direct_ms_a_step": round(float(np.median(direct)), 3),
         "ratio": _interval(ratio.ratio, ratio.low, ratio.high),
         "more_ms_a_step": _interval(*more),
         "within": ratio.high <= 1 + MOST_SHARE or more[2] <= MOST_MS_A_STEP,
         "engine_against_itself": _interval(floor.ratio, floor.low, floor.high),
     }
-
-
-def _conditions(record: dict[str, Any]) -> dict[str, Any]:
-    """Say whether both did the same work, and what measuring itself cost."""
-    entry = record["arms"]["engine"]["entries"]["engine"]
-    runs = [run for arm in ("engine", "direct") for run in _runs(record, arm)]
-    return {
-        "pictures_identical": min(entry["quality"]["figures"]["psnr_db"]) == SAME_DB,
-        "most_parent_cores": max(run["guard"]["parent_cores"] for run in runs),
-        "disturbed_runs": sum(bool(run["guard"]["tainted"]) for run in runs),
-        "stage_pass_overhead": round(entry["stages"]["overhead"], 4),
-    }
-
-
-def _runs(record: dict[str, Any], arm: str) -> list[dict[str, Any]]:
-    return [block["runs"][arm] for block in record["blocks"]]
 
 
 def _interval(middle: float, low: float, high: float) -> dict[str, float]:
