@@ -151,7 +151,7 @@ def conditions(summary: Summary) -> str:
         f"{e['model']}, {e['steps']} steps, batch {e['batch']}, {e['blocks']} blocks of {e['repetitions']} repetitions, "
         f"{e['quality_prompts']} prompts judged"
     )
-    kept = ", workers kept alive between blocks" if e.get("resident") else ""
+    kept = ", workers kept alive between blocks (intervals speak of these processes alone)" if e.get("resident") else ""
     here = f"{machine['cpu']}, {machine['usable_cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB"
     return f"Measured: {work}{kept}; {here}; baseline {e['baseline']}; {summary.record['started']}."
 

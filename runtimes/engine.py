@@ -175,8 +175,9 @@ class Engine:
             InputError: an argument can't be meant as it is.
             Cancelled: the callback returned False.
         """
-        limits = Limits(self.family, self._configs, self._default_guidance())
-        request = limits.check(prompts, negative_prompts, seeds, guidance_scale, steps, size, latents, max_batch)
+        scale = self._default_guidance() if guidance_scale is None else guidance_scale
+        limits = Limits(self.family, self._configs)
+        request = limits.check(prompts, negative_prompts, seeds, scale, steps, size, latents, max_batch)
         for hook in plugins.hooks("before"):
             hook(request)
         started = time.perf_counter()

@@ -54,14 +54,13 @@ class Limits:
     family: Family
     configs: Mapping[str, Mapping[str, Any]]
     """Config of each part's module."""
-    default_guidance: float
 
     def check(
         self,
         prompts: str | Sequence[str],
         negative_prompts: str | Sequence[str] | None,
         seeds: int | Sequence[int] | None,
-        guidance_scale: float | Sequence[float] | None,
+        guidance_scale: float | Sequence[float],
         steps: int,
         size: tuple[int, int] | None,
         latents: Tensor | None,
@@ -78,8 +77,7 @@ class Limits:
             raise InputError(message)
         count = len(texts)
         negatives = None if negative_prompts is None else _one_each("negative_prompts", negative_prompts, count, str)
-        scale = self.default_guidance if guidance_scale is None else guidance_scale
-        scales = tuple(float(each) for each in _one_each("guidance_scale", scale, count, int | float))
+        scales = tuple(float(each) for each in _one_each("guidance_scale", guidance_scale, count, int | float))
         if not all(map(math.isfinite, scales)):
             message = f"got guidance_scale = {guidance_scale!r}, expected finite numbers"
             raise InputError(message)
