@@ -9,7 +9,7 @@ GENAI_READY := .venv-genai/.ready
 SDCPP_BIN := .venv-sdcpp/bin
 SDCPP_READY := .venv-sdcpp/.ready
 
-.PHONY: demo test test-all test-interop test-interop-sdcpp lint bench bench-engine bench-export bench-shapes bench-statistics shapes clean
+.PHONY: demo test test-all test-interop test-interop-sdcpp lint bench bench-engine bench-export bench-shapes bench-statistics families shapes clean
 
 demo: $(READY)  ## Export the embedded model for each backend, generate, compare.
 	$(BIN)/bakeoff demo -o demo
@@ -42,6 +42,12 @@ bench-engine: $(READY)  ## What the engine costs over a loop written by hand (tw
 
 bench-export: $(READY)  ## Peak memory, seconds and bytes of full-size exports (20 GB of disk, half an hour).
 	$(BIN)/python -P docs/benchmarks/export_memory.py docs/benchmarks/export_memory.json
+
+families: $(READY)  ## The table of docs/families.md: every pipeline with every backend.
+	rm -f build/families.json && mkdir -p build
+	RECORD=build/families.json $(BIN)/python -P -m pytest -m '' -k "diffusers_picture" tests/test_families.py
+	cp build/families.json docs/families.json
+	$(BIN)/python -P docs/benchmarks/families.py docs/families.json docs/families.md
 
 bench-shapes: $(READY)  ## How often the embedded model draws what its prompt says, over steps and guidance.
 	$(BIN)/python -P docs/benchmarks/shapes_accuracy.py docs/benchmarks/shapes_accuracy.json

@@ -63,10 +63,14 @@ class Manifest:
     parts: Mapping[str, PartEntry]
     files: Mapping[str, FileEntry]
     proof: Mapping[str, Any] = field(default_factory=lambda: {"status": "unproved", "reason": "not yet proved"})
+    variant: str | None = None
+    """Of the family, such as `controlnet`."""
 
     def render(self) -> str:
         """Return the file's text, the last field being the hash of all others."""
         content = asdict(self)
+        if self.variant is None:
+            del content["variant"]
         content["sha256"] = hashlib.sha256(_canonical(content).encode()).hexdigest()
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
@@ -233,6 +237,17 @@ def staged(target: Path, *, replace_existing: bool) -> Iterator[Path]:
             partial.rename(target)  # fails, changing nothing, where something has just appeared there
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target` for the while; if the process is killed, the next export there removes it."""
+    folder = target.parent / f".{target.name}.partial-scratch-{os.getpid()}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_target(target: Path, *, replace_existing: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.metadata
 import json
@@ -20,12 +21,14 @@ from .artifact import (
     PartEntry,
     describe_files,
     key_of,
+    scratch,
     staged,
     sweep,
 )
 from .errors import CorruptError, RecipeError, ResourceError, UnavailableError, UsageError, unknown
 from .exporters.capture import capture
 from .exporters.exporter import Subject
+from .lora import Lora, merge
 from .memory import available_bytes
 from .recipe import PartRecipe, Recipe, to_dict
 from .runtimes.opening import port_to_dict
@@ -33,7 +36,7 @@ from .source import Source
 from .weights import SAFETENSORS_DTYPES, WEIGHT_MODES, Checkpoint, convert, place, sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch.export import ExportedProgram
 
@@ -54,6 +57,7 @@ class Plan:
     source: Source
     recipe: Recipe
     parts: dict[str, PartRecipe]
+    loras: tuple[Lora, ...]
     weights: str
     key_fields: dict[str, Any]
     part_fields: dict[str, dict[str, Any]]
@@ -64,7 +68,15 @@ class Plan:
         return key_of(self.key_fields)
 
 
-def plan(model: str, recipe: Recipe, *, revision: str | None = None, weights: str = "auto") -> Plan:
+def plan(
+    model: str,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    weights: str = "auto",
+    loras: Sequence[str] = (),
+    controlnet: str | None = None,
+) -> Plan:
     """Resolve model and recipe, hash what decides the result, and predict memory and disk. Writes nothing.
 
     Raises:
@@ -73,23 +85,28 @@ def plan(model: str, recipe: Recipe, *, revision: str | None = None, weights: st
     """
     if weights not in WEIGHT_MODES:
         raise UsageError(unknown("weights mode", weights, WEIGHT_MODES))
-    source = Source.open(model, revision)
-    parts = recipe.resolve(part.name for part in source.family.parts)
+    source = _open(model, revision, controlnet)
+    merged = tuple(Lora.open(text, source) for text in loras)
+    parts = recipe.resolve(part.name for part in source.parts)
     for name, part_recipe in parts.items():
         _check_backend(name, part_recipe)
     parts = {name: _without_idle_options(source, name, part_recipe) for name, part_recipe in parts.items()}
-    fields = {name: _part_fields(source, source.family.part(name), parts[name], weights) for name in parts}
+    fields = {name: _part_fields(source, source.family.part(name), parts[name], merged, weights) for name in parts}
     host = {str(file.relative_to(source.folder)): sha256(file) for file in source.host_files}
     return Plan(
         source=source,
         recipe=recipe,
         parts=parts,
+        loras=merged,
         weights=weights,
         key_fields={"parts": {name: key_of(part) for name, part in fields.items()}, "host": host},
         part_fields=fields,
-        peak_anon_bytes=EXPORT_BYTES
-        + max(source.checkpoint(part.module).largest_bytes for part in source.family.parts),
+        peak_anon_bytes=EXPORT_BYTES + max(source.checkpoint(part.module).largest_bytes for part in source.parts),
     )
+
+
+def _open(model: str, revision: str | None, controlnet: str | None) -> Source:
+    return Source.open(model, revision, "controlnet", controlnet) if controlnet else Source.open(model, revision)
 
 
 def _check_backend(part: str, recipe: PartRecipe) -> None:
@@ -118,24 +135,26 @@ def _is_installed(package: str) -> bool:
 
 def _without_idle_options(source: Source, name: str, recipe: PartRecipe) -> PartRecipe:
     """Drop options named after another part's input, so that `timestep=f32` changes the UNet's key alone."""
-    ports = {port for part in source.family.parts for port in part.component.conventions(recipe.backend)}
+    ports = {port for part in source.parts for port in part.component.conventions(recipe.backend)}
     idle = ports - set(source.family.part(name).component.conventions(recipe.backend))
     return replace(recipe, options={key: value for key, value in recipe.options.items() if key not in idle})
 
 
-def _part_fields(source: Source, part: Part, recipe: PartRecipe, weights: str) -> dict[str, Any]:
+def _part_fields(source: Source, part: Part, recipe: PartRecipe, loras: Sequence[Lora], weights: str) -> dict[str, Any]:
+    own = [lora.fields for lora in loras if part.module in lora.deltas]
     return {
         "source": source.hashes(part.module),
         "component": f"{part.component.name}@{part.component.version}",
         "exporter": f"{recipe.backend}@{plugins.exporter(recipe.backend).version}",
         "recipe": recipe.as_dict(),
         "weights": "own" if weights == "copy" else "shared where possible",
-    }
+    } | ({"loras": own} if own else {})
 
 
 def _disk_bytes(planned: Plan, folder: Path) -> int:
     """Predict the most bytes that are written at a time: conversions, copies, and the backends' own weights."""
     total, converted = 20_000_000, set()
+    total += sum(planned.source.checkpoint(module).nbytes for module in _merged_modules(planned))
     shares = planned.weights != "copy" and planned.source.folder.stat().st_dev == folder.stat().st_dev
     for name, recipe in planned.parts.items():
         module = planned.source.family.part(name).module
@@ -152,6 +171,10 @@ def _disk_bytes(planned: Plan, folder: Path) -> int:
         elif planned.weights == "copy" or not (shares or converts):
             total += size
     return total
+
+
+def _merged_modules(planned: Plan) -> list[str]:
+    return sorted({module for lora in planned.loras for module in lora.deltas})
 
 
 def _check_room(planned: Plan, target: Path) -> None:
@@ -179,6 +202,8 @@ def export(
     weights: str = "auto",
     prove: bool = True,
     force: bool = False,
+    loras: Sequence[str] = (),
+    controlnet: str | None = None,
     progress: Progress = lambda _: None,
     reuse: Sequence[str | Path] = (),
 ) -> Artifact:
@@ -195,6 +220,8 @@ def export(
         weights: `auto`, `link` or `copy`: how weights that needn't change come into the folder.
         prove: run each part against eager fp32 before the artifact counts as made.
         force: replace what is at `output`.
+        loras: LoRA files to bake in, each as `FILE.safetensors` or `FILE.safetensors:SCALE`.
+        controlnet: folder or hub id of a ControlNet to bake beside the pipeline, whose UNet then takes its residuals.
         progress: called with a line at each step.
         reuse: other artifacts to take unchanged parts from.
 
@@ -202,47 +229,62 @@ def export(
         BakeoffError: with the fix; nothing is left at `output` then.
     """
     target = Path(output)
-    planned = plan(model, recipe, revision=revision, weights=weights)
+    planned = plan(model, recipe, revision=revision, weights=weights, loras=loras, controlnet=controlnet)
     sweep(target)
     present = None if force else _present(target, planned.key)
     if present is not None:
         progress(f"{target} is up to date")
-        return _proved_later(present, planned.source, progress) if prove else present
+        return _proved_later(present, planned, progress) if prove else present
     _check_room(planned, target)
     donors = [Artifact.open(Path(folder)) for folder in reuse]
-    with staged(target, replace_existing=force) as folder:
+    with staged(target, replace_existing=force) as folder, _with_loras(planned, target, progress) as baked:
         with tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work:
-            entries = _write_parts(planned, folder, Path(work), donors, progress)
+            entries = _write_parts(baked, folder, Path(work), donors, progress)
         _copy_host_files(planned.source, folder)
         _write_manifest(planned, folder, entries)
         if prove:
-            _prove(Artifact.open(folder), planned.source, progress)
+            _prove(Artifact.open(folder), baked.source, progress)
         else:
             progress("not proved: --no-prove")
     return Artifact.open(target)
+
+
+@contextlib.contextmanager
+def _with_loras(planned: Plan, target: Path, progress: Progress) -> Iterator[Plan]:
+    """Write the modules that LoRAs change, with these added; yield the plan with a source that has them, for the while."""
+    if not planned.loras:
+        yield planned
+        return
+    with scratch(target) as work:
+        for module in _merged_modules(planned):
+            progress(f"merging {' and '.join(lora.file.name for lora in planned.loras)} into {module}")
+            merge(planned.loras, planned.source, module, work / module)
+        merged = {module: work / module for module in _merged_modules(planned)}
+        yield replace(planned, source=replace(planned.source, elsewhere={**planned.source.elsewhere, **merged}))
 
 
 def _prove(artifact: Artifact, source: Source, progress: Progress) -> None:
     from . import parity
 
     progress("proving each part in a child process")
-    proved = artifact.with_proof(parity.prove(artifact, str(source.folder)))
+    proved = artifact.with_proof(parity.prove(artifact, source))
     if not proved.manifest.proved:
         progress(f"not proved: {proved.manifest.proof['reason']}")
 
 
-def _proved_later(artifact: Artifact, source: Source, progress: Progress) -> Artifact:
+def _proved_later(artifact: Artifact, planned: Plan, progress: Progress) -> Artifact:
     """Prove an artifact that an earlier export left unproved, if that can be done here."""
     from . import parity
 
     if artifact.manifest.proved:
         return artifact
-    reason = parity.obstacle(artifact, str(source.folder))
+    reason = parity.obstacle(artifact, planned.source)
     if reason:
         progress(f"not proved: {reason}")
         return artifact
-    progress("proving each part in a child process")
-    return parity.prove_in_place(artifact, str(source.folder))
+    with _with_loras(planned, artifact.folder, progress) as baked:
+        progress("proving each part in a child process")
+        return parity.prove_in_place(artifact, baked.source)
 
 
 def _present(target: Path, key: str) -> Artifact | None:
@@ -302,7 +344,7 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
         program=program,
         weights=planned.weights,
     )
-    shutil.copyfile(planned.source.folder / part.module / "config.json", folder / "config.json")
+    shutil.copyfile(planned.source.path(part.module) / "config.json", folder / "config.json")
     lowered = exporter.lower(subject, folder)
     converted = origin.parent == work
     return PartEntry(
@@ -329,11 +371,11 @@ def _in_dtype(source: Source, module: str, dtype: str, work: Path) -> Path:
     """Return a folder with the module's weights in a dtype: the source's own, or a converted copy in `work`."""
     checkpoint = source.checkpoint(module)
     if checkpoint.float_dtypes <= {SAFETENSORS_DTYPES[dtype]}:
-        return source.folder / module
+        return source.path(module)
     folder = work / f"{module}-{dtype}"
     if not folder.exists():
         folder.mkdir()
-        shutil.copyfile(source.folder / module / "config.json", folder / "config.json")
+        shutil.copyfile(source.path(module) / "config.json", folder / "config.json")
         name = checkpoint.files[0].name.partition("-000")[0].partition(".safetensors")[0]
         convert(checkpoint, folder / f"{name}.safetensors", dtype)
     return folder
@@ -349,7 +391,7 @@ def _copy_host_files(source: Source, folder: Path) -> None:
         target = folder / file.relative_to(source.folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
-    modules = {part.module for part in source.family.parts}
+    modules = {part.module for part in source.parts}
     index = {
         name: [None, None]
         if isinstance(value, list) and name not in modules and not (folder / name).is_dir()
@@ -368,8 +410,10 @@ def _write_manifest(planned: Plan, folder: Path, entries: dict[str, PartEntry]) 
         key=planned.key,
         key_fields=planned.key_fields,
         family=source.family.name,
-        pipeline=source.family.pipelines["text-to-image"],
-        source={"id": source.id, "revision": source.revision},
+        pipeline=source.index["_class_name"] if source.variant is None else source.family.pipelines["text-to-image"],
+        variant=source.variant,
+        source={"id": source.id, "revision": source.revision}
+        | ({"loras": [{"file": lora.file.name, **lora.fields} for lora in planned.loras]} if planned.loras else {}),
         recipe={"asked": to_dict(planned.recipe), "resolved": {n: r.as_dict() for n, r in planned.parts.items()}},
         hardware=None,
         parts=entries,

@@ -15,7 +15,7 @@ if not __package__:
 
 from .bench.command import add_bench
 from .doctor import add_doctor
-from .errors import ArtifactError, BakeoffError, ResourceError, UsageError
+from .errors import ArtifactError, BakeoffError, InputError, ResourceError, UsageError
 from .pictures import check_output, save
 from .progress import Steps
 from .recipe import read
@@ -133,6 +133,10 @@ def _add_export(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
     )
     command.add_argument("--no-prove", action="store_true", help="don't run the parts against eager fp32")
     command.add_argument("--force", action="store_true", help="replace what is at DIR")
+    _add_lora(command)
+    command.add_argument(
+        "--controlnet", metavar="DIR", help="a ControlNet's folder or hub id, to bake beside the pipeline"
+    )
     command.add_argument("--reuse", action="append", default=[], metavar="DIR", help="take unchanged parts from DIR")
     command.set_defaults(run=_export)
     return command
@@ -150,6 +154,16 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
         choices=("ecosystem", "f32"),
         default="ecosystem",
         help="f32: a float timestep port in OpenVINO UNets, for schedulers with fractional timesteps",
+    )
+
+
+def _add_lora(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA in safetensors to bake in, such as style.safetensors:0.8; may be given several times",
     )
 
 
@@ -176,6 +190,8 @@ def _export(options: argparse.Namespace) -> None:
             weights=options.weights,
             prove=not options.no_prove,
             force=options.force,
+            loras=options.lora,
+            controlnet=options.controlnet,
             progress=progress,
             reuse=options.reuse,
         )
@@ -241,7 +257,8 @@ def _verify(options: argparse.Namespace) -> int:
     if options.parity and not problems:
         from . import parity
 
-        artifact = parity.prove_in_place(artifact, options.source)
+        source = parity.source_of(artifact, options.source) if options.source else None
+        artifact = parity.prove_in_place(artifact, source)
     if options.json:
         _print_json({"folder": str(options.folder), "problems": problems, "proof": artifact.manifest.proof})
     elif not problems:
@@ -273,6 +290,7 @@ def _add_why_rebuild(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
     command.add_argument("model", help="the model, as for export")
     _add_recipe(command)
     command.add_argument("--weights", default="auto")
+    _add_lora(command)
     command.set_defaults(run=_why_rebuild)
     return command
 
@@ -282,7 +300,9 @@ def _why_rebuild(options: argparse.Namespace) -> None:
     from .bake import plan, why_rebuild
 
     artifact = Artifact.open(options.folder)
-    planned = plan(options.model, _recipe(options)[0], revision=options.revision, weights=options.weights)
+    planned = plan(
+        options.model, _recipe(options)[0], revision=options.revision, weights=options.weights, loras=options.lora
+    )
     reasons = why_rebuild(artifact, planned)
     if options.json:
         _print_json({"rebuild": bool(reasons), "fields": reasons})
@@ -302,6 +322,11 @@ def _add_generate(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
     command.add_argument("--height", type=int)
     command.add_argument("--width", type=int)
     command.add_argument("--max-batch", type=int, default=8)
+    command.add_argument("--image", type=Path, help="a picture to start from: image-to-image")
+    command.add_argument("--mask", type=Path, help="of the picture's size; what is white is painted anew: inpainting")
+    command.add_argument("--control-image", type=Path, help="what the artifact's ControlNet follows")
+    command.add_argument("--control-scale", type=float, default=1.0, help="how strongly (1)")
+    command.add_argument("--strength", type=float, help="over 0 to 1: how much of the picture is noised away")
     command.add_argument("--device", default="auto")
     command.add_argument("--threads", type=int)
     command.add_argument("--compile", action="store_true")
@@ -329,6 +354,11 @@ def _generate(options: argparse.Namespace) -> None:
             guidance_scale=options.guidance_scale,
             steps=options.steps,
             size=None if options.height is None else (options.height, options.width),
+            image=_picture(options.image),
+            mask=_picture(options.mask),
+            strength=options.strength,
+            control_image=_picture(options.control_image),
+            control_scale=options.control_scale,
             max_batch=options.max_batch,
             progress=sys.stderr.isatty(),
         )
@@ -350,6 +380,18 @@ def _generate(options: argparse.Namespace) -> None:
         return
     for file, seed in zip(files, result.seeds, strict=True):
         print(f"{file} (seed {seed})")
+
+
+def _picture(file: Path | None) -> Any:  # noqa: ANN401 - a PIL image, imported late
+    if file is None:
+        return None
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(file)
+    except (OSError, UnidentifiedImageError) as error:
+        message = f"{file} can't be read as a picture: {error}"
+        raise InputError(message, fix="give a PNG or JPEG file") from error
 
 
 def _add_demo(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401

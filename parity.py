@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,7 @@ def tolerance(precision: str, f0: float, f1: float | None) -> float:
     return LOW_PRECISION_FLOORS * f1
 
 
-def prove(artifact: Artifact, source: str | None, revision: str | None = None) -> dict[str, Any]:
+def prove(artifact: Artifact, source: Source | None) -> dict[str, Any]:
     """Prove an artifact in a child process; return what goes into the manifest, the proof's memory and time beside it.
 
     With a source, eager outputs are recorded into `proof/` first; without, those already there are used. Parts of
@@ -98,10 +98,12 @@ def prove(artifact: Artifact, source: str | None, revision: str | None = None) -
     reason = obstacle(artifact, source)
     if reason:
         return {"status": "unproved", "reason": reason}
-    if source:
-        _check_source(artifact, Source.open(source, revision))
     started = time.perf_counter()
-    arguments = {"folder": str(artifact.folder), "source": source, "revision": revision}
+    arguments = {
+        "folder": str(artifact.folder),
+        "source": str(source.folder) if source else None,
+        "elsewhere": {module: str(path) for module, path in source.elsewhere.items()} if source else {},
+    }
     parts, peak = in_child("bakeoff.parity:prove_here", arguments)
     return {
         "status": "proved",
@@ -112,7 +114,7 @@ def prove(artifact: Artifact, source: str | None, revision: str | None = None) -
     }
 
 
-def prove_in_place(artifact: Artifact, source: str | None, revision: str | None = None) -> Artifact:
+def prove_in_place(artifact: Artifact, source: Source | None) -> Artifact:
     """Prove an artifact again: a twin made of links takes its place once it is proved, else nothing changes on disk.
 
     Raises:
@@ -125,11 +127,11 @@ def prove_in_place(artifact: Artifact, source: str | None, revision: str | None 
         raise UnavailableError(message, fix="give the model with --source, on a machine with the memory for it")
     with staged(artifact.folder, replace_existing=True) as folder:
         twin = artifact.twin(folder)
-        twin.with_proof(prove(twin, source, revision))
+        twin.with_proof(prove(twin, source))
     return Artifact.open(artifact.folder)
 
 
-def obstacle(artifact: Artifact, source: str | None) -> str | None:
+def obstacle(artifact: Artifact, source: Source | None) -> str | None:
     """Say why an artifact can't be proved here, if it can't."""
     if all(part.backend == "null" for part in artifact.manifest.parts.values()):
         return "the null backend computes nothing"
@@ -141,24 +143,36 @@ def obstacle(artifact: Artifact, source: str | None) -> str | None:
     return None
 
 
-def _check_source(artifact: Artifact, source: Source) -> None:
-    """Refuse a model that isn't the one that the artifact was made from."""
+def source_of(artifact: Artifact, model: str) -> Source:
+    """Open the model that an artifact was made from.
+
+    Raises:
+        SourceError: it is another model, or LoRAs were added to it.
+    """
+    source = Source.open(model)
     for name, entry in artifact.manifest.parts.items():
+        if "loras" in entry.key_fields:
+            message = f"{artifact.folder} has LoRAs baked into its {name}, which {source.folder} doesn't have"
+            raise SourceError(message, fix="leave out --source: what eager fp32 gave is in the artifact")
         if source.hashes(_family_part(artifact, name).module) != entry.key_fields["source"]:
             message = f"{source.folder} is not what {artifact.folder} was made from: its {name} has other bytes"
             raise SourceError(message, fix=f"give the model it was made from, {artifact.manifest.source['id']}")
+    return source
 
 
-def _needed_bytes(artifact: Artifact, source: str | None) -> int:
+def _needed_bytes(artifact: Artifact, source: Source | None) -> int:
     """Estimate the proof's memory: the interpreter, and for the largest part its packed weights and a margin."""
     weights = max(sum(part.weight_bytes.values()) for part in artifact.manifest.parts.values())
     return int(0.7e9 + (2.0 if source else 1.3) * weights)
 
 
-def prove_here(folder: str, source: str | None, revision: str | None) -> dict[str, Any]:
+def prove_here(folder: str, source: str | None, elsewhere: Mapping[str, str]) -> dict[str, Any]:
     """Prove all parts in this process; runs in the child of `prove`."""
     artifact = Artifact.open(Path(folder))
-    origin = Source.open(source, revision) if source else None
+    origin = None
+    if source:
+        found = {module: Path(path) for module, path in elsewhere.items()}
+        origin = replace(Source.open(source), elsewhere=found)
     results = {}
     for name, entry in artifact.manifest.parts.items():
         if entry.backend == "null":
@@ -175,7 +189,7 @@ def _family_part(artifact: Artifact, name: str) -> Part:
     from . import plugins
 
     family = next(family for family in plugins.families() if family.name == artifact.manifest.family)
-    return family.part(name)
+    return family.variant(artifact.manifest.variant).part(name)
 
 
 def _record(part: Part, precision: str, source: Source, folder: Path) -> None:
@@ -184,7 +198,7 @@ def _record(part: Part, precision: str, source: Source, folder: Path) -> None:
     from safetensors.torch import save_file
 
     config = source.config(part.module)
-    flat = part.component.flat(part.component.load(source.folder / part.module, torch.float32))
+    flat = part.component.flat(part.component.load(source.path(part.module), torch.float32))
     tensors: Tensors = {}
     f0, f1 = 0.0, 0.0
     for index, sizes in enumerate(PROOF_SIZES):
@@ -209,7 +223,10 @@ def _record(part: Part, precision: str, source: Source, folder: Path) -> None:
 def _eager(component: Component, flat: Any, config: Mapping[str, Any], inputs: Tensors, dtype: Any = None) -> Tensors:  # noqa: ANN401 - modules and dtypes of torch, imported late
     import torch
 
-    cast = [t.to(dtype) if dtype and t.is_floating_point() and t.ndim else t for t in inputs.values()]
+    cast = []
+    for port in component.inputs(config):
+        tensor = inputs[port.name]
+        cast.append(tensor.to(dtype) if dtype and tensor.is_floating_point() and not port.exact else tensor)
     with torch.no_grad():
         results = flat(*cast)
     return {port.name: result.float() for port, result in zip(component.outputs(config), results, strict=True)}
@@ -221,10 +238,11 @@ def _split(component: Component, flat: Any, config: Mapping[str, Any], inputs: T
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows = max(len(tensor) for tensor in inputs.values() if tensor.ndim)
+    batched = {port.name for port in component.inputs(config) if port.dims[:1] == ("batch",)}
+    rows = max(len(inputs[name]) for name in batched)
     try:
         parts = [
-            _eager(component, flat, config, {k: v[row : row + 1] if v.ndim else v for k, v in inputs.items()})
+            _eager(component, flat, config, {k: v[row : row + 1] if k in batched else v for k, v in inputs.items()})
             for row in range(rows)
         ]
     finally:

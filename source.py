@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,12 @@ from .errors import PickleError, SourceError, UsageError, unknown
 from .weights import Checkpoint, sha256
 
 if TYPE_CHECKING:
-    from .components.family import Family
+    from collections.abc import Mapping
+
+    from .components.family import Family, Part
 
 EMBEDDED = ("shapes",)
-_HOST_FOLDERS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
+_HOST_FOLDERS = ("scheduler", "tokenizer*")
 
 
 @dataclass(frozen=True)
@@ -29,39 +31,96 @@ class Source:
     revision: str | None
     folder: Path
     family: Family
+    elsewhere: Mapping[str, Path] = field(default_factory=dict)
+    """Modules that come from another folder: a ControlNet given beside the pipeline, one that LoRAs were merged into."""
+    variant: str | None = None
 
     @classmethod
-    def open(cls, model: str, revision: str | None = None) -> Source:
+    def open(cls, model: str, revision: str | None = None, variant: str | None = None, module: str = "") -> Source:
         """Find a model and its family.
+
+        Args:
+            model: `shapes`, a Diffusers folder, or a hub id.
+            revision: of a hub model.
+            variant: of the family, such as `controlnet`.
+            module: the folder or hub id of the module that the variant is named after.
 
         Raises:
             SourceError: it isn't there, or isn't a pipeline that bakeoff knows.
             PickleError: it is a pickle.
         """
         folder, found_revision = _locate(model, revision)
-        return cls(model, found_revision, folder, family_of(folder))
+        family = family_of(folder)
+        if variant is None:
+            return cls(model, found_revision, folder, family)
+        if variant not in family.variants:
+            message = f"{family.name} takes no {variant}"
+            having = [each.name for each in plugins.families() if variant in each.variants]
+            raise UsageError(message, fix=f"families with one: {', '.join(having)}")
+        beside = {variant: _module_folder(variant, module)}
+        return cls(model, found_revision, folder, family.variant(variant), beside, variant)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The family's parts that this pipeline has: some leave a text encoder out."""
+        return parts_of(self.family, self.index)
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        return read_json(self.folder / "model_index.json")
+        """Return `model_index.json`, with the variant's module in it."""
+        index = read_json(self.folder / "model_index.json")
+        if self.variant is None:
+            return index
+        own = self.config(self.variant).get("_class_name")
+        return {**index, "_class_name": self.family.pipelines["text-to-image"], self.variant: ["diffusers", own]}
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The folders that the parts come from."""
+        return tuple(dict.fromkeys(part.module for part in self.parts))
+
+    def path(self, module: str) -> Path:
+        """Return the folder with a module's config and weights."""
+        return self.elsewhere.get(module, self.folder / module)
 
     def config(self, module: str) -> dict[str, Any]:
-        return read_json(self.folder / module / "config.json")
+        return read_json(self.path(module) / "config.json")
 
     def checkpoint(self, module: str) -> Checkpoint:
-        return Checkpoint.open(self.folder / module)
+        return Checkpoint.open(self.path(module))
 
     @property
     def host_files(self) -> list[Path]:
         """Scheduler, tokenizers and index: what the pipeline needs besides its parts."""
-        folders = [self.folder / name for name in _HOST_FOLDERS]
+        folders = [folder for pattern in _HOST_FOLDERS for folder in sorted(self.folder.glob(pattern))]
         inner = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_file()]
         return [self.folder / "model_index.json", *inner]
 
     def hashes(self, module: str) -> dict[str, str]:
         """Return the sha256 of a module's config and weight files, by name."""
-        files = [self.folder / module / "config.json", *self.checkpoint(module).files]
+        files = [self.path(module) / "config.json", *self.checkpoint(module).files]
         return {file.name: _HashCache.of(file) for file in files}
+
+
+def _module_folder(name: str, module: str) -> Path:
+    """Find a module of its own: a folder with `config.json` and weights, or a hub id."""
+    path = Path(module).expanduser()
+    if path.is_dir():
+        folder = path
+    elif module.count("/") == 1 and not module.startswith((".", "/", "~")):
+        folder, _ = _from_hub(module, None)
+    else:
+        message = f"no folder {module} for the {name}"
+        raise SourceError(message, fix=f"give a Diffusers {name} folder, or a hub id: owner/name")
+    if not (folder / "config.json").is_file():
+        message = f"{folder} is no {name}: it has no config.json"
+        raise SourceError(message, fix="give the folder that holds config.json and the safetensors")
+    return folder
+
+
+def parts_of(family: Family, index: dict[str, Any]) -> tuple[Part, ...]:
+    """Return the parts whose modules an index has: `[null, null]` says that one is left out."""
+    return tuple(part for part in family.parts if index.get(part.module, ["", ""]) != [None, None])
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -113,7 +172,16 @@ def _from_hub(model: str, revision: str | None) -> tuple[Path, str]:
     """Fetch safetensors and configs, no code and no pickles; the snapshot's folder names its revision."""
     from huggingface_hub import snapshot_download
 
-    patterns = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+    patterns = [
+        "model_index.json",
+        "config.json",
+        "diffusion_pytorch_model*.safetensors*",
+        "*/*.json",
+        "*/*.txt",
+        "*/*.jinja",
+        "*/*.model",
+        "*/*.safetensors",
+    ]
     unwanted = ["safety_checker/*", "*.fp16.*", "*.non_ema.*", "*.onnx*"]
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=unwanted))

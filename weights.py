@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import PickleError, SourceError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -196,8 +196,16 @@ def convert(checkpoint: Checkpoint, file: Path, dtype: str) -> None:
     write_entries(checkpoint.entries.values(), file, dtype)
 
 
-def write_entries(entries: Iterable[Entry], file: Path, dtype: str | None = None) -> dict[str, Entry]:
-    """Stream entries into a new safetensors file, converting floats to `dtype` if given; return their new places."""
+def write_entries(
+    entries: Iterable[Entry],
+    file: Path,
+    dtype: str | None = None,
+    changed: Callable[[Entry], Iterable[memoryview] | None] = lambda _: None,
+) -> dict[str, Entry]:
+    """Stream entries into a new safetensors file, converting floats to `dtype` if given; return their new places.
+
+    Where `changed` returns bytes for an entry, those are written instead of its own: as many, in its own dtype.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     entries = list(entries)
     end = 0
@@ -210,7 +218,7 @@ def write_entries(entries: Iterable[Entry], file: Path, dtype: str | None = None
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
-            for chunk in read_chunks(entry, _target_dtype(entry, dtype)):
+            for chunk in changed(entry) or read_chunks(entry, _target_dtype(entry, dtype)):
                 stream.write(chunk)
     return {entry.name: entry for entry in read_header(file)}
 
@@ -245,6 +253,16 @@ def read_chunks(entry: Entry, target: str) -> Iterable[bytes | memoryview]:
             else:
                 values = torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[entry.dtype]))
                 yield as_bytes(values.to(getattr(torch, TORCH_DTYPES[target])))
+
+
+def read_tensor(entry: Entry) -> Tensor:
+    """Read one floating-point tensor into memory."""
+    import torch
+
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.offset)
+        data = bytearray(stream.read(entry.length))
+    return torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[entry.dtype])).reshape(entry.shape)
 
 
 def place(source: Path, target: Path, mode: str) -> str:

@@ -49,7 +49,7 @@ def write_latents(model: str, ids: list[str], height: int | None, width: int | N
     from ..source import Source
 
     source = Source.open(model)
-    configs = {part.module: source.config(part.module) for part in source.family.parts}
+    configs = {part.module: source.config(part.module) for part in source.parts}
     size = source.family.default_size(configs) if height is None or width is None else (height, width)
     shape = source.family.latent_shape(configs, len(ids), *size)
     latents = np.stack([row_generator(seed_of(each), shape[1:])[1].numpy() for each in ids])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Config = Mapping[str, Any]
 
 Dim = int | str
-"""A fixed size, or a name such as `height`, or a multiple of one such as `8*height`."""
+"""A fixed size, a name such as `height`, a multiple such as `8*height`, or a fraction such as `height/2`."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Port:
     name: str
     dtype: str
     dims: tuple[Dim, ...]
+    exact: bool = False
+    """Keeps its dtype in a part of lower precision: a timestep or a position in bfloat16 would be another one."""
 
     @property
     def rank(self) -> int:
@@ -35,15 +37,19 @@ class Port:
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Return the shape at given sizes, such as `{"batch": 2, "height": 8, …}`."""
-        return tuple(dim if isinstance(dim, int) else _factor(dim) * sizes[dim_name(dim)] for dim in self.dims)
+        return tuple(dim if isinstance(dim, int) else _size(dim, sizes) for dim in self.dims)
 
 
-def dim_name(dim: str) -> str:
-    return dim.rpartition("*")[2]
+def _size(dim: str, sizes: Mapping[str, int]) -> int:
+    name, times, over = _terms(dim)
+    return times * sizes[name] // over
 
 
-def _factor(dim: str) -> int:
-    return int(dim.rpartition("*")[0] or 1)
+def _terms(dim: str) -> tuple[str, int, int]:
+    """Return name, multiple and divisor."""
+    times, _, rest = dim.rpartition("*")
+    name, _, over = rest.partition("/")
+    return name, int(times or 1), int(over or 1)
 
 
 def solve_sizes(part: str, ports: tuple[Port, ...], inputs: Mapping[str, Tensor]) -> dict[str, int]:
@@ -71,8 +77,9 @@ def solve_sizes(part: str, ports: tuple[Port, ...], inputs: Mapping[str, Tensor]
 def _fits(dim: Dim, size: int, sizes: dict[str, int]) -> bool:
     if isinstance(dim, int):
         return size == dim
-    whole, rest = divmod(size, _factor(dim))
-    return rest == 0 and sizes.setdefault(dim_name(dim), whole) == whole
+    name, times, over = _terms(dim)
+    whole, rest = divmod(size * over, times)
+    return rest == 0 and sizes.setdefault(name, whole) == whole
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,14 @@ class Sizes:
     sequence: int
 
     def as_dict(self) -> dict[str, int]:
-        return {"batch": self.batch, "height": self.height, "width": self.width, "sequence": self.sequence}
+        """Return all named dimensions; `tokens` are patches of 2x2 latents, for models that take them packed."""
+        return {
+            "batch": self.batch,
+            "height": self.height,
+            "width": self.width,
+            "sequence": self.sequence,
+            "tokens": self.height * self.width // 4,
+        }
 
 
 CAPTURE_SIZES = Sizes(batch=2, height=16, width=24, sequence=12)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,12 +23,22 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """Other parts and pipelines of the same family: such as a UNet that takes a ControlNet's residuals, and the ControlNet."""
+
+    pipelines: Mapping[str, str]
+    parts: tuple[Part, ...]
+    tiny: Mapping[str, tuple[str, str, Mapping[str, Any]]]
+    """What a tiny pipeline has beside the family's own."""
+
+
+@dataclass(frozen=True)
 class Family:
     """One file in `families/` makes one of these and registers it under the entry points `bakeoff.families`."""
 
     name: str
     pipelines: Mapping[str, str]
-    """Task -> class name in Diffusers. The names also recognise a folder by its `model_index.json`."""
+    """Task -> class name in Diffusers, `text-to-image` first. The names also recognise a folder by its `model_index.json`."""
     parts: tuple[Part, ...]
     latent_shape: Callable[[Configs, int, int, int], tuple[int, ...]]
     """(configs, batch, height, width in pixels) -> shape of the injected unit-normal latents, float32."""
@@ -40,6 +50,24 @@ class Family:
     """True: the pipeline multiplies by the guidance scale, so rows of one batch may differ in it."""
     unguided_at_most: float
     """The pipeline skips guidance at scales up to this one."""
+    tiny: Mapping[str, tuple[str, str, Mapping[str, Any]]]
+    """What a tiny pipeline is made of: name in `model_index.json` -> library, class, config (none for tokenizers)."""
+    negative_prompts: bool = True
+    """Whether guidance takes a negative prompt: not where the scale is an input of a distilled model."""
+    only: Callable[[Configs], str | None] = lambda _: None
+    """The one task that a model with these configs can do, if it can do but one: inpainting, with its own channels."""
+    largest_size: Callable[[Configs], int | None] = lambda _: None
+    """Longest side in pixels that the model has positions for, if it is bounded."""
+
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+    """By the name of the module that is given beside the pipeline: `controlnet`."""
+
+    def variant(self, name: str | None) -> Family:
+        """Return this family with a variant's parts and pipelines; itself for none."""
+        if name is None:
+            return self
+        chosen = self.variants[name]
+        return replace(self, pipelines=chosen.pipelines, parts=chosen.parts, tiny={**self.tiny, **chosen.tiny})
 
     def part(self, name: str) -> Part:
         return next(part for part in self.parts if part.name == name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,10 @@ from ..errors import LoweringError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor, nn
     from torch.export import ExportedProgram
 
-    from ..components.component import Component, Config
+    from ..components.component import Component, Config, Port
 
 
 def capture(part: str, component: Component, config: Config, folder: Path, dtype: str) -> ExportedProgram:
@@ -29,22 +31,56 @@ def capture(part: str, component: Component, config: Config, folder: Path, dtype
 
     flat = component.flat(component.load(folder, getattr(torch, dtype))).eval()
     example = component.example(config, component.limit(config, CAPTURE_SIZES), seed=0)
+    ports = component.inputs(config)
+    _tie(flat, ports)
     dynamic = tuple(
-        {axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(port.dims) if isinstance(dim, str)}
-        for port in component.inputs(config)
+        {axis: torch.export.Dim.AUTO for axis, dim in enumerate(port.dims) if isinstance(dim, str)} for port in ports
     )
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            arguments = tuple(tensor.clone() for tensor in example.values())
-            return torch.export.export(flat, arguments, dynamic_shapes=_named(flat, dynamic), strict=False)
+            arguments = tuple(example[port.name].clone() for port in ports)
+            program = torch.export.export(flat, arguments, dynamic_shapes=_named(flat, dynamic), strict=False)
     except Exception as error:
         message = f"torch.export couldn't capture {part} ({component.name}): {error}"
         raise LoweringError(message) from error
+    _refuse_baked(part, ports, program)
+    return program
 
 
-def _named(flat: object, dynamic: tuple[dict[int, object], ...]) -> dict[str, dict[int, object]]:
+def _tie(flat: nn.Module, ports: tuple[Port, ...]) -> None:
+    """Let the program know that dimensions of one name are one: a batch of latents and a batch of texts."""
+    import torch
+
+    forward = flat.forward
+
+    @functools.wraps(forward)
+    def tied(*tensors: Tensor) -> object:
+        sizes: dict[str, int] = {}
+        for port, tensor in zip(ports, tensors, strict=True):
+            for dim, size in zip(port.dims, tensor.shape, strict=True):
+                if isinstance(dim, str) and dim.isidentifier():
+                    torch._check(sizes.setdefault(dim, size) == size)  # noqa: SLF001 - its documented name
+        return forward(*tensors)
+
+    flat.forward = tied
+
+
+def _refuse_baked(part: str, ports: tuple[Port, ...], program: ExportedProgram) -> None:
+    """Raise if a dimension that the ports call free became the example's size."""
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    for port, name in zip(ports, program.graph_signature.user_inputs, strict=True):
+        for axis, dim in enumerate(port.dims):
+            if isinstance(dim, str) and isinstance(values[name].shape[axis], int):
+                message = f"torch.export baked {port.name}'s {dim} into {part} as {values[name].shape[axis]}"
+                raise LoweringError(message)
+
+
+def _named(flat: object, dynamic: tuple[dict[int, object], ...]) -> dict[str, object]:
+    """Give each argument of `forward` its dynamic axes; `*residuals` and the like take what is left."""
     import inspect
 
-    names = list(inspect.signature(flat.forward).parameters)  # type: ignore[attr-defined]
-    return dict(zip(names, dynamic, strict=True))
+    parameters = inspect.signature(flat.forward).parameters.values()  # type: ignore[attr-defined]
+    plain = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
+    rest = {p.name: tuple(dynamic[len(plain) :]) for p in parameters if p.kind is p.VAR_POSITIONAL}
+    return {**dict(zip(plain, dynamic, strict=not rest)), **{name: axes for name, axes in rest.items() if axes}}

@@ -111,7 +111,9 @@ def _name_dims(model: onnx_ir.Model, inputs: tuple[Port, ...], outputs: tuple[Po
 
     for values, ports in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
         for value, port in zip(values, ports, strict=True):
-            value.shape = onnx_ir.Shape([dim if isinstance(dim, int) else dim.replace("*", "_") for dim in port.dims])
+            value.shape = onnx_ir.Shape(
+                [dim if isinstance(dim, int) else dim.replace("*", "_").replace("/", "_over_") for dim in port.dims]
+            )
 
 
 def _move_weights_out(model: onnx_ir.Model, subject: Subject, folder: Path) -> str:

@@ -49,6 +49,7 @@ class OpenVINOExporter:
         import openvino
 
         program = subject.program()
+        _spell_sizes(program)
         model = _convert(subject.part, program)
         model = _with_interface(model, program, subject.inputs, subject.outputs)
         openvino.save_model(model, folder / FILE, compress_to_fp16=False)
@@ -57,6 +58,19 @@ class OpenVINOExporter:
         if subject.precision == "bf16":
             _store_as_bf16(folder)
         return Lowered(weights="written", weight_bytes=_weight_bytes(folder / FILE))
+
+
+def _spell_sizes(program: ExportedProgram) -> None:
+    """Write the sizes that are known where a reshape says -1: beside a dynamic one OpenVINO would infer 1."""
+    import torch
+
+    for node in program.graph.nodes:
+        if node.target in {torch.ops.aten.reshape.default, torch.ops.aten.view.default} and -1 in node.args[1]:
+            known = [
+                found if asked == -1 and isinstance(found, int) else asked
+                for asked, found in zip(node.args[1], node.meta["val"].shape, strict=True)
+            ]
+            node.args = (node.args[0], known)
 
 
 def _convert(part: str, program: ExportedProgram) -> Any:  # noqa: ANN401 - openvino is untyped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from .. import plugins
 from ..errors import Cancelled, ParityError, UsageError
 from ..recipe import Placement
 from .opening import Baked, open_part, read_folder
-from .pipeline import build_pipeline
+from .pipeline import build_pipeline, for_task
 from .request import Limits, row_generator
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
+    from PIL.Image import Image
     from torch import Tensor
 
     from ..components.component import Port
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from .runtime import Runtime
 
     Callback = Callable[[int, float, Tensor], bool | None]
+    Picture = Image | NDArray[np.uint8] | Sequence[Image | NDArray[np.uint8]]
 
 DEFAULT_STEPS = 20
 DEFAULT_MAX_BATCH = 8
@@ -112,8 +115,10 @@ class Engine:
             part.name: _Station(baked, part, placement) for part in baked.family.parts if part.name in baked.parts
         }
         self._configs = {part.module: baked.config(part) for part in baked.family.parts if part.name in baked.parts}
-        self.pipeline = build_pipeline(baked, self._stations)
-        """A genuine Diffusers pipeline around the runtimes."""
+        self._task = self.family.only(self._configs) or "text-to-image"
+        self.pipeline = build_pipeline(baked, self._stations, self._task)
+        """A genuine Diffusers pipeline around the runtimes, for text-to-image unless the model is for another task."""
+        self._others: dict[str, Any] = {}
         for hook in plugins.hooks("on_load"):
             hook(self)
 
@@ -149,6 +154,11 @@ class Engine:
         steps: int = DEFAULT_STEPS,
         size: tuple[int, int] | None = None,
         latents: Tensor | None = None,
+        image: Picture | None = None,
+        mask: Picture | None = None,
+        strength: float | None = None,
+        control_image: Picture | None = None,
+        control_scale: float = 1.0,
         callback: Callback | None = None,
         max_batch: int = DEFAULT_MAX_BATCH,
         stages: bool = False,
@@ -163,8 +173,13 @@ class Engine:
                 generator, so its picture doesn't depend on the others.
             guidance_scale: as in the family's own pipeline, whose default is the default; one for all, or one a prompt.
             steps: denoising steps.
-            size: height and width in pixels; by default the model's own.
+            size: height and width in pixels; by default the image's, or the model's own.
             latents: unit-normal noise, float32, in the family's latent shape, instead of the seeds'.
+            image: a picture to start from (image-to-image): PIL's, or (H, W, 3) uint8; one for all, or one a prompt.
+            mask: of the image's size; what is white is painted anew (inpainting).
+            strength: over 0 to 1, how much of the image is noised away; by default as in the family's own pipeline.
+            control_image: what the ControlNet follows, where the artifact has one; resized where `size` differs.
+            control_scale: how strongly it is followed.
             callback: called after each step with (step, timestep, latents of this batch); False stops.
             max_batch: most prompts in one batch; 1 makes a prompt's picture bitwise independent of the others.
             stages: wait for devices after each part, so that `seconds` is exact by part.
@@ -175,18 +190,32 @@ class Engine:
             InputError: an argument can't be meant as it is.
             Cancelled: the callback returned False.
         """
-        scale = self._default_guidance() if guidance_scale is None else guidance_scale
-        limits = Limits(self.family, self._configs)
-        request = limits.check(prompts, negative_prompts, seeds, scale, steps, size, latents, max_batch)
+        scale = self._default_guidance(image, mask) if guidance_scale is None else guidance_scale
+        request = Limits(self.family, self._configs).check(
+            prompts,
+            negative_prompts,
+            seeds,
+            scale,
+            steps,
+            size,
+            latents,
+            max_batch,
+            image,
+            mask,
+            strength,
+            control_image,
+            control_scale,
+        )
+        pipeline = self.pipeline_for(request.task)
         for hook in plugins.hooks("before"):
             hook(request)
         started = time.perf_counter()
         for station in self._stations.values():
             station.seconds, station.stages = 0.0, stages
-        self.pipeline.set_progress_bar_config(disable=not progress)
+        pipeline.set_progress_bar_config(disable=not progress)
         images: dict[int, Any] = {}
         for rows in self._batches(request, max_batch):
-            images |= zip(rows, self._make(request.rows(rows), callback), strict=True)
+            images |= zip(rows, self._make(pipeline, request.rows(rows), callback), strict=True)
         result = self._result(request, images, time.perf_counter() - started)
         for hook in plugins.hooks("after"):
             hook(request, result)
@@ -206,24 +235,37 @@ class Engine:
             groups[None if self.family.row_guidance else scale].append(row)
         return [rows[i : i + max_batch] for rows in groups.values() for i in range(0, len(rows), max_batch)]
 
-    def _make(self, request: Request, callback: Callback | None) -> NDArray[np.uint8]:
+    def pipeline_for(self, task: str) -> Any:  # noqa: ANN401 - some Diffusers pipeline
+        """Return the genuine Diffusers pipeline for a task, made of the same runtimes and the same scheduler."""
+        if task == self._task:
+            return self.pipeline
+        if task not in self._others:
+            self._others[task] = for_task(self.pipeline, self.family.pipelines[task])
+        self._others[task].scheduler = self.pipeline.scheduler
+        return self._others[task]
+
+    def _make(self, pipeline: Any, request: Request, callback: Callback | None) -> NDArray[np.uint8]:  # noqa: ANN401
         """Run the pipeline on one batch; return (B, H, W, 3) uint8."""
         import numpy as np
         import torch
 
+        arguments = {
+            "prompt": list(request.prompts),
+            "negative_prompt": None if request.negative_prompts is None else list(request.negative_prompts),
+            "height": request.height,
+            "width": request.width,
+            "num_inference_steps": request.steps,
+            "guidance_scale": self._guidance(request),
+            "output_type": "np",
+            "callback_on_step_end": _step_end(callback),
+            **_start(request),
+        }
+        taken = inspect.signature(pipeline.__call__).parameters
+        if request.control_image is not None:
+            name = "control_image" if "control_image" in taken else "image"
+            arguments |= {name: request.control_image, "controlnet_conditioning_scale": request.control_scale}
         with torch.no_grad():
-            pictures = self.pipeline(
-                prompt=list(request.prompts),
-                negative_prompt=None if request.negative_prompts is None else list(request.negative_prompts),
-                height=request.height,
-                width=request.width,
-                num_inference_steps=request.steps,
-                guidance_scale=self._guidance(request),
-                generator=[row_generator(seed, request.latents.shape[1:])[0] for seed in request.seeds],
-                latents=request.latents,
-                output_type="np",
-                callback_on_step_end=_step_end(callback),
-            ).images
+            pictures = pipeline(**{name: value for name, value in arguments.items() if name in taken}).images
         if not np.isfinite(pictures).all():
             message = "the pipeline produced NaN or infinite pixels"
             raise ParityError(message, fix="try a recipe in fp32; bakeoff verify --parity names a part that overflows")
@@ -235,11 +277,24 @@ class Engine:
             return request.guidance[0]
         return RowGuidance(request.guidance, self.family.unguided_at_most, request.latents.ndim)
 
-    def _default_guidance(self) -> float:
-        import inspect
-
-        default: float = inspect.signature(self.pipeline.__call__).parameters["guidance_scale"].default
+    def _default_guidance(self, image: object, mask: object) -> float:
+        task = self._task if image is None else "image-to-image" if mask is None else "inpainting"
+        name = self.family.pipelines.get(task)
+        pipeline = self.pipeline_for(task) if name else self.pipeline
+        default: float = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
         return default
+
+
+def _start(request: Request) -> dict[str, Any]:
+    """Return what the pipeline starts from: latents, or a picture and the generators that noise it."""
+    import torch
+
+    if request.image is None:
+        generators = [row_generator(seed, request.latents.shape[1:])[0] for seed in request.seeds]
+        return {"latents": request.latents, "generator": generators}
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
+    started = {"image": request.image, "mask_image": request.mask, "strength": request.strength}
+    return {"generator": generators, **{name: value for name, value in started.items() if value is not None}}
 
 
 def _refuse_idle_options(baked: Baked, placement: Placement) -> None:

@@ -9,7 +9,7 @@ from .. import plugins
 from ..artifact import MANIFEST, Artifact, PartEntry
 from ..components.component import Port
 from ..errors import ArtifactError, UnavailableError
-from ..source import family_of, read_json
+from ..source import family_of, parts_of, read_json
 from ..weights import Checkpoint
 from .runtime import PartFiles
 
@@ -53,10 +53,11 @@ def read_folder(folder: Path) -> Baked:
         message = f"no folder {folder}"
         raise ArtifactError(message, fix=f"bakeoff export shapes -o {folder} --recipe torch:fp32")
     family = family_of(folder)
-    found = {part.name: _foreign(folder, part) for part in family.parts}
+    wanted = parts_of(family, read_json(folder / "model_index.json"))
+    found = {part.name: _foreign(folder, part) for part in wanted}
     parts = {name: item[1] for name, item in found.items() if item}
-    modules = {part.module for part in family.parts if part.name in parts}
-    for part in family.parts:
+    modules = {part.module for part in wanted if part.name in parts}
+    for part in wanted:
         if part.module not in modules:
             _refuse_absent(folder, part)
     return Baked(
@@ -77,7 +78,7 @@ def _read_artifact(artifact: Artifact) -> Baked:
         raise UnavailableError(message, fix="install the plugin that registers this family")
     return Baked(
         artifact.folder,
-        family,
+        family.variant(manifest.variant),
         manifest.parts,
         {name: artifact.folder / name for name in manifest.parts},
         manifest.proof,
@@ -119,11 +120,11 @@ def _foreign_entry(folder: Path, part: Part, backend: str) -> PartEntry:
 
 
 def port_to_dict(port: Port) -> dict[str, Any]:
-    return {"name": port.name, "dtype": port.dtype, "dims": list(port.dims)}
+    return {"name": port.name, "dtype": port.dtype, "dims": list(port.dims)} | ({"exact": True} if port.exact else {})
 
 
 def port_from_dict(data: Mapping[str, Any]) -> Port:
-    return Port(data["name"], data["dtype"], tuple(data["dims"]))
+    return Port(data["name"], data["dtype"], tuple(data["dims"]), exact=data.get("exact", False))
 
 
 def open_part(folder: Path, part: Part, entry: PartEntry, placement: Placement) -> Runtime:

@@ -51,8 +51,9 @@ class OpenVINORuntime(Runtime):
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
         compiled = openvino.Core().compile_model(model, device.upper(), settings)
         self._request: Any = compiled.create_infer_request()
+        declared = {port.name for port in part.inputs}
         actual = {
-            i.get_any_name(): (_DTYPES.get(i.element_type.to_string(), "?"), i.partial_shape.rank.get_length())
+            _name(i, declared): (_DTYPES.get(i.element_type.to_string(), "?"), i.partial_shape.rank.get_length())
             for i in compiled.inputs
         }
         self._positions = {name: index for index, output in enumerate(compiled.outputs) for name in output.get_names()}
@@ -86,6 +87,12 @@ class OpenVINORuntime(Runtime):
 
     def close(self) -> None:
         self._request = None
+
+
+def _name(node: Any, declared: set[str]) -> str:  # noqa: ANN401 - openvino is untyped
+    """Return an input's name: of several, which it has where an operation on it fell away, the declared one."""
+    names: set[str] = node.get_names()
+    return next(iter(sorted(names & declared)), node.get_any_name())
 
 
 def _executed_precision(compiled: Any) -> dict[str, int]:  # noqa: ANN401 - openvino is untyped

@@ -37,19 +37,31 @@ _INSTEAD = {
 _INSTEAD_OTHERWISE = "it acts on torch modules; use the original Diffusers pipeline for it"
 
 
+def for_task(pipeline: Any, name: str) -> Any:  # noqa: ANN401 - some Diffusers pipelines
+    """Build another Diffusers pipeline, by its class's name, of the same objects."""
+    import diffusers
+
+    plain = getattr(diffusers, name)
+    accepted = inspect.signature(plain.__init__).parameters
+    arguments = {name: value for name, value in pipeline.components.items() if name in accepted}
+    if "requires_safety_checker" in accepted:
+        arguments["requires_safety_checker"] = False
+    return _guarded(plain)(**arguments)
+
+
 def build_pipeline(baked: Baked, runners: Mapping[str, Runner], task: str = "text-to-image") -> Any:  # noqa: ANN401 - some Diffusers pipeline
     """Build the family's pipeline for a task around runners, given by part name."""
     import diffusers
 
     plain = getattr(diffusers, baked.family.pipelines[task])
     index = read_json(baked.folder / "model_index.json")
-    accepted = list(inspect.signature(plain.__init__).parameters)[1:]
+    accepted = dict(list(inspect.signature(plain.__init__).parameters.items())[1:])
     stand_ins = _stand_ins(baked, runners)
     optional = plain._optional_components  # noqa: SLF001 - Diffusers has no public name for it
     arguments = {
         name: _host_object(baked, name, index.get(name), needed=name not in optional)
-        for name in accepted
-        if name not in stand_ins
+        for name, parameter in accepted.items()
+        if name not in stand_ins and (name in index or parameter.default is inspect.Parameter.empty)
     }
     if "requires_safety_checker" in accepted:
         arguments["requires_safety_checker"] = False

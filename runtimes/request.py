@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from .image import as_tensor, pictures_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from PIL.Image import Image
     from torch import Tensor
 
     from ..components.family import Family
@@ -32,7 +34,22 @@ class Request:
     height: int
     width: int
     latents: Tensor
-    """(B, …) float32, unit normal, before the scheduler's scaling."""
+    """(B, …) float32, unit normal, before the scheduler's scaling; unused where there is a picture to start from."""
+    image: Tensor | None = None
+    """(B, 3, H, W) float32 in [0, 1]."""
+    mask: Tensor | None = None
+    """(B, 1, H, W) float32 in [0, 1]; what is white is painted anew."""
+    strength: float | None = None
+    """How much of the picture is noised away; None: the pipeline's default."""
+    control_image: Tensor | None = None
+    """(B, 3, H, W) float32 in [0, 1], for a ControlNet."""
+    control_scale: float = 1.0
+
+    @property
+    def task(self) -> str:
+        if self.image is None:
+            return "text-to-image"
+        return "image-to-image" if self.mask is None else "inpainting"
 
     def rows(self, chosen: Sequence[int]) -> Request:
         """Return the request for some of the prompts."""
@@ -44,6 +61,9 @@ class Request:
             seeds=tuple(self.seeds[row] for row in chosen),
             guidance=tuple(self.guidance[row] for row in chosen),
             latents=self.latents[list(chosen)],
+            image=None if self.image is None else self.image[list(chosen)],
+            mask=None if self.mask is None else self.mask[list(chosen)],
+            control_image=None if self.control_image is None else self.control_image[list(chosen)],
         )
 
 
@@ -65,6 +85,11 @@ class Limits:
         size: tuple[int, int] | None,
         latents: Tensor | None,
         max_batch: int,
+        image: Any = None,  # noqa: ANN401 - a picture or many, PIL's or arrays
+        mask: Any = None,  # noqa: ANN401 - the same
+        strength: float | None = None,
+        control_image: Any = None,  # noqa: ANN401 - the same
+        control_scale: float = 1.0,
     ) -> Request:
         """Return the request that these arguments of `generate` mean.
 
@@ -77,6 +102,9 @@ class Limits:
             raise InputError(message)
         count = len(texts)
         negatives = None if negative_prompts is None else _one_each("negative_prompts", negative_prompts, count, str)
+        if negatives is not None and not self.family.negative_prompts:
+            message = f"{self.family.name} has its guidance built in and takes no negative prompts"
+            raise InputError(message, fix="leave them out")
         scales = tuple(float(each) for each in _one_each("guidance_scale", guidance_scale, count, int | float))
         if not all(map(math.isfinite, scales)):
             message = f"got guidance_scale = {guidance_scale!r}, expected finite numbers"
@@ -86,7 +114,13 @@ class Limits:
             if not isinstance(value, int) or value < 1:
                 message = f"got {name} = {value!r}, expected a whole number from 1"
                 raise InputError(message)
-        height, width = self._size(size)
+        pictures = None if image is None else pictures_of("image", image, count)
+        masks = None if mask is None else pictures_of("mask", mask, count)
+        controls = None if control_image is None else pictures_of("control_image", control_image, count)
+        like = pictures or controls
+        height, width = self._size(size if size is not None or like is None else like[0].size[::-1])
+        self._check_task(pictures, masks, strength, latents, steps)
+        self._check_control(controls, control_scale)
         return Request(
             prompts=texts,
             negative_prompts=negatives,
@@ -96,7 +130,56 @@ class Limits:
             height=height,
             width=width,
             latents=self._latents(latents, chosen, height, width),
+            image=None if pictures is None else as_tensor(pictures, (height, width)),
+            mask=None if masks is None else as_tensor(masks, (height, width), mask=True),
+            strength=strength,
+            control_image=None if controls is None else as_tensor(controls, (height, width)),
+            control_scale=float(control_scale),
         )
+
+    def _check_control(self, controls: list[Image] | None, scale: float) -> None:
+        """Refuse a control image without a ControlNet, and the reverse."""
+        if "controlnet" in self.configs and controls is None:
+            message = "this artifact has a ControlNet, and got no control image"
+            raise InputError(message, fix="generate(…, control_image=picture)")
+        if "controlnet" not in self.configs and controls is not None:
+            message = "got a control image, but this artifact has no ControlNet"
+            raise InputError(message, fix="bakeoff export MODEL --controlnet FOLDER … makes one that has")
+        if not isinstance(scale, int | float) or not math.isfinite(scale):
+            message = f"got control_scale = {scale!r}, expected a finite number"
+            raise InputError(message)
+
+    def _check_task(
+        self,
+        pictures: list[Image] | None,
+        masks: list[Image] | None,
+        strength: float | None,
+        latents: Tensor | None,
+        steps: int,
+    ) -> None:
+        """Refuse what doesn't go together, or isn't what the model is for."""
+        if pictures is None and (masks is not None or strength is not None):
+            message = "got a mask or a strength without an image"
+            raise InputError(message, fix="generate(…, image=picture, mask=mask, strength=0.6)")
+        if masks is not None and pictures is not None and masks[0].size != pictures[0].size:
+            message = f"got a mask of {_size(masks[0])} for an image of {_size(pictures[0])}, expected the same size"
+            raise InputError(message, fix="resize the mask, with Image.Resampling.NEAREST")
+        if pictures is not None and latents is not None:
+            message = "got latents and an image: the noise for an image comes from the seeds"
+            raise InputError(message, fix="leave out one of them")
+        if strength is not None and not (0 < strength <= 1 and int(steps * strength) >= 1):
+            message = (
+                f"got strength = {strength!r} with {steps} steps, expected over 0 to 1 and at least one step of it"
+            )
+            raise InputError(message, fix=f"strength={max(0.6, 1 / steps):.2g}")
+        task = "text-to-image" if pictures is None else "image-to-image" if masks is None else "inpainting"
+        only = self.family.only(self.configs)
+        if only and task != only:
+            message = f"this model is made for {only}, not for {task}"
+            raise InputError(message, fix="give image= and mask=, or use another model")
+        if task not in self.family.pipelines:
+            message = f"{self.family.name} does {', '.join(self.family.pipelines)}; {task} isn't among it"
+            raise InputError(message)
 
     def _size(self, size: tuple[int, int] | None) -> tuple[int, int]:
         wanted = self.family.default_size(self.configs) if size is None else size
@@ -108,7 +191,11 @@ class Limits:
         if height < multiple or width < multiple or height % multiple or width % multiple:
             message = f"got size {height}×{width} (height×width), expected multiples of {multiple} pixels"
             near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
-            raise InputError(message, fix=f"use {near[0]}×{near[1]}")
+            raise InputError(message, fix=f"use {near[0]}×{near[1]}: size=({near[0]}, {near[1]})")
+        largest = self.family.largest_size(self.configs)
+        if largest is not None and max(height, width) > largest:
+            message = f"got size {height}×{width} (height×width); the model has positions for {largest} pixels a side"
+            raise InputError(message, fix=f"use at most {largest}×{largest}")
         return height, width
 
     def _latents(self, latents: Tensor | None, seeds: tuple[int, ...], height: int, width: int) -> Tensor:
@@ -121,6 +208,10 @@ class Limits:
             message = f"got latents {tuple(latents.shape)} {latents.dtype}, expected {shape} float32"
             raise InputError(message)
         return latents.detach().to("cpu", torch.float32)
+
+
+def _size(picture: Image) -> str:
+    return f"{picture.height}×{picture.width}"
 
 
 def row_generator(seed: int, shape: Sequence[int]) -> tuple[Any, Tensor]:

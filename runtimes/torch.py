@@ -58,16 +58,16 @@ class TorchRuntime(Runtime):
         import torch
 
         assert self._module is not None, "closed"  # noqa: S101
-        arguments = [self._prepare(tensor) for tensor in inputs.values()]
+        arguments = [self._prepare(inputs[port.name], port.exact) for port in self.inputs]
         with torch.no_grad(), _threads(self._threads):
             results = self._module(*arguments)
         return {name: result.to("cpu").contiguous() for name, result in zip(outputs, results, strict=True)}
 
-    def _prepare(self, tensor: Tensor) -> Tensor:
+    def _prepare(self, tensor: Tensor, exact: bool) -> Tensor:  # noqa: FBT001 - a port's own
         import torch
 
         tensor = tensor.to(self._device)
-        if tensor.ndim and tensor.is_floating_point():
+        if tensor.is_floating_point() and not exact:
             tensor = tensor.to(self._dtype)
         if self._channels_last and tensor.ndim == 4:  # noqa: PLR2004 - pictures and latents
             tensor = tensor.contiguous(memory_format=torch.channels_last)

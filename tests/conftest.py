@@ -36,6 +36,20 @@ def shapes():
 
 
 @pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A family's tiny random pipeline, written once a process: `tiny("flux")`, `tiny("stable-diffusion", "controlnet")`."""
+    from bakeoff.models.tiny import build
+
+    root = tmp_path_factory.mktemp("tiny")
+
+    def get(family, variant=None):
+        folder = root / f"{family}-{variant or 'plain'}"
+        return folder if folder.exists() else build(family, folder, variant=variant)
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def baked(tmp_path_factory):
     """Bake `shapes` by a recipe, once a session of however many processes: `baked("onnx:fp32")` is the artifact's folder."""
     from filelock import FileLock

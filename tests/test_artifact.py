@@ -8,6 +8,7 @@ from bakeoff.artifact import MANIFEST, Artifact, inside, list_files, staged
 from bakeoff.bake import export, plan, why_rebuild
 from bakeoff.errors import ArtifactError, CorruptError, ParityError, SourceError, UnavailableError
 from bakeoff.recipe import parse
+from bakeoff.source import Source
 
 
 def test_a_fresh_artifact_verifies(baked):
@@ -118,7 +119,7 @@ def test_no_prove_says_unproved_and_verify_proves_it_later(tmp_path):
     assert not artifact.manifest.proved
     with pytest.raises(UnavailableError, match="--source"):
         parity.prove_in_place(artifact, None)
-    assert parity.prove_in_place(artifact, "shapes").manifest.proved
+    assert parity.prove_in_place(artifact, parity.source_of(artifact, "shapes")).manifest.proved
     assert Artifact.open(tmp_path / "a").verify() == []
     assert parity.prove_in_place(Artifact.open(tmp_path / "a"), None).manifest.proved
 
@@ -135,10 +136,10 @@ def test_a_proof_that_fails_changes_nothing(copied, monkeypatch):
 
     monkeypatch.setattr(parity, "in_child", fail)
     with pytest.raises(ParityError):
-        parity.prove_in_place(Artifact.open(folder), "shapes")
+        parity.prove_in_place(Artifact.open(folder), Source.open("shapes"))
     monkeypatch.setattr(parity, "available_bytes", lambda: 0)
     with pytest.raises(UnavailableError, match="GB of memory"):
-        parity.prove_in_place(Artifact.open(folder), "shapes")
+        parity.prove_in_place(Artifact.open(folder), Source.open("shapes"))
     assert (folder / MANIFEST).read_bytes() == before
     assert Artifact.open(folder).verify() == []
 
@@ -148,7 +149,7 @@ def test_another_model_is_no_source_of_a_proof(copied, baked, tmp_path):
 
     other = _as_diffusers(baked("torch:fp32"), tmp_path / "other")
     with pytest.raises(SourceError, match="is not what"):
-        parity.prove_in_place(Artifact.open(copied("torch:fp32")), str(other))
+        parity.source_of(Artifact.open(copied("torch:fp32")), str(other))
 
 
 def test_what_appears_meanwhile_is_not_replaced(tmp_path):

@@ -1,6 +1,8 @@
 """What the README says, works."""
 
+import json
 import re
+import runpy
 from functools import partial
 from pathlib import Path
 
@@ -57,3 +59,9 @@ def test_the_support_table_is_what_exporters_say():
     for backend in plugins.names("exporters"):
         precisions = ", ".join(f"`{precision}`" for precision in plugins.exporter(backend).precisions)
         assert f"| `{backend}` | {precisions} |" in README
+
+
+def test_the_table_of_families_is_its_record():
+    script = runpy.run_path(str(ROOT / "docs" / "benchmarks" / "families.py"))
+    page = (ROOT / "docs" / "families.md").read_text()
+    assert script["with_table"](page, json.loads((ROOT / "docs" / "families.json").read_text())) == page

@@ -19,7 +19,7 @@ LAYERS = [
     {"recipe", "artifact", "hardware", "weights", "memory", "pictures", "progress", "verdict"},
     {"components", "reports"},
     {"plugins", "source"},
-    {"exporters", "runtimes", "models", "quantize"},
+    {"exporters", "runtimes", "models", "quantize", "lora"},
     {"parity"},
     {"bake"},
     {"bench", "doctor"},

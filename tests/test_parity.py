@@ -6,6 +6,7 @@ import torch
 from bakeoff import parity
 from bakeoff.artifact import Artifact
 from bakeoff.errors import LoweringError, ParityError
+from bakeoff.source import Source
 
 
 def test_relative_error():
@@ -105,6 +106,6 @@ def test_a_module_that_cannot_be_captured_is_named(shapes):
 def test_the_proof_is_skipped_where_it_would_not_fit(baked, monkeypatch):
     artifact = Artifact.open(baked("torch:fp32"))
     monkeypatch.setattr(parity, "available_bytes", lambda: 1_000_000)
-    proof = parity.prove(artifact, "shapes")
+    proof = parity.prove(artifact, Source.open("shapes"))
     assert proof["status"] == "unproved"
     assert "GB" in proof["reason"]

@@ -38,7 +38,9 @@ def through_the_vae(pictures, shapes):
     return ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-@pytest.fixture(scope="module", params=[as_rendered, blurred_and_noisy, through_the_vae])
+@pytest.fixture(
+    scope="module", params=[as_rendered, pytest.param(blurred_and_noisy, marks=pytest.mark.slow), through_the_vae]
+)
 def judged(request, shapes):
     rng = random.Random(99)
     scenes = [random_scene(rng) for _ in range(COUNT)]

@@ -2,47 +2,61 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ..family import Family, Part
-from ..modules.autoencoder_kl import VaeDecoder, VaeEncoder, scale_factor
+from ..family import Family, Part, Variant
+from ..latents import latent_shape
+from ..modules import autoencoder_kl, clip_text, controlnet, unet_2d_condition
+from ..modules.autoencoder_kl import VaeDecoder, VaeEncoder
 from ..modules.clip_text import ClipText
-from ..modules.unet_2d_condition import UNet2DCondition
+from ..modules.controlnet import ControlNet
+from ..modules.unet_2d_condition import (
+    UNet2DCondition,
+    UNet2DConditionControlled,
+    default_size,
+    only_task,
+    size_multiple,
+)
 
-if TYPE_CHECKING:
-    from ..family import Configs
-
-
-def _latent_shape(configs: Configs, batch: int, height: int, width: int) -> tuple[int, ...]:
-    scale = scale_factor(configs["vae"])
-    return (batch, configs["unet"]["in_channels"], height // scale, width // scale)
-
-
-def _default_size(configs: Configs) -> tuple[int, int]:
-    sample = configs["unet"]["sample_size"]
-    height, width = sample if isinstance(sample, list | tuple) else (sample, sample)
-    scale = scale_factor(configs["vae"])
-    return height * scale, width * scale
-
-
-def _size_multiple(configs: Configs) -> int:
-    """Return what the pipeline (8), the VAE, and the UNet's down- and upsampling can divide without a remainder."""
-    levels = len(configs["unet"]["block_out_channels"]) - 1
-    return max(8, scale_factor(configs["vae"]) * 2**levels)
-
+_TEXT_ENCODERS = (Part("text_encoder", "text_encoder", ClipText()),)
+_VAE = (Part("vae_encoder", "vae", VaeEncoder()), Part("vae_decoder", "vae", VaeDecoder()))
+_CONTROLNET = Variant(
+    pipelines={
+        "text-to-image": "StableDiffusionControlNetPipeline",
+        "image-to-image": "StableDiffusionControlNetImg2ImgPipeline",
+        "inpainting": "StableDiffusionControlNetInpaintPipeline",
+    },
+    parts=(
+        *_TEXT_ENCODERS,
+        Part("controlnet", "controlnet", ControlNet()),
+        Part("unet", "unet", UNet2DConditionControlled()),
+        *_VAE,
+    ),
+    tiny={"controlnet": ("diffusers", "ControlNetModel", controlnet.TINY)},
+)
 
 STABLE_DIFFUSION = Family(
     name="stable-diffusion",
-    pipelines={"text-to-image": "StableDiffusionPipeline"},
-    parts=(
-        Part("text_encoder", "text_encoder", ClipText()),
-        Part("unet", "unet", UNet2DCondition()),
-        Part("vae_encoder", "vae", VaeEncoder()),
-        Part("vae_decoder", "vae", VaeDecoder()),
-    ),
-    latent_shape=_latent_shape,
-    size_multiple=_size_multiple,
-    default_size=_default_size,
+    pipelines={
+        "text-to-image": "StableDiffusionPipeline",
+        "image-to-image": "StableDiffusionImg2ImgPipeline",
+        "inpainting": "StableDiffusionInpaintPipeline",
+    },
+    parts=(*_TEXT_ENCODERS, Part("unet", "unet", UNet2DCondition()), *_VAE),
+    latent_shape=latent_shape,
+    size_multiple=size_multiple,
+    default_size=default_size,
     row_guidance=True,
     unguided_at_most=1.0,
+    only=only_task,
+    variants={"controlnet": _CONTROLNET},
+    tiny={
+        "scheduler": (
+            "diffusers",
+            "DDIMScheduler",
+            {"beta_schedule": "scaled_linear", "clip_sample": False, "steps_offset": 1},
+        ),
+        "text_encoder": ("transformers", "CLIPTextModel", clip_text.TINY),
+        "tokenizer": ("transformers", "CLIPTokenizer", {}),
+        "unet": ("diffusers", "UNet2DConditionModel", unet_2d_condition.TINY),
+        "vae": ("diffusers", "AutoencoderKL", autoencoder_kl.TINY),
+    },
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,25 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..component import Config, Runner
+
+
+TINY: dict[str, Any] = {
+    "block_out_channels": (16, 16, 16, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "norm_num_groups": 8,
+    "sample_size": 64,
+}
+"""A config of a tiny model for tests: 4 latents, 8 pixels each."""
+TINY_16: dict[str, Any] = {
+    **TINY,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 1.5,
+    "shift_factor": 0.06,
+}
+"""The same with 16 latents, shifted and scaled, as SD 3's, FLUX's and Z-Image's."""
 
 
 def scale_factor(config: Config) -> int:
@@ -99,7 +118,8 @@ def _vae_stand_in(runners: Mapping[str, Runner], config: Config) -> object:
     class RuntimeAutoencoderKL(AutoencoderKL):  # type: ignore[misc]
         dtype = torch.float32
         device = torch.device("cpu")
-        to = half = float = bfloat16 = cuda = save_pretrained = load_state_dict = _refused
+        to = _to
+        half = bfloat16 = cuda = save_pretrained = load_state_dict = _refused
 
     with init_empty_weights():
         vae = RuntimeAutoencoderKL.from_config(dict(config))
@@ -110,7 +130,14 @@ def _vae_stand_in(runners: Mapping[str, Runner], config: Config) -> object:
     return vae
 
 
-def _refused(*_: object, **__: object) -> None:
+def _to(vae: nn.Module, *places: object, **named: object) -> nn.Module:
+    """Accept where and what it is already, as SDXL's pipelines ask for before they encode a picture."""
+    if all(str(value) in {"cpu", "torch.float32", "None"} for value in (*places, *named.values())):
+        return vae
+    return _refused()
+
+
+def _refused(*_: object, **__: object) -> NoReturn:
     message = "the VAE is runtime-backed: it can't be moved, converted, saved or given other weights"
     raise InputError(
         message, fix="bakeoff.load(folder, device=…) places it; the recipe of an export sets its precision"

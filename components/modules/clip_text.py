@@ -1,4 +1,4 @@
-"""CLIP's text encoder: token ids to hidden states."""
+"""CLIP's text encoder, with or without its projection: token ids to hidden states and a pooled embedding."""
 
 from __future__ import annotations
 
@@ -9,13 +9,26 @@ from torch import Tensor, nn
 
 from ..component import Component, Port, Sizes
 from ..loading import load_transformers
-from ..standin import refuse
+from ..standin import StandIn, refuse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from ..component import Config, Runner
+
+TINY: dict[str, Any] = {
+    "vocab_size": 514,
+    "bos_token_id": 512,
+    "eos_token_id": 513,
+    "pad_token_id": 513,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "projection_dim": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+"""A config of a tiny model for tests; its ids are those of the tiny CLIP tokenizer."""
 
 
 class ClipText(Component):
@@ -39,7 +52,7 @@ class ClipText(Component):
         return load_transformers(CLIPTextModel, folder, dtype)
 
     def flat(self, module: nn.Module) -> nn.Module:
-        return _FlatClipText(module)
+        return _FlatClipText(module, ("last_hidden_state", "pooler_output"))
 
     def example(self, config: Config, sizes: Sizes, seed: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -56,25 +69,64 @@ class ClipText(Component):
         return Sizes(sizes.batch, sizes.height, sizes.width, min(sizes.sequence, longest))
 
 
+class ClipTextHidden(ClipText):
+    """Like `ClipText`, with the hidden states as well: `hidden_states.0` (the embeddings) to the last layer's."""
+
+    name = "clip-text-hidden"
+
+    def outputs(self, config: Config) -> tuple[Port, ...]:
+        return (*super().outputs(config), *_hidden_states(config))
+
+    def flat(self, module: nn.Module) -> nn.Module:
+        return _FlatClipText(module, ("last_hidden_state", "pooler_output"), hidden_states=True)
+
+
+class ClipTextProjection(ClipText):
+    """`input_ids -> text_embeds (batch, P), last_hidden_state (batch, sequence, D), hidden_states.0, …`."""
+
+    name = "clip-text-projection"
+
+    def outputs(self, config: Config) -> tuple[Port, ...]:
+        return (
+            Port("text_embeds", "float32", ("batch", config["projection_dim"])),
+            Port("last_hidden_state", "float32", ("batch", "sequence", config["hidden_size"])),
+            *_hidden_states(config),
+        )
+
+    def load(self, folder: Path, dtype: torch.dtype) -> nn.Module:
+        from transformers import CLIPTextModelWithProjection
+
+        return load_transformers(CLIPTextModelWithProjection, folder, dtype)
+
+    def flat(self, module: nn.Module) -> nn.Module:
+        return _FlatClipText(module, ("text_embeds", "last_hidden_state"), hidden_states=True)
+
+    def stand_in(self, runners: Mapping[str, Runner], config: Config) -> object:
+        return _ClipTextProjectionStandIn(next(iter(runners.values())), config)
+
+
+def _hidden_states(config: Config) -> tuple[Port, ...]:
+    dims = ("batch", "sequence", config["hidden_size"])
+    return tuple(Port(f"hidden_states.{i}", "float32", dims) for i in range(config["num_hidden_layers"] + 1))
+
+
 class _FlatClipText(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, names: tuple[str, ...], *, hidden_states: bool = False) -> None:
         super().__init__()
         self.module = module
+        self._names = names
+        self._hidden_states = hidden_states
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.module(input_ids)
-        return output.last_hidden_state, output.pooler_output
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        output = self.module(input_ids, output_hidden_states=self._hidden_states)
+        return (*(output[name] for name in self._names), *(output.hidden_states or ()))
 
 
-class _ClipTextStandIn:
-    dtype = torch.float32
-    device = torch.device("cpu")
-
+class _ClipTextStandIn(StandIn):
     def __init__(self, runner: Runner, config: Config) -> None:
         from transformers import CLIPTextConfig
 
-        self.config = CLIPTextConfig(**config)
-        self._runner = runner
+        super().__init__(runner, CLIPTextConfig(**config))
 
     def __call__(
         self,
@@ -83,8 +135,25 @@ class _ClipTextStandIn:
         output_hidden_states: bool = False,  # noqa: FBT001, FBT002 - Transformers' own signature
         **options: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
+        options.pop("return_dict", None)
+        results = self._run(input_ids=input_ids.to(torch.int64))
+        states = [results.pop(name) for name in sorted(results, key=_layer) if name.startswith("hidden_states.")]
+        unknown_states = output_hidden_states and not states
+        refuse("text encoder", {"attention_mask": attention_mask, "clip_skip": unknown_states, **options})
+        return self._model_output()(**results, hidden_states=tuple(states) or None)
+
+    def _model_output(self) -> Any:  # noqa: ANN401
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        options.pop("return_dict", None)
-        refuse("text encoder", {"attention_mask": attention_mask, "clip_skip": output_hidden_states, **options})
-        return BaseModelOutputWithPooling(**self._runner.run({"input_ids": input_ids.to(torch.int64)}))
+        return BaseModelOutputWithPooling
+
+
+class _ClipTextProjectionStandIn(_ClipTextStandIn):
+    def _model_output(self) -> Any:  # noqa: ANN401
+        from transformers.models.clip.modeling_clip import CLIPTextModelOutput
+
+        return CLIPTextModelOutput
+
+
+def _layer(name: str) -> int:
+    return int(name.rpartition(".")[2]) if name.startswith("hidden_states.") else -1

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..component import Component, Port, Sizes
 from ..loading import load_diffusers
-from ..standin import full_config, refuse
+from ..standin import StandIn, full_config, refuse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,6 +18,20 @@ if TYPE_CHECKING:
     from ..component import Config, Runner
 
 EXAMPLE_TIMESTEPS = (1000.0, 500.0, 20.0)
+TINY: dict[str, Any] = {
+    "sample_size": 16,
+    "pos_embed_max_size": 32,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "caption_projection_dim": 64,
+    "joint_attention_dim": 128,
+    "pooled_projection_dim": 128,
+    "out_channels": 16,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": (0,),
+}
+"""A config of a tiny model for tests, with the QK norm and dual attention of 3.5 Medium."""
 
 
 class SD3Transformer2D(Component):
@@ -33,7 +47,7 @@ class SD3Transformer2D(Component):
             Port("hidden_states", "float32", ("batch", config["in_channels"], "height", "width")),
             Port("encoder_hidden_states", "float32", ("batch", "sequence", config["joint_attention_dim"])),
             Port("pooled_projections", "float32", ("batch", config["pooled_projection_dim"])),
-            Port("timestep", "float32", ("batch",)),
+            Port("timestep", "float32", ("batch",), exact=True),
         )
 
     def outputs(self, config: Config) -> tuple[Port, ...]:
@@ -54,7 +68,9 @@ class SD3Transformer2D(Component):
         return tensors
 
     def stand_in(self, runners: Mapping[str, Runner], config: Config) -> object:
-        return _TransformerStandIn(next(iter(runners.values())), config)
+        from diffusers import SD3Transformer2DModel
+
+        return _TransformerStandIn(next(iter(runners.values())), full_config(SD3Transformer2DModel, config))
 
 
 class _FlatTransformer(nn.Module):
@@ -68,21 +84,11 @@ class _FlatTransformer(nn.Module):
         return self.module(hidden_states, encoder_hidden_states, pooled_projections, timestep, return_dict=False)
 
 
-class _TransformerStandIn:
-    dtype = torch.float32
-    device = torch.device("cpu")
-
-    def __init__(self, runner: Runner, config: Config) -> None:
-        from diffusers import SD3Transformer2DModel
-
-        self.config = full_config(SD3Transformer2DModel, config)
-        self._runner = runner
-
+class _TransformerStandIn(StandIn):
     def __call__(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True, **options: Any) -> Any:  # noqa: ANN401, FBT001, FBT002 - Diffusers' own signature
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-        names = ("encoder_hidden_states", "pooled_projections")
-        inputs = {"hidden_states": hidden_states, "timestep": timestep, **{name: options.pop(name) for name in names}}
+        inputs = {name: options.pop(name) for name in ("encoder_hidden_states", "pooled_projections")}
         refuse("transformer", options)
-        predicted = self._runner.run({name: tensor.float() for name, tensor in inputs.items()})["out_hidden_states"]
+        predicted = self._run(hidden_states=hidden_states, timestep=timestep, **inputs)["out_hidden_states"]
         return Transformer2DModelOutput(sample=predicted) if return_dict else (predicted,)

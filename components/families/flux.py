@@ -1,0 +1,66 @@
+"""FLUX.1: dev and schnell."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ..family import Family, Part
+from ..modules import autoencoder_kl, clip_text, flux_transformer_2d, t5_text
+from ..modules.autoencoder_kl import VaeDecoder, VaeEncoder, scale_factor
+from ..modules.clip_text import ClipText
+from ..modules.flux_transformer_2d import FluxTransformer2D
+from ..modules.t5_text import T5Text
+
+if TYPE_CHECKING:
+    from ..family import Configs
+
+_PATCH = 2
+_DEFAULT_LATENTS = 128
+
+
+def _latent_shape(configs: Configs, batch: int, height: int, width: int) -> tuple[int, ...]:
+    """Return the shape of packed latents: 2x2 of them a token."""
+    side = _size_multiple(configs)
+    return (batch, (height // side) * (width // side), configs["transformer"]["in_channels"])
+
+
+def _size_multiple(configs: Configs) -> int:
+    return scale_factor(configs["vae"]) * _PATCH
+
+
+def _default_size(configs: Configs) -> tuple[int, int]:
+    side = _DEFAULT_LATENTS * scale_factor(configs["vae"])
+    return side, side
+
+
+FLUX = Family(
+    name="flux",
+    pipelines={
+        "text-to-image": "FluxPipeline",
+        "image-to-image": "FluxImg2ImgPipeline",
+        "inpainting": "FluxInpaintPipeline",
+    },
+    parts=(
+        Part("text_encoder", "text_encoder", ClipText()),
+        Part("text_encoder_2", "text_encoder_2", T5Text()),
+        Part("transformer", "transformer", FluxTransformer2D()),
+        Part("vae_encoder", "vae", VaeEncoder()),
+        Part("vae_decoder", "vae", VaeDecoder()),
+    ),
+    latent_shape=_latent_shape,
+    size_multiple=_size_multiple,
+    default_size=_default_size,
+    row_guidance=False,
+    unguided_at_most=-math.inf,
+    negative_prompts=False,
+    tiny={
+        "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
+        "text_encoder": ("transformers", "CLIPTextModel", clip_text.TINY),
+        "text_encoder_2": ("transformers", "T5EncoderModel", t5_text.TINY),
+        "tokenizer": ("transformers", "CLIPTokenizer", {}),
+        "tokenizer_2": ("transformers", "T5Tokenizer", {}),
+        "transformer": ("diffusers", "FluxTransformer2DModel", flux_transformer_2d.TINY),
+        "vae": ("diffusers", "AutoencoderKL", autoencoder_kl.TINY_16),
+    },
+)

@@ -1,0 +1,214 @@
+"""LoRAs baked into weights: W + scale * alpha / rank * B A, one tensor in memory at a time.
+
+The method: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", https://arxiv.org/abs/2106.09685. Keys of
+Diffusers, PEFT and Kohya are brought to one form by Diffusers' own converters; the result is what its `fuse_lora` gives.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import PickleError, SourceError, UsageError
+from .weights import TORCH_DTYPES, as_bytes, read_tensor, sha256, write_entries
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from .source import Source
+    from .weights import Entry
+
+_METADATA = "lora_adapter_metadata"
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a LoRA adds to one weight: `factor * up @ down`."""
+
+    up: Tensor
+    """(out, rank), or (out, rank, 1, 1) of a convolution."""
+    down: Tensor
+    """(rank, in), or (rank, in, height, width) of a convolution."""
+    factor: float
+    """The user's scale times alpha over rank."""
+
+    def tensor(self, shape: Sequence[int]) -> Tensor:
+        """Return the addition in float32, in the weight's shape."""
+        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return (product * self.factor).reshape(tuple(shape))
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file for a pipeline, at a scale."""
+
+    file: Path
+    scale: float
+    deltas: Mapping[str, Mapping[str, Delta]]
+    """Module -> name of the weight in its checkpoint -> what is added to it."""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What decides the result: for keys and manifests."""
+        return {"sha256": sha256(self.file), "scale": self.scale}
+
+    @classmethod
+    def open(cls, text: str, source: Source) -> Lora:
+        """Read `file.safetensors` or `file.safetensors:scale` for a pipeline.
+
+        Raises:
+            UsageError: there is no such file, or the scale is no number.
+            PickleError: it is a pickle.
+            SourceError: it isn't a LoRA, or one for another family.
+        """
+        file, scale = _parse(text)
+        layers, alphas = _read(file, source)
+        deltas: dict[str, dict[str, Delta]] = {}
+        for layer in sorted({key.removesuffix(_DOWN).removesuffix(_UP) for key in layers}):
+            module, _, path = layer.partition(".")
+            up, down = layers.get(layer + _UP), layers.get(layer + _DOWN)
+            if up is None or down is None:
+                message = f"{file} lacks one half of {layer}: a LoRA has an up and a down for each layer"
+                raise SourceError(message, fix="download or copy it again")
+            entry = _weight(file, source, module, path)
+            if up.shape[0] != entry.shape[0] or math.prod(down.shape[1:]) != math.prod(entry.shape[1:]):
+                message = (
+                    f"{file} is for another model: {layer} is {up.shape[0]}×{math.prod(down.shape[1:])} in it, "
+                    f"{entry.shape[0]}×{math.prod(entry.shape[1:])} in {source.id}"
+                )
+                raise SourceError(message, fix="give a LoRA that was trained on this model's family")
+            factor = scale * alphas.get(layer, float(len(down))) / len(down)
+            deltas.setdefault(module, {})[entry.name] = Delta(up, down, factor)
+        return cls(file, scale, deltas)
+
+
+def merge(loras: Sequence[Lora], source: Source, module: str, folder: Path) -> None:
+    """Write a module's config and checkpoint with the LoRAs added, in the files' own dtypes, into a new folder."""
+    folder.mkdir(parents=True)
+    shutil.copyfile(source.path(module) / "config.json", folder / "config.json")
+    checkpoint = source.checkpoint(module)
+    name = checkpoint.files[0].name.partition("-000")[0].partition(".safetensors")[0]
+    deltas: dict[str, list[Delta]] = {}
+    for lora in loras:
+        for tensor, delta in lora.deltas.get(module, {}).items():
+            deltas.setdefault(tensor, []).append(delta)
+
+    def changed(entry: Entry) -> Iterator[memoryview] | None:
+        return _merged(entry, deltas[entry.name]) if entry.name in deltas else None
+
+    write_entries(checkpoint.entries.values(), folder / f"{name}.safetensors", changed=changed)
+
+
+def _merged(entry: Entry, deltas: Iterable[Delta]) -> Iterator[memoryview]:
+    import torch
+
+    weight = read_tensor(entry)
+    total = weight.float()
+    for delta in deltas:
+        total = total + delta.tensor(entry.shape)
+    yield as_bytes(total.to(getattr(torch, TORCH_DTYPES[entry.dtype])))
+
+
+def _parse(text: str) -> tuple[Path, float]:
+    name, separator, last = text.rpartition(":")
+    scale = 1.0
+    if separator and not Path(text).exists():
+        try:
+            scale = float(last)
+        except ValueError as error:
+            message = f"got the LoRA {text!r}, expected FILE or FILE:SCALE"
+            raise UsageError(message, fix=f"--lora {name}:0.8") from error
+        text = name
+    file = Path(text).expanduser()
+    if not math.isfinite(scale):
+        message = f"got the LoRA scale {scale}, expected a finite number"
+        raise UsageError(message)
+    if not file.is_file():
+        message = f"no LoRA file {file}"
+        raise UsageError(message, fix="--lora FILE.safetensors:0.8")
+    if file.suffix != ".safetensors":
+        message = f"{file} is not safetensors: bakeoff opens no pickles, which can run code"
+        raise PickleError(message, fix="get the .safetensors version of this LoRA, or convert it where you trust it")
+    return file, scale
+
+
+def _read(file: Path, source: Source) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return halves of layers by `module.layer.lora_A.weight` or `…lora_B.weight`, and the layers' alphas."""
+    import diffusers
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file)
+        with safe_open(file, "pt") as stream:
+            metadata = json.loads((stream.metadata() or {}).get(_METADATA, "{}"))
+    except (SafetensorError, ValueError) as error:
+        message = f"{file} can't be read as safetensors: {error}"
+        raise SourceError(message, fix="download or copy it again") from error
+    pipeline = getattr(diffusers, source.family.pipelines["text-to-image"])
+    configs = {
+        f"{module}_config": diffusers.configuration_utils.FrozenDict(source.config(module)) for module in source.modules
+    }
+    try:
+        converted = pipeline.lora_state_dict(tensors, return_alphas=True, **configs)
+    except Exception as error:
+        message = f"{file} isn't a LoRA for {source.family.name}: {error!r}"
+        raise SourceError(message, fix="give a LoRA that was trained on this model's family") from error
+    state, network_alphas = converted if isinstance(converted, tuple) else (converted, None)
+    halves = _as_peft(state, source)
+    foreign = sorted(key for key in state if key.partition(".")[0] not in source.modules)
+    strange = foreign or sorted(key for key in halves if not key.endswith((_DOWN, _UP)))
+    if strange or not halves:
+        found = f"{strange[0]} and {len(strange) - 1} more" if strange else "no tensors"
+        message = f"{file} holds {found}, which {source.family.name} has no place for"
+        raise SourceError(message, fix="give a plain LoRA (no DoRA, LoKr or biases) that was trained on this family")
+    named = {key.removesuffix(".alpha"): value for key, value in (network_alphas or {}).items()}
+    alphas = {key.partition(".lora_")[0]: float(value) for key, value in _as_peft(named, source).items()}
+    return halves, {**_alphas_of(metadata, halves), **alphas}
+
+
+def _as_peft(found: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """Name layers and their halves as PEFT does, module by module; what belongs to none is left out."""
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+
+    named: dict[str, Any] = {}
+    for module in source.modules:
+        own = {key: value for key, value in found.items() if key.startswith(f"{module}.")}
+        if own and not any(".lora_A" in key for key in own):
+            is_text = source.index[module][0] == "transformers"
+            own = (convert_state_dict_to_peft if is_text else convert_unet_state_dict_to_peft)(own)
+        named |= own
+    return named
+
+
+def _alphas_of(metadata: Mapping[str, Any], halves: Mapping[str, Tensor]) -> dict[str, float]:
+    """Read alphas from PEFT's configs, one a module, that Diffusers stores beside the tensors."""
+    alphas = {}
+    for key in halves:
+        layer = key.removesuffix(_DOWN).removesuffix(_UP)
+        module, _, path = layer.partition(".")
+        config = {name.partition(".")[2]: value for name, value in metadata.items() if name.startswith(f"{module}.")}
+        if "lora_alpha" in config:
+            pattern = config.get("alpha_pattern") or {}
+            alpha = next((value for name, value in pattern.items() if path.endswith(name)), config["lora_alpha"])
+            rank = len(halves[layer + _DOWN])
+            alphas[layer] = float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+    return alphas
+
+
+def _weight(file: Path, source: Source, module: str, path: str) -> Entry:
+    """Find the weight that a layer's LoRA is for; CLIP's names come with and without `text_model.`."""
+    entries = source.checkpoint(module).entries if module in source.modules else {}
+    plain = path.removeprefix("text_model.")
+    for name in (f"{path}.weight", f"{plain}.weight", f"text_model.{plain}.weight"):
+        if name in entries:
+            return entries[name]
+    message = f"{file} is for another model: {source.id} has no {module}.{path}"
+    raise SourceError(message, fix="give a LoRA that was trained on this model's family")

@@ -1,0 +1,325 @@
+"""Every family, as a tiny random pipeline: the artifact's picture is Diffusers' own from the same latents."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bakeoff import plugins
+from bakeoff.bake import export
+from bakeoff.errors import InputError, UsageError
+from bakeoff.models.tiny import build
+from bakeoff.recipe import parse
+from bakeoff.runtimes.engine import load
+from bakeoff.source import Source
+
+FAMILIES = plugins.names("families")
+PROMPTS = ["a red circle", "two small green squares, left of a star; 一只猫"]
+SIZE = (64, 96)
+STEPS = 3
+
+
+def eager(folder, steps=STEPS, **arguments):
+    """Run Diffusers' own pipeline."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(output_type="np", num_inference_steps=steps, **arguments).images
+
+
+def note(family, task, backend, decibels):
+    """Keep a figure where `RECORD` names a file, for the table in the docs."""
+    if "RECORD" in os.environ:
+        file = Path(os.environ["RECORD"])
+        found = json.loads(file.read_text()) if file.exists() else {}
+        found.setdefault(family, {}).setdefault(task, {})[backend] = round(float(decibels), 1)
+        file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def psnr(got, expected):
+    error = np.mean((got.astype(float) / 255 - expected) ** 2)
+    return -10 * np.log10(max(error, 1e-12))
+
+
+@pytest.fixture(scope="module")
+def artifacts(tiny, tmp_path_factory):
+    root = tmp_path_factory.mktemp("artifacts")
+
+    def get(family, backend):
+        folder = root / f"{family}-{backend}"
+        if not folder.exists():
+            lenders = [other for other in root.glob(f"*-{backend}") if (other / "bakeoff.json").exists()]
+            recipe = parse(f"{backend}:fp32")[0]
+            export(str(tiny(family)), folder, recipe, reuse=lenders, prove=backend != "torch")
+        return folder
+
+    return get
+
+
+def latents_of(folder, count):
+    source = Source.open(str(folder))
+    configs = {part.module: source.config(part.module) for part in source.parts}
+    shape = source.family.latent_shape(configs, count, *SIZE)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def run_eager(folder, task, **arguments):
+    """Run Diffusers' own pipeline for a task, with a generator and a picture a row, as the engine does."""
+    import diffusers
+
+    family = Source.open(str(folder)).family
+    pipeline = getattr(diffusers, family.pipelines[task]).from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    return pipeline(
+        prompt=list(PROMPTS), output_type="np", num_inference_steps=STEPS, generator=generators, **arguments
+    ).images
+
+
+def picture(seed=0):
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*SIZE, 3), dtype=np.uint8))
+
+
+def mask():
+    from PIL import Image
+
+    pixels = np.zeros(SIZE, np.uint8)
+    pixels[16:48, 24:72] = 255
+    return Image.fromarray(pixels)
+
+
+def cases():
+    """Every family with every backend; `make test` lowers the embedded model's denoiser elsewhere, and runs these in torch."""
+    for family in FAMILIES:
+        for backend in ("torch", "onnx", "openvino"):
+            yield pytest.param(family, backend, marks=() if backend == "torch" else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "backend"), list(cases()))
+def test_text_to_image_is_diffusers_picture(tiny, artifacts, family, backend):
+    folder = tiny(family)
+    latents = latents_of(folder, len(PROMPTS))
+    expected = eager(folder, prompt=list(PROMPTS), height=SIZE[0], width=SIZE[1], guidance_scale=3.0, latents=latents)
+    with load(artifacts(family, backend)) as engine:
+        got = engine.generate(PROMPTS, guidance_scale=3.0, steps=STEPS, size=SIZE, latents=latents).images
+    note(family, "text-to-image", backend, psnr(got, expected))
+    assert expected.std() > 0.01
+    assert psnr(got, expected) > 45
+
+
+@pytest.mark.parametrize(("family", "backend"), list(cases()))
+@pytest.mark.parametrize("task", ["image-to-image", "inpainting"])
+def test_a_picture_to_start_from_gives_diffusers_picture(tiny, artifacts, family, backend, task):
+    folder = tiny(family)
+    given = {"image": picture()} | ({"mask": mask()} if task == "inpainting" else {})
+    theirs = {"image": [picture()] * 2} | ({"mask_image": [mask()] * 2} if task == "inpainting" else {})
+    if family in {"stable-diffusion-3", "flux", "z-image"} or task == "inpainting":
+        theirs |= {"height": SIZE[0], "width": SIZE[1]}
+    expected = run_eager(folder, task, guidance_scale=3.0, strength=0.7, **theirs)
+    with load(artifacts(family, backend)) as engine:
+        got = engine.generate(PROMPTS, guidance_scale=3.0, steps=STEPS, seeds=5, strength=0.7, **given).images
+    note(family, task, backend, psnr(got, expected))
+    assert expected.std() > 0.01
+    assert psnr(got, expected) > 45
+
+
+def test_an_inpainting_unet_takes_nine_channels(tmp_path):
+    folder = build("stable-diffusion", tmp_path / "model", changes={"unet": {"in_channels": 9}})
+    export(str(folder), tmp_path / "artifact", parse("torch:fp32")[0], prove=False)
+    theirs = {"image": [picture()] * 2, "mask_image": [mask()] * 2, "height": SIZE[0], "width": SIZE[1]}
+    expected = run_eager(folder, "inpainting", guidance_scale=3.0, strength=1.0, **theirs)
+    with load(tmp_path / "artifact") as engine:
+        got = engine.generate(
+            PROMPTS, guidance_scale=3.0, steps=STEPS, seeds=5, strength=1.0, image=picture(), mask=mask()
+        ).images
+        assert psnr(got, expected) > 45
+        with pytest.raises(InputError, match="made for inpainting"):
+            engine.generate("a circle")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mask": mask()}, "without an image"),
+        ({"strength": 0.5}, "without an image"),
+        ({"image": picture(), "strength": 0}, "strength = 0"),
+        ({"image": picture(), "strength": 1.5}, "strength = 1.5"),
+        ({"image": picture(), "strength": 0.1, "steps": 3}, "at least one step"),
+        ({"image": picture(), "mask": mask().resize((32, 32))}, "the same size"),
+        ({"image": picture().convert("RGBA")}, "alpha channel"),
+        ({"image": "picture.png"}, "PIL image"),
+        ({"image": np.zeros((64, 64, 3))}, "uint8"),
+        ({"image": [picture()] * 3}, "got 3 pictures"),
+        ({"image": picture().resize((65, 64))}, "multiples of"),
+        ({"image": picture(), "latents": torch.zeros(1, 4, 8, 8)}, "leave out one"),
+    ],
+)
+def test_what_cannot_be_meant_is_an_error(artifacts, arguments, message):
+    with load(artifacts("stable-diffusion", "torch")) as engine:
+        with pytest.raises(InputError, match=message):
+            engine.generate("a circle", **{"steps": STEPS, **arguments})
+
+
+def test_a_picture_of_another_size_is_resized_when_asked_to(artifacts):
+    with load(artifacts("stable-diffusion", "torch")) as engine:
+        images = engine.generate("a circle", image=picture().resize((200, 90)), size=SIZE, steps=STEPS).images
+    assert images.shape == (1, *SIZE, 3)
+
+
+def test_sizes_beyond_the_positions_are_refused(artifacts):
+    with load(artifacts("stable-diffusion-3", "torch")) as engine:
+        with pytest.raises(InputError, match="positions for 512"):
+            engine.generate("a circle", size=(528, 64))
+
+
+def test_a_text_encoder_may_be_left_out(tmp_path):
+    folder = build("stable-diffusion-3", tmp_path / "model")
+    shutil.rmtree(folder / "text_encoder_3")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder_3": [None, None]}))
+    artifact = export(str(folder), tmp_path / "artifact", parse("torch:fp32")[0], prove=False)
+    assert "text_encoder_3" not in artifact.manifest.parts
+    with load(artifact.folder) as engine:
+        assert engine.generate("a circle", steps=1, size=(64, 64)).images.shape == (1, 64, 64, 3)
+
+
+def test_negative_prompts_are_refused_where_they_would_be_ignored(artifacts):
+    with load(artifacts("flux", "torch")) as engine:
+        with pytest.raises(InputError, match="takes no negative prompts"):
+            engine.generate("a circle", negative_prompts="blurry")
+
+
+def test_tiny_pipelines_are_the_same_each_time(tmp_path):
+    first, second = build("z-image", tmp_path / "a"), build("z-image", tmp_path / "b")
+    for file in sorted(path for path in first.rglob("*") if path.is_file()):
+        assert file.read_bytes() == (second / file.relative_to(first)).read_bytes(), file
+    with pytest.raises(UsageError, match="unknown family"):
+        build("no-such-family", tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "backend", ["torch", pytest.param("onnx", marks=pytest.mark.slow), pytest.param("openvino", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    "family", [family for family in plugins.families() if "controlnet" in family.variants], ids=lambda f: f.name
+)
+@pytest.mark.parametrize("task", ["text-to-image", "image-to-image", "inpainting"])
+def test_a_controlnet_gives_diffusers_picture(tiny, controlled, family, backend, task):
+    import diffusers
+
+    folder, artifact = controlled(family.name, backend)
+    plain = getattr(diffusers, family.variant("controlnet").pipelines[task])
+    pipeline = plain.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    given, theirs = {}, {"height": SIZE[0], "width": SIZE[1]}
+    control = "image" if task == "text-to-image" else "control_image"
+    if task != "text-to-image":
+        given, theirs = {"image": picture(), "strength": 0.7}, {**theirs, "image": [picture()] * 2, "strength": 0.7}
+    if task == "inpainting":
+        given["mask"], theirs["mask_image"] = mask(), [mask()] * 2
+    theirs |= {control: [picture(3)] * 2, "controlnet_conditioning_scale": 0.8}
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    if task == "text-to-image":
+        latents = latents_of(tiny(family.name), 2)
+        given["latents"] = theirs["latents"] = latents
+    expected = pipeline(
+        prompt=list(PROMPTS),
+        output_type="np",
+        num_inference_steps=STEPS,
+        guidance_scale=3.0,
+        generator=generators,
+        **theirs,
+    ).images
+    with load(artifact) as engine:
+        common = {"guidance_scale": 3.0, "steps": STEPS, "seeds": 5, "size": SIZE, "control_scale": 0.8}
+        got = engine.generate(PROMPTS, control_image=picture(3), **common, **given).images
+        other = engine.generate(PROMPTS, control_image=picture(4), **common, **given).images
+        with pytest.raises(InputError, match="no control image"):
+            engine.generate("a circle")
+    note(family.name, f"ControlNet, {task}", backend, psnr(got, expected))
+    assert psnr(got, expected) > 45
+    assert not np.array_equal(got, other)
+
+
+@pytest.fixture(scope="module")
+def controlled(tiny, tmp_path_factory):
+    """A family's tiny pipeline with a ControlNet, and an artifact of it."""
+    root = tmp_path_factory.mktemp("controlled")
+
+    def get(family, backend):
+        folder, target = tiny(family, "controlnet"), root / f"{family}-{backend}"
+        if not target.exists():
+            recipe = parse(f"{backend}:fp32")[0]
+            lenders = [other for other in root.glob(f"*-{backend}") if (other / "bakeoff.json").exists()]
+            controlnet = str(folder / "controlnet")
+            export(str(tiny(family)), target, recipe, controlnet=controlnet, reuse=lenders, prove=backend != "torch")
+        return folder, target
+
+    return get
+
+
+def test_a_controlnet_is_refused_where_there_is_none(tiny, artifacts, tmp_path):
+    with load(artifacts("stable-diffusion", "torch")) as engine:
+        with pytest.raises(InputError, match="no ControlNet"):
+            engine.generate("a circle", control_image=picture())
+    with pytest.raises(UsageError, match="z-image takes no controlnet"):
+        export(str(tiny("z-image")), tmp_path / "a", parse("torch:fp32")[0], controlnet=str(tmp_path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("guidance", "steps"), [(0.0, 1), (1.0, 2), (4.0, 2)])
+def test_prompts_of_any_length_with_and_without_guidance(tiny, artifacts, family, guidance, steps):
+    prompts = ["", "a", "x" * 75, "x" * 76, "y" * 500, "猫 на окне"]
+    folder = tiny(family)
+    latents = latents_of(folder, len(prompts))
+    common = {"height": SIZE[0], "width": SIZE[1], "guidance_scale": guidance, "latents": latents}
+    expected = eager(folder, prompt=list(prompts), steps=steps, **common)
+    with load(artifacts(family, "torch")) as engine:
+        got = engine.generate(prompts, guidance_scale=guidance, steps=steps, size=SIZE, latents=latents).images
+        alone = engine.generate(
+            prompts[4], guidance_scale=guidance, steps=steps, size=SIZE, latents=latents[4:5]
+        ).images
+    assert psnr(got, expected) > 45
+    assert psnr(alone[0], expected[4]) > 45
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "flux"])
+def test_negative_prompts_count_as_in_diffusers(tiny, artifacts, family):
+    folder = tiny(family)
+    latents = latents_of(folder, 2)
+    unwanted = ["blurry", ""]
+    common = {"height": SIZE[0], "width": SIZE[1], "guidance_scale": 5.0, "latents": latents}
+    expected = eager(folder, prompt=list(PROMPTS), negative_prompt=list(unwanted), **common)
+    with load(artifacts(family, "torch")) as engine:
+        settings = {"guidance_scale": 5.0, "steps": STEPS, "size": SIZE, "latents": latents}
+        got = engine.generate(PROMPTS, negative_prompts=unwanted, **settings).images
+        without = engine.generate(PROMPTS, **settings).images
+    assert psnr(got, expected) > 45
+    assert not np.array_equal(got[0], without[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_may_differ_in_guidance(artifacts, family):
+    with load(artifacts(family, "torch")) as engine:
+        settings = {"steps": 2, "size": SIZE, "seeds": [1, 2]}
+        mixed = engine.generate(PROMPTS, guidance_scale=[0.0, 6.0], **settings).images
+        first = engine.generate(PROMPTS, guidance_scale=0.0, **settings).images[0]
+        second = engine.generate(PROMPTS, guidance_scale=6.0, **settings).images[1]
+    assert psnr(mixed[0], first / 255) > 45
+    assert psnr(mixed[1], second / 255) > 45
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [(65, 64), (64, 72), (0, 64)])
+def test_sizes_that_do_not_divide_are_refused_with_the_nearest(artifacts, family, size):
+    with load(artifacts(family, "torch")) as engine:
+        with pytest.raises(InputError, match="multiples of 16") as raised:
+            engine.generate("a circle", size=size)
+    assert "size=(" in raised.value.fix

@@ -1,0 +1,177 @@
+"""LoRAs baked in: exactly what Diffusers' own fusing gives."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bakeoff.artifact import Artifact
+from bakeoff.bake import export, plan, why_rebuild
+from bakeoff.errors import PickleError, SourceError, UsageError
+from bakeoff.lora import Lora
+from bakeoff.recipe import parse
+from bakeoff.runtimes.engine import load
+from bakeoff.source import Source
+from bakeoff.weights import Checkpoint, read_tensor
+
+RECIPE = parse("torch:fp32")[0]
+LAYERS = {
+    "stable-diffusion": ("unet", "attentions.0.transformer_blocks.0.attn1.to_"),
+    "stable-diffusion-xl": ("unet", "attentions.0.transformer_blocks.0.attn1.to_"),
+    "stable-diffusion-3": ("transformer", "attn.to_"),
+    "flux": ("transformer", "attn.to_"),
+    "z-image": ("transformer", "attention.to_"),
+}
+
+
+def linear_layers(folder, module, part):
+    """Names and shapes of the module's 2-D weights whose path has `part`."""
+    entries = Checkpoint.open(folder / module).entries.values()
+    return {e.name.removesuffix(".weight"): e.shape for e in entries if len(e.shape) == 2 and part in e.name}
+
+
+def halves(shapes, rank=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for name, (out, into) in shapes.items():
+        yield (
+            name,
+            torch.randn(rank, into, generator=generator) / 8,
+            torch.randn(out, rank, generator=generator) / 8,
+        )
+
+
+def peft_file(folder, family, file, rank=4, seed=0):
+    """A LoRA as PEFT and Diffusers save it today."""
+    module, part = LAYERS[family]
+    tensors = {}
+    for name, down, up in halves(linear_layers(folder, module, part), rank, seed):
+        tensors |= {f"{module}.{name}.lora_A.weight": down, f"{module}.{name}.lora_B.weight": up}
+    save_file(tensors, file)
+    return file
+
+
+def kohya_file(folder, file, alpha=2.0):
+    """A LoRA of UNet and text encoder as Kohya's scripts save it, with alphas."""
+    tensors = {}
+    for module, prefix, part in (("unet", "lora_unet_", "attn1.to_"), ("text_encoder", "lora_te_", "self_attn.")):
+        for name, down, up in halves(linear_layers(folder, module, part)):
+            full = name if module == "unet" or name.startswith("text_model") else f"text_model.{name}"
+            key = prefix + full.replace(".", "_")
+            tensors |= {
+                f"{key}.lora_down.weight": down,
+                f"{key}.lora_up.weight": up,
+                f"{key}.alpha": torch.tensor(alpha),
+            }
+    save_file(tensors, file)
+    return file
+
+
+def fused(folder, file, scale, module):
+    """Diffusers' own fused weights of a module, by name."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.load_lora_weights(str(file.parent), weight_name=file.name, local_files_only=True)
+    pipeline.fuse_lora(lora_scale=scale)
+    pipeline.unload_lora_weights()
+    return getattr(pipeline, module).state_dict()
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_baked_weights_are_diffusers_fused_ones(tiny, tmp_path, family):
+    folder = tiny(family)
+    module, _ = LAYERS[family]
+    file = peft_file(folder, family, tmp_path / "style.safetensors")
+    artifact = export(str(folder), tmp_path / "a", RECIPE, loras=[f"{file}:0.8"], prove=False)
+    plain = load_file(next((folder / module).glob("*.safetensors")))
+    baked = {name: read_tensor(entry) for name, entry in Checkpoint.open(artifact.folder / module).entries.items()}
+    expected = fused(folder, file, 0.8, module)
+    changed = [name for name in baked if not torch.equal(baked[name], plain[name])]
+    assert len(changed) == len(load_file(file)) // 2
+    for name, tensor in baked.items():
+        assert torch.equal(tensor, expected[name]) or torch.allclose(tensor, expected[name], rtol=1e-6, atol=1e-7), name
+
+
+def test_kohya_files_with_alphas_and_text_encoders(tiny, tmp_path):
+    folder = tiny("stable-diffusion")
+    file = kohya_file(folder, tmp_path / "kohya.safetensors")
+    artifact = export(str(folder), tmp_path / "a", RECIPE, loras=[str(file)], prove=False)
+    for module in ("unet", "text_encoder"):
+        expected = fused(folder, file, 1.0, module)
+        plain = load_file(next((folder / module).glob("*.safetensors")))
+        baked = {
+            n: read_tensor(e) for n, e in Checkpoint.open(artifact.folder / module).entries.items() if len(e.shape) > 1
+        }
+        assert any(not torch.equal(baked[name], plain[name]) for name in baked)
+        for name, tensor in baked.items():
+            assert torch.allclose(tensor, expected[name], rtol=1e-6, atol=1e-7), name
+
+
+def test_a_lora_is_in_the_key_of_its_parts_and_in_the_manifest(tiny, tmp_path):
+    folder = tiny("stable-diffusion")
+    file = peft_file(folder, "stable-diffusion", tmp_path / "style.safetensors")
+    artifact = export(str(folder), tmp_path / "a", RECIPE, loras=[f"{file}:0.8"])
+    assert artifact.manifest.proved
+    assert [each["scale"] for each in artifact.manifest.source["loras"]] == [0.8]
+    assert "loras" not in artifact.manifest.parts["vae_decoder"].key_fields
+    again = export(str(folder), tmp_path / "a", RECIPE, loras=[f"{file}:0.8"])
+    assert again.manifest.key == artifact.manifest.key
+    reasons = why_rebuild(artifact, plan(str(folder), RECIPE, loras=[f"{file}:0.5"]))
+    assert [reason.partition(":")[0] for reason in reasons] == ["unet.loras"]
+    assert not list(tmp_path.glob(".*"))
+    assert (
+        "loras"
+        not in json.loads(
+            (
+                Artifact.open(export(str(folder), tmp_path / "b", RECIPE, prove=False).folder).folder / "bakeoff.json"
+            ).read_text()
+        )["source"]
+    )
+
+
+def test_scale_nought_is_the_plain_picture_and_two_loras_add_up(tiny, tmp_path):
+    folder = tiny("stable-diffusion")
+    first = peft_file(folder, "stable-diffusion", tmp_path / "one.safetensors")
+    second = peft_file(folder, "stable-diffusion", tmp_path / "two.safetensors", rank=2, seed=1)
+
+    def picture(name, *loras):
+        artifact = export(str(folder), tmp_path / name, RECIPE, loras=loras, prove=False)
+        with load(artifact.folder) as engine:
+            return engine.generate("a circle", seeds=1, steps=2, size=(64, 64)).images
+
+    plain = picture("plain")
+    assert np.array_equal(picture("nought", f"{first}:0"), plain)
+    assert not np.array_equal(picture("one", str(first)), plain)
+    both, other = picture("both", str(first), str(second)), picture("other", str(second), str(first))
+    assert np.abs(both.astype(int) - other).max() <= 1
+    assert not np.array_equal(both, picture("again", str(first)))
+
+
+def test_what_is_no_lora_for_this_model_is_refused(tiny, tmp_path):
+    source = Source.open(str(tiny("stable-diffusion")))
+    flux = peft_file(tiny("flux"), "flux", tmp_path / "flux.safetensors")
+    wide = tmp_path / "wide.safetensors"
+    save_file(
+        {
+            name: torch.cat([tensor, tensor]) if "lora_B" in name else tensor
+            for name, tensor in load_file(peft_file(source.folder, "stable-diffusion", wide)).items()
+        },
+        wide,
+    )
+    save_file({"unet.conv_in.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"123")
+    (tmp_path / "style.pt").write_bytes(b"")
+    for text, error, message in (
+        (flux, SourceError, "no place for|another model|isn't a LoRA"),
+        (wide, SourceError, "for another model"),
+        (tmp_path / "model.safetensors", SourceError, "no place for"),
+        (tmp_path / "broken.safetensors", SourceError, "can't be read"),
+        (tmp_path / "style.pt", PickleError, "no pickles"),
+        (tmp_path / "nothing.safetensors", UsageError, "no LoRA file"),
+        (f"{flux}:strong", UsageError, "FILE:SCALE"),
+        (f"{flux}:nan", UsageError, "finite"),
+    ):
+        with pytest.raises(error, match=message):
+            Lora.open(str(text), source)
