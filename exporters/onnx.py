@@ -39,7 +39,7 @@ class OnnxExporter:
     fold when they load.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     own_weights: ClassVar[bool] = False

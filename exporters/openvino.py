@@ -34,7 +34,7 @@ class OpenVINOExporter:
     is decided by the recipe when the part is loaded, never by OpenVINO's default.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16")
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"timestep": ("f32",)}
     own_weights: ClassVar[bool] = True
