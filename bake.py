@@ -376,8 +376,7 @@ def _in_dtype(source: Source, module: str, dtype: str, work: Path) -> Path:
     if not folder.exists():
         folder.mkdir()
         shutil.copyfile(source.path(module) / "config.json", folder / "config.json")
-        name = checkpoint.files[0].name.partition("-000")[0].partition(".safetensors")[0]
-        convert(checkpoint, folder / f"{name}.safetensors", dtype)
+        convert(checkpoint, folder / checkpoint.single_file, dtype)
     return folder
 
 
@@ -410,7 +409,7 @@ def _write_manifest(planned: Plan, folder: Path, entries: dict[str, PartEntry]) 
         key=planned.key,
         key_fields=planned.key_fields,
         family=source.family.name,
-        pipeline=source.index["_class_name"] if source.variant is None else source.family.pipelines["text-to-image"],
+        pipeline=source.index["_class_name"],
         variant=source.variant,
         source={"id": source.id, "revision": source.revision}
         | ({"loras": [{"file": lora.file.name, **lora.fields} for lora in planned.loras]} if planned.loras else {}),

@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ class Lora:
     deltas: Mapping[str, Mapping[str, Delta]]
     """Module -> name of the weight in its checkpoint -> what is added to it."""
 
-    @property
+    @cached_property
     def fields(self) -> dict[str, Any]:
         """What decides the result: for keys and manifests."""
         return {"sha256": sha256(self.file), "scale": self.scale}
@@ -70,6 +71,7 @@ class Lora:
         """
         file, scale = _parse(text)
         layers, alphas = _read(file, source)
+        entries = {module: source.checkpoint(module).entries for module in source.modules}
         deltas: dict[str, dict[str, Delta]] = {}
         for layer in sorted({key.removesuffix(_DOWN).removesuffix(_UP) for key in layers}):
             module, _, path = layer.partition(".")
@@ -77,7 +79,10 @@ class Lora:
             if up is None or down is None:
                 message = f"{file} lacks one half of {layer}: a LoRA has an up and a down for each layer"
                 raise SourceError(message, fix="download or copy it again")
-            entry = _weight(file, source, module, path)
+            entry = _weight(entries.get(module, {}), path)
+            if entry is None:
+                message = f"{file} is for another model: {source.id} has no {layer}"
+                raise SourceError(message, fix="give a LoRA that was trained on this model's family")
             if up.shape[0] != entry.shape[0] or math.prod(down.shape[1:]) != math.prod(entry.shape[1:]):
                 message = (
                     f"{file} is for another model: {layer} is {up.shape[0]}×{math.prod(down.shape[1:])} in it, "
@@ -94,7 +99,6 @@ def merge(loras: Sequence[Lora], source: Source, module: str, folder: Path) -> N
     folder.mkdir(parents=True)
     shutil.copyfile(source.path(module) / "config.json", folder / "config.json")
     checkpoint = source.checkpoint(module)
-    name = checkpoint.files[0].name.partition("-000")[0].partition(".safetensors")[0]
     deltas: dict[str, list[Delta]] = {}
     for lora in loras:
         for tensor, delta in lora.deltas.get(module, {}).items():
@@ -103,7 +107,7 @@ def merge(loras: Sequence[Lora], source: Source, module: str, folder: Path) -> N
     def changed(entry: Entry) -> Iterator[memoryview] | None:
         return _merged(entry, deltas[entry.name]) if entry.name in deltas else None
 
-    write_entries(checkpoint.entries.values(), folder / f"{name}.safetensors", changed=changed)
+    write_entries(checkpoint.entries.values(), folder / checkpoint.single_file, changed=changed)
 
 
 def _merged(entry: Entry, deltas: Iterable[Delta]) -> Iterator[memoryview]:
@@ -203,12 +207,8 @@ def _alphas_of(metadata: Mapping[str, Any], halves: Mapping[str, Tensor]) -> dic
     return alphas
 
 
-def _weight(file: Path, source: Source, module: str, path: str) -> Entry:
+def _weight(entries: Mapping[str, Entry], path: str) -> Entry | None:
     """Find the weight that a layer's LoRA is for; CLIP's names come with and without `text_model.`."""
-    entries = source.checkpoint(module).entries if module in source.modules else {}
     plain = path.removeprefix("text_model.")
-    for name in (f"{path}.weight", f"{plain}.weight", f"text_model.{plain}.weight"):
-        if name in entries:
-            return entries[name]
-    message = f"{file} is for another model: {source.id} has no {module}.{path}"
-    raise SourceError(message, fix="give a LoRA that was trained on this model's family")
+    names = (f"{path}.weight", f"{plain}.weight", f"text_model.{plain}.weight")
+    return next((entries[name] for name in names if name in entries), None)

@@ -66,6 +66,11 @@ class Checkpoint:
         return cls(files, {entry.name: entry for file in files for entry in read_header(file)})
 
     @property
+    def single_file(self) -> str:
+        """Name of the file that would hold all of it: the first one's, without the number of a shard."""
+        return self.files[0].name.partition("-000")[0].partition(".safetensors")[0] + ".safetensors"
+
+    @property
     def nbytes(self) -> int:
         return sum(entry.length for entry in self.entries.values())
 

@@ -14,7 +14,7 @@ from ..errors import Cancelled, ParityError, UsageError
 from ..recipe import Placement
 from .opening import Baked, open_part, read_folder
 from .pipeline import build_pipeline, for_task
-from .request import Limits, row_generator
+from .request import Limits, row_generator, task_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -278,7 +278,7 @@ class Engine:
         return RowGuidance(request.guidance, self.family.unguided_at_most, request.latents.ndim)
 
     def _default_guidance(self, image: object, mask: object) -> float:
-        task = self._task if image is None else "image-to-image" if mask is None else "inpainting"
+        task = self._task if image is None else task_of(image, mask)
         name = self.family.pipelines.get(task)
         pipeline = self.pipeline_for(task) if name else self.pipeline
         default: float = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 _MAX_SEED = 2**63
 
 
+def task_of(image: object, mask: object) -> str:
+    """Return what is asked for by what is there to start from."""
+    if image is None:
+        return "text-to-image"
+    return "image-to-image" if mask is None else "inpainting"
+
+
 @dataclass(frozen=True)
 class Request:
     """What `generate` was asked for, checked: one entry a prompt in each tuple."""
@@ -47,9 +54,7 @@ class Request:
 
     @property
     def task(self) -> str:
-        if self.image is None:
-            return "text-to-image"
-        return "image-to-image" if self.mask is None else "inpainting"
+        return task_of(self.image, self.mask)
 
     def rows(self, chosen: Sequence[int]) -> Request:
         """Return the request for some of the prompts."""
@@ -172,7 +177,7 @@ class Limits:
                 f"got strength = {strength!r} with {steps} steps, expected over 0 to 1 and at least one step of it"
             )
             raise InputError(message, fix=f"strength={max(0.6, 1 / steps):.2g}")
-        task = "text-to-image" if pictures is None else "image-to-image" if masks is None else "inpainting"
+        task = task_of(pictures, masks)
         only = self.family.only(self.configs)
         if only and task != only:
             message = f"this model is made for {only}, not for {task}"

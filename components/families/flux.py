@@ -6,8 +6,9 @@ import math
 from typing import TYPE_CHECKING
 
 from ..family import Family, Part
+from ..latents import VAE
 from ..modules import autoencoder_kl, clip_text, flux_transformer_2d, t5_text
-from ..modules.autoencoder_kl import VaeDecoder, VaeEncoder, scale_factor
+from ..modules.autoencoder_kl import scale_factor
 from ..modules.clip_text import ClipText
 from ..modules.flux_transformer_2d import FluxTransformer2D
 from ..modules.t5_text import T5Text
@@ -45,8 +46,7 @@ FLUX = Family(
         Part("text_encoder", "text_encoder", ClipText()),
         Part("text_encoder_2", "text_encoder_2", T5Text()),
         Part("transformer", "transformer", FluxTransformer2D()),
-        Part("vae_encoder", "vae", VaeEncoder()),
-        Part("vae_decoder", "vae", VaeDecoder()),
+        *VAE,
     ),
     latent_shape=_latent_shape,
     size_multiple=_size_multiple,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from ..family import Family, Part, Variant
-from ..latents import latent_shape
+from ..latents import VAE, latent_shape
 from ..modules import autoencoder_kl, clip_text, controlnet, unet_2d_condition
-from ..modules.autoencoder_kl import VaeDecoder, VaeEncoder
 from ..modules.clip_text import ClipText
 from ..modules.controlnet import ControlNet
 from ..modules.unet_2d_condition import (
@@ -17,7 +16,6 @@ from ..modules.unet_2d_condition import (
 )
 
 _TEXT_ENCODERS = (Part("text_encoder", "text_encoder", ClipText()),)
-_VAE = (Part("vae_encoder", "vae", VaeEncoder()), Part("vae_decoder", "vae", VaeDecoder()))
 _CONTROLNET = Variant(
     pipelines={
         "text-to-image": "StableDiffusionControlNetPipeline",
@@ -28,7 +26,7 @@ _CONTROLNET = Variant(
         *_TEXT_ENCODERS,
         Part("controlnet", "controlnet", ControlNet()),
         Part("unet", "unet", UNet2DConditionControlled()),
-        *_VAE,
+        *VAE,
     ),
     tiny={"controlnet": ("diffusers", "ControlNetModel", controlnet.TINY)},
 )
@@ -40,7 +38,7 @@ STABLE_DIFFUSION = Family(
         "image-to-image": "StableDiffusionImg2ImgPipeline",
         "inpainting": "StableDiffusionInpaintPipeline",
     },
-    parts=(*_TEXT_ENCODERS, Part("unet", "unet", UNet2DCondition()), *_VAE),
+    parts=(*_TEXT_ENCODERS, Part("unet", "unet", UNet2DCondition()), *VAE),
     latent_shape=latent_shape,
     size_multiple=size_multiple,
     default_size=default_size,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..family import Family, Part
-from ..latents import latent_shape
+from ..latents import VAE, latent_shape
 from ..modules import autoencoder_kl, clip_text, sd3_transformer_2d, t5_text
-from ..modules.autoencoder_kl import VaeDecoder, VaeEncoder, scale_factor
+from ..modules.autoencoder_kl import scale_factor
 from ..modules.clip_text import ClipTextProjection
 from ..modules.sd3_transformer_2d import SD3Transformer2D
 from ..modules.t5_text import T5Text
@@ -43,8 +43,7 @@ STABLE_DIFFUSION_3 = Family(
         Part("text_encoder_2", "text_encoder_2", ClipTextProjection()),
         Part("text_encoder_3", "text_encoder_3", T5Text()),
         Part("transformer", "transformer", SD3Transformer2D()),
-        Part("vae_encoder", "vae", VaeEncoder()),
-        Part("vae_decoder", "vae", VaeDecoder()),
+        *VAE,
     ),
     latent_shape=latent_shape,
     size_multiple=_size_multiple,

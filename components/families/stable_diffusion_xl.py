@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from ..family import Family, Part, Variant
-from ..latents import latent_shape
+from ..latents import VAE, latent_shape
 from ..modules import autoencoder_kl, clip_text, controlnet, unet_2d_condition
-from ..modules.autoencoder_kl import VaeDecoder, VaeEncoder
 from ..modules.clip_text import ClipTextHidden, ClipTextProjection
 from ..modules.controlnet import ControlNet
 from ..modules.unet_2d_condition import (
@@ -27,7 +26,6 @@ _TEXT_ENCODERS = (
     Part("text_encoder", "text_encoder", ClipTextHidden()),
     Part("text_encoder_2", "text_encoder_2", ClipTextProjection()),
 )
-_VAE = (Part("vae_encoder", "vae", VaeEncoder()), Part("vae_decoder", "vae", VaeDecoder()))
 _CONTROLNET = Variant(
     pipelines={
         "text-to-image": "StableDiffusionXLControlNetPipeline",
@@ -38,7 +36,7 @@ _CONTROLNET = Variant(
         *_TEXT_ENCODERS,
         Part("controlnet", "controlnet", ControlNet()),
         Part("unet", "unet", UNet2DConditionControlled()),
-        *_VAE,
+        *VAE,
     ),
     tiny={"controlnet": ("diffusers", "ControlNetModel", {**controlnet.TINY, **_ADDED_CONDITIONS})},
 )
@@ -50,7 +48,7 @@ STABLE_DIFFUSION_XL = Family(
         "image-to-image": "StableDiffusionXLImg2ImgPipeline",
         "inpainting": "StableDiffusionXLInpaintPipeline",
     },
-    parts=(*_TEXT_ENCODERS, Part("unet", "unet", UNet2DCondition()), *_VAE),
+    parts=(*_TEXT_ENCODERS, Part("unet", "unet", UNet2DCondition()), *VAE),
     latent_shape=latent_shape,
     size_multiple=size_multiple,
     default_size=default_size,

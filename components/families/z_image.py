@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..family import Family, Part
-from ..latents import latent_shape
+from ..latents import VAE, latent_shape
 from ..modules import autoencoder_kl, qwen3_text, z_image_transformer_2d
-from ..modules.autoencoder_kl import VaeDecoder, VaeEncoder, scale_factor
+from ..modules.autoencoder_kl import scale_factor
 from ..modules.qwen3_text import Qwen3Text
 from ..modules.z_image_transformer_2d import ZImageTransformer2D
 
@@ -37,8 +37,7 @@ Z_IMAGE = Family(
     parts=(
         Part("text_encoder", "text_encoder", Qwen3Text()),
         Part("transformer", "transformer", ZImageTransformer2D()),
-        Part("vae_encoder", "vae", VaeEncoder()),
-        Part("vae_decoder", "vae", VaeDecoder()),
+        *VAE,
     ),
     latent_shape=latent_shape,
     size_multiple=_size_multiple,

@@ -64,8 +64,7 @@ class FluxTransformer2D(Component):
         return load_diffusers(FluxTransformer2DModel, folder, dtype)
 
     def flat(self, module: nn.Module) -> nn.Module:
-        guided = module.config["guidance_embeds"]  # type: ignore[index]  # a FrozenDict
-        return (_FlatGuidedTransformer if guided else _FlatTransformer)(module)
+        return _FlatTransformer(module)
 
     def example(self, config: Config, sizes: Sizes, seed: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -102,22 +101,7 @@ class _FlatTransformer(nn.Module):
         timestep: Tensor,
         img_ids: Tensor,
         txt_ids: Tensor,
-    ) -> tuple[Tensor]:
-        return self.module(
-            hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, return_dict=False
-        )
-
-
-class _FlatGuidedTransformer(_FlatTransformer):
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        pooled_projections: Tensor,
-        timestep: Tensor,
-        img_ids: Tensor,
-        txt_ids: Tensor,
-        guidance: Tensor | None = None,
+        *guidance: Tensor,
     ) -> tuple[Tensor]:
         return self.module(
             hidden_states,
@@ -126,7 +110,7 @@ class _FlatGuidedTransformer(_FlatTransformer):
             timestep,
             img_ids,
             txt_ids,
-            guidance,
+            *guidance,
             return_dict=False,
         )
 
