@@ -26,28 +26,24 @@ from .artifact import (
     sweep,
 )
 from .errors import CorruptError, RecipeError, ResourceError, UnavailableError, UsageError, unknown
-from .exporters.capture import capture
+from .exporters.capture import on_hollow
 from .exporters.exporter import Subject
+from .forecast import Forecast
 from .lora import Lora, merge
 from .memory import available_bytes
 from .recipe import PartRecipe, Recipe, to_dict
 from .runtimes.opening import port_to_dict
 from .source import Source
-from .weights import SAFETENSORS_DTYPES, WEIGHT_MODES, Checkpoint, convert, place, sha256
+from .weights import WEIGHT_MODES, place, sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    from torch.export import ExportedProgram
 
     from .components.component import Port
     from .components.family import Part
     from .exporters.exporter import Exporter
 
     Progress = Callable[[str], None]
-
-EXPORT_BYTES = 1_000_000_000
-"""Anonymous memory of capture, lowering and writing, besides the largest tensor: a bound that the benchmark holds."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +57,17 @@ class Plan:
     weights: str
     key_fields: dict[str, Any]
     part_fields: dict[str, dict[str, Any]]
-    peak_anon_bytes: int
 
     @property
     def key(self) -> str:
         return key_of(self.key_fields)
+
+    def forecast(self, folder: Path) -> Forecast:
+        """Predict what the export into an existing folder takes."""
+        shared = self.weights != "copy" and self.source.folder.stat().st_dev == folder.stat().st_dev
+        checkpoints = {name: self.source.checkpoint(self.source.family.part(name).module) for name in self.parts}
+        merged = [self.source.checkpoint(module) for module in _merged_modules(self)]
+        return Forecast.of(checkpoints, self.parts, shared=shared, merged=merged)
 
 
 def plan(
@@ -101,7 +103,6 @@ def plan(
         weights=weights,
         key_fields={"parts": {name: key_of(part) for name, part in fields.items()}, "host": host},
         part_fields=fields,
-        peak_anon_bytes=EXPORT_BYTES + max(source.checkpoint(part.module).largest_bytes for part in source.parts),
     )
 
 
@@ -151,46 +152,44 @@ def _part_fields(source: Source, part: Part, recipe: PartRecipe, loras: Sequence
     } | ({"loras": own} if own else {})
 
 
-def _disk_bytes(planned: Plan, folder: Path) -> int:
-    """Predict the most bytes that are written at a time: conversions, copies, and the backends' own weights."""
-    total, converted = 20_000_000, set()
-    total += sum(planned.source.checkpoint(module).nbytes for module in _merged_modules(planned))
-    shares = planned.weights != "copy" and planned.source.folder.stat().st_dev == folder.stat().st_dev
-    for name, recipe in planned.parts.items():
-        module = planned.source.family.part(name).module
-        checkpoint = planned.source.checkpoint(module)
-        exporter = plugins.exporter(recipe.backend)
-        storage = exporter.storage(recipe.precision)
-        converts = not checkpoint.float_dtypes <= {SAFETENSORS_DTYPES[storage]}
-        size = checkpoint.bytes_in(storage)
-        if converts and (module, storage) not in converted:
-            converted.add((module, storage))
-            total += size
-        if exporter.own_weights:
-            total += size if recipe.precision == "fp32" else size * 3 // 2
-        elif planned.weights == "copy" or not (shares or converts):
-            total += size
-    return total
-
-
 def _merged_modules(planned: Plan) -> list[str]:
     return sorted({module for lora in planned.loras for module in lora.deltas})
 
 
-def _check_room(planned: Plan, target: Path) -> None:
-    parent = next(folder for folder in (target, *target.parents) if folder.exists())
-    for what, needed, free in (
-        ("memory", planned.peak_anon_bytes, available_bytes()),
-        ("disk", _disk_bytes(planned, parent), shutil.disk_usage(parent).free),
-    ):
-        if needed > free:
-            message = f"this export takes up to {needed / 1e9:.1f} GB of {what}, {free / 1e9:.1f} GB are free"
-            fix = (
-                "close other programs"
-                if what == "memory"
-                else f"free some space on the disk of {parent}, or use --weights link"
-            )
-            raise ResourceError(message, fix=fix)
+def existing_parent(target: Path) -> Path:
+    """Return the folder that is there already in which `target` is or will be."""
+    return next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+
+
+def check_room(planned: Plan, target: Path) -> None:
+    """Refuse an export that can't fit.
+
+    Raises:
+        ResourceError: with what it takes, what is free, and recipes that would fit.
+    """
+    parent = existing_parent(target)
+    memory, disk = available_bytes(), shutil.disk_usage(parent).free
+    obstacles = planned.forecast(parent).obstacles(memory, disk)
+    if obstacles:
+        fitting = [
+            str(recipe)
+            for recipe in _other_recipes()
+            if not replace(planned, recipe=recipe, parts=recipe.resolve(planned.parts))
+            .forecast(parent)
+            .obstacles(memory, disk)
+        ]
+        would = (
+            f"what would fit: --recipe {' or '.join(fitting)}"
+            if fitting
+            else f"free some space on the disk of {parent}"
+        )
+        raise ResourceError("; ".join(obstacles), fix=would)
+
+
+def _other_recipes() -> Iterator[Recipe]:
+    for backend in plugins.names("exporters"):
+        if backend != "null":
+            yield from (Recipe(PartRecipe(backend, precision)) for precision in plugins.exporter(backend).precisions)
 
 
 def export(
@@ -235,7 +234,7 @@ def export(
     if present is not None:
         progress(f"{target} is up to date")
         return _proved_later(present, planned, progress) if prove else present
-    _check_room(planned, target)
+    check_room(planned, target)
     donors = [Artifact.open(Path(folder)) for folder in reuse]
     with staged(target, replace_existing=force) as folder, _with_loras(planned, target, progress) as baked:
         with tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work:
@@ -327,26 +326,20 @@ def _take(donor: Artifact, name: str, folder: Path, weights: str) -> PartEntry:
 def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) -> PartEntry:
     part, recipe = planned.source.family.part(name), planned.parts[name]
     exporter = plugins.exporter(recipe.backend)
-    config = planned.source.config(part.module)
-    origin = _in_dtype(planned.source, part.module, exporter.storage(recipe.precision), work)
+    config, origin = planned.source.config(part.module), planned.source.path(part.module)
     inputs, outputs = _ports(part, config, recipe), part.component.outputs(config)
-
-    def program() -> ExportedProgram:
-        return capture(name, part.component, config, origin, exporter.storage(recipe.precision))
-
     subject = Subject(
         part=name,
         precision=recipe.precision,
         inputs=inputs,
         outputs=outputs,
         source=origin,
-        checkpoint=Checkpoint.open(origin),
-        program=program,
+        checkpoint=planned.source.checkpoint(part.module),
+        capture=on_hollow(name, part.component, config, origin, work / part.module),
         weights=planned.weights,
     )
-    shutil.copyfile(planned.source.path(part.module) / "config.json", folder / "config.json")
+    shutil.copyfile(origin / "config.json", folder / "config.json")
     lowered = exporter.lower(subject, folder)
-    converted = origin.parent == work
     return PartEntry(
         backend=recipe.backend,
         precision=recipe.precision,
@@ -354,7 +347,7 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
         key_fields=planned.part_fields[name],
         inputs=[port_to_dict(port) for port in inputs],
         outputs=[port_to_dict(port) for port in outputs],
-        weights="written" if converted else lowered.weights,
+        weights=lowered.weights,
         weight_bytes=lowered.weight_bytes,
         tools=_versions(exporter),
     )
@@ -365,19 +358,6 @@ def _ports(part: Part, config: dict[str, Any], recipe: PartRecipe) -> tuple[Port
     conventions = part.component.conventions(recipe.backend)
     plain = part.component.inputs(config)
     return tuple(port if port.name in recipe.options else conventions.get(port.name, port) for port in plain)
-
-
-def _in_dtype(source: Source, module: str, dtype: str, work: Path) -> Path:
-    """Return a folder with the module's weights in a dtype: the source's own, or a converted copy in `work`."""
-    checkpoint = source.checkpoint(module)
-    if checkpoint.float_dtypes <= {SAFETENSORS_DTYPES[dtype]}:
-        return source.path(module)
-    folder = work / f"{module}-{dtype}"
-    if not folder.exists():
-        folder.mkdir()
-        shutil.copyfile(source.path(module) / "config.json", folder / "config.json")
-        convert(checkpoint, folder / checkpoint.single_file, dtype)
-    return folder
 
 
 def _versions(exporter: Exporter) -> dict[str, str]:

@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     for add in (
         add_doctor,
         _add_export,
+        _add_plan,
         _add_inspect,
         _add_verify,
         _add_why_rebuild,
@@ -122,8 +123,46 @@ def _add_export(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
         help="bake a model into an artifact",
         description="Bake a model into an artifact folder, whole or not at all. The same export again does nothing.",
     )
-    command.add_argument("model", help="a Diffusers folder, a hub id, or: shapes")
     command.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="the artifact's folder")
+    _add_source(command)
+    command.add_argument("--no-prove", action="store_true", help="don't run the parts against eager fp32")
+    command.add_argument("--force", action="store_true", help="replace what is at DIR")
+    command.add_argument("--reuse", action="append", default=[], metavar="DIR", help="take unchanged parts from DIR")
+    command.set_defaults(run=_export)
+    return command
+
+
+def _add_plan(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
+    command: argparse.ArgumentParser = commands.add_parser(
+        "plan",
+        help="predict memory, disk and time of an export, and the memory of running it",
+        description="Predict what an export takes from the model's headers, and refuse what can't fit. Writes nothing.",
+    )
+    command.add_argument("-o", "--output", type=Path, default=Path(), metavar="DIR", help="where it would be written")
+    _add_source(command)
+    command.set_defaults(run=_plan)
+    return command
+
+
+def _plan(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from .bake import plan
+    from .plan import show
+
+    planned = plan(
+        options.model,
+        _recipe(options)[0],
+        revision=options.revision,
+        weights=options.weights,
+        loras=options.lora,
+        controlnet=options.controlnet,
+    )
+    show(planned, options.output, as_json=options.json)
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    """Add what says which model is baked into what."""
+    command.add_argument("model", help="a Diffusers folder, a hub id, or: shapes")
     _add_recipe(command)
     command.add_argument(
         "--weights",
@@ -131,15 +170,10 @@ def _add_export(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
         help="auto (default): share unchanged weights with the source where the file system can; link: insist on it; "
         "copy: never, so that any tool may open the folder",
     )
-    command.add_argument("--no-prove", action="store_true", help="don't run the parts against eager fp32")
-    command.add_argument("--force", action="store_true", help="replace what is at DIR")
     _add_lora(command)
     command.add_argument(
         "--controlnet", metavar="DIR", help="a ControlNet's folder or hub id, to bake beside the pipeline"
     )
-    command.add_argument("--reuse", action="append", default=[], metavar="DIR", help="take unchanged parts from DIR")
-    command.set_defaults(run=_export)
-    return command
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .errors import PickleError, SourceError, UsageError
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 16 << 20
 _HEADER_LIMIT_BYTES = 100 << 20
-_PREFIX_BYTES = 4096
 _FICLONE = 0x40049409
 SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """torch's floating-point dtypes -> safetensors' names of them."""
@@ -45,6 +43,10 @@ class Entry:
     shape: tuple[int, ...]
     offset: int
     length: int
+
+    def bytes_in(self, dtype: str) -> int:
+        """Return its bytes, once it is of a torch dtype; those that aren't floating-point stay as they are."""
+        return _converted_length(self, _target_dtype(self, dtype))
 
 
 @dataclass(frozen=True)
@@ -76,33 +78,17 @@ class Checkpoint:
 
     def bytes_in(self, dtype: str) -> int:
         """Return the bytes of all tensors, once the floating-point ones are of a dtype."""
-        return sum(_converted_length(entry, _target_dtype(entry, dtype)) for entry in self.entries.values())
+        return sum(entry.bytes_in(dtype) for entry in self.entries.values())
 
     @property
     def largest_bytes(self) -> int:
         return max((entry.length for entry in self.entries.values()), default=0)
 
-    @property
-    def float_dtypes(self) -> set[str]:
-        return {entry.dtype for entry in self.entries.values() if entry.dtype in TORCH_DTYPES}
-
-    @cached_property
-    def _by_content(self) -> dict[tuple[int, bytes], list[Entry]]:
-        index: dict[tuple[int, bytes], list[Entry]] = {}
-        for entry in self.entries.values():
-            with entry.file.open("rb") as stream:
-                stream.seek(entry.offset)
-                prefix = stream.read(min(_PREFIX_BYTES, entry.length))
-            index.setdefault((entry.length, prefix), []).append(entry)
-        return index
-
-    def locate(self, tensor: Tensor) -> Entry | None:
-        """Find the entry whose bytes are this contiguous tensor's, whatever its name."""
-        data = as_bytes(tensor)
-        for entry in self._by_content.get((len(data), bytes(data[:_PREFIX_BYTES])), []):
-            if entry.shape == tuple(tensor.shape) and _same_bytes(entry, data):
-                return entry
-        return None
+    def is_in(self, dtype: str) -> bool:
+        """Say whether all floating-point tensors are of a torch dtype already."""
+        return {entry.dtype for entry in self.entries.values() if entry.dtype in TORCH_DTYPES} <= {
+            SAFETENSORS_DTYPES[dtype]
+        }
 
 
 def _find(folder: Path) -> tuple[Path, ...]:
@@ -178,16 +164,6 @@ def _entry(file: Path, name: str, item: Mapping[str, Any], start: int) -> Entry:
     return Entry(name, file, str(item["dtype"]), tuple(item["shape"]), start + begin, end - begin)
 
 
-def _same_bytes(entry: Entry, data: memoryview) -> bool:
-    with entry.file.open("rb") as stream:
-        stream.seek(entry.offset)
-        for start in range(0, entry.length, CHUNK_BYTES):
-            length = min(CHUNK_BYTES, entry.length - start)
-            if stream.read(length) != data[start : start + length]:
-                return False
-    return True
-
-
 def as_bytes(tensor: Tensor) -> memoryview:
     """View a contiguous CPU tensor's bytes without copying them."""
     import torch
@@ -211,21 +187,26 @@ def write_entries(
 
     Where `changed` returns bytes for an entry, those are written instead of its own: as many, in its own dtype.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {}
     entries = list(entries)
     end = 0
     for entry in entries:
         target = _target_dtype(entry, dtype)
         begin, end = end, end + _converted_length(entry, target)
         header[entry.name] = {"dtype": target, "shape": entry.shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(safetensors_header(header))
         for entry in entries:
             for chunk in changed(entry) or read_chunks(entry, _target_dtype(entry, dtype)):
                 stream.write(chunk)
     return {entry.name: entry for entry in read_header(file)}
+
+
+def safetensors_header(tensors: Mapping[str, object]) -> bytes:
+    """Return what a file of these tensors begins with; its length is a multiple of 8."""
+    text = json.dumps({"__metadata__": {"format": "pt"}, **tensors}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _target_dtype(entry: Entry, dtype: str | None) -> str:
@@ -258,6 +239,22 @@ def read_chunks(entry: Entry, target: str) -> Iterable[bytes | memoryview]:
             else:
                 values = torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[entry.dtype]))
                 yield as_bytes(values.to(getattr(torch, TORCH_DTYPES[target])))
+
+
+def read_rows(entry: Entry) -> Iterable[Tensor]:
+    """Read a floating-point tensor a few MB at a time, in whole rows of its first dimension."""
+    import torch
+
+    width = entry.length // entry.shape[0]
+    rows = max(1, CHUNK_BYTES // width)
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.offset)
+        for start in range(0, entry.shape[0], rows):
+            count = min(rows, entry.shape[0] - start)
+            values = torch.frombuffer(
+                bytearray(stream.read(count * width)), dtype=getattr(torch, TORCH_DTYPES[entry.dtype])
+            )
+            yield values.reshape(count, *entry.shape[1:])
 
 
 def read_tensor(entry: Entry) -> Tensor:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from ..components.component import CAPTURE_SIZES
 from ..errors import LoweringError
+from .hollow import Hollow
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -18,8 +20,20 @@ if TYPE_CHECKING:
     from ..components.component import Component, Config, Port
 
 
-def capture(part: str, component: Component, config: Config, folder: Path, dtype: str) -> ExportedProgram:
-    """Capture a part whose weights stay mapped from `folder`.
+def on_hollow(
+    part: str, component: Component, config: Config, source: Path, work: Path
+) -> Callable[[frozenset[str]], tuple[ExportedProgram, Hollow]]:
+    """Return what `Subject.capture` is: it captures a part on a stand-in for its weights, made in the folder `work`."""
+
+    def captured(solid: frozenset[str]) -> tuple[ExportedProgram, Hollow]:
+        hollow = Hollow.make(source, work, solid)
+        return capture(part, component, config, hollow.folder), hollow
+
+    return captured
+
+
+def capture(part: str, component: Component, config: Config, folder: Path) -> ExportedProgram:
+    """Capture a part in float32, whose weights stay mapped from `folder`.
 
     Example tensors are clones, because torch.export marks what it is given as dynamic, and no dynamic size is 1,
     which would be baked.
@@ -29,7 +43,7 @@ def capture(part: str, component: Component, config: Config, folder: Path, dtype
     """
     import torch
 
-    flat = component.flat(component.load(folder, getattr(torch, dtype))).eval()
+    flat = component.flat(component.load(folder, torch.float32)).eval()
     example = component.example(config, component.limit(config, CAPTURE_SIZES), seed=0)
     ports = component.inputs(config)
     _tie(flat, ports)

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
     from ..components.component import Port
     from ..weights import Checkpoint
+    from .hollow import Hollow
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What an exporter gets: one part, whose checkpoint already has the dtype that `Exporter.storage` asked for."""
+    """What an exporter gets: one part, and its checkpoint in whatever dtype it has."""
 
     part: str
     precision: str
@@ -27,10 +28,23 @@ class Subject:
     source: Path
     """Folder with `config.json` and the checkpoint."""
     checkpoint: Checkpoint
-    program: Callable[[], ExportedProgram]
-    """Captures on the first call."""
+    capture: Callable[[frozenset[str]], tuple[ExportedProgram, Hollow]]
+    """Capture in float32 on hollow weights; those named shall have their values."""
     weights: str
     """`auto`, `link` or `copy`: how bytes that needn't change come into the folder."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What exporting one part takes, predicted from its checkpoint's headers."""
+
+    anon_bytes: int
+    """Peak of anonymous memory, of the whole process."""
+    disk_bytes: int
+    seconds: float
+    """On one core, of capture, lowering and writing."""
+    weight_bytes: Mapping[str, int]
+    """dtype -> bytes of weights in it, whether written or shared."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +65,15 @@ class Exporter(Protocol):
     precisions: ClassVar[tuple[str, ...]]
     options: ClassVar[Mapping[str, tuple[str, ...]]]
     """Option of a recipe -> the values it may have. One named after an input asks for the dtype of that input's port."""
-    own_weights: ClassVar[bool]
-    """Whether the files always hold weights of their own, or can use the checkpoint's where the dtype is the same."""
 
-    def storage(self, precision: str) -> str:
-        """Return the torch dtype that the checkpoint must have before lowering."""
+    def cost(self, checkpoint: Checkpoint, precision: str, *, shared: bool) -> Cost:
+        """Predict what `lower` takes.
+
+        Args:
+            checkpoint: of the part's module.
+            precision: of the recipe.
+            shared: whether bytes that needn't change come into the folder without being copied.
+        """
 
     def packages(self) -> tuple[str, ...]:
         """Name the packages whose versions belong in the manifest."""

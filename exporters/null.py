@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from .exporter import Lowered
+from .exporter import Cost, Lowered
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from ..weights import Checkpoint
     from .exporter import Subject
 
 
@@ -17,10 +18,9 @@ class NullExporter:
     version: ClassVar[int] = 1
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    own_weights: ClassVar[bool] = False
 
-    def storage(self, precision: str) -> str:  # noqa: ARG002
-        return "float32"
+    def cost(self, checkpoint: Checkpoint, precision: str, *, shared: bool) -> Cost:  # noqa: ARG002
+        return Cost(0, 0, 0.0, {})
 
     def packages(self) -> tuple[str, ...]:
         return ()

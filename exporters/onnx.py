@@ -7,11 +7,13 @@ import io
 import logging
 import warnings
 from collections import defaultdict
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import LoweringError
-from ..weights import place, write_entries
-from .exporter import Lowered
+from ..weights import as_bytes, place, read_header, write_entries
+from .exporter import Cost, Lowered
+from .hollow import lower_hollow
 from .layers import write_layers
 
 if TYPE_CHECKING:
@@ -20,15 +22,22 @@ if TYPE_CHECKING:
 
     import onnx_ir
     from torch import Tensor
+    from torch.export import ExportedProgram
 
     from ..components.component import Port
-    from ..weights import Entry
+    from ..weights import Checkpoint, Entry
     from .exporter import Subject
+    from .hollow import Hollow
 
 FILE = "model.onnx"
 _INLINE_BYTES = 1024
 """Smaller constants stay in the graph."""
 _FOLD_ELEMENTS = 8192
+_STORAGE = {"fp32": "float32", "bf16": "bfloat16"}
+"""Precision -> torch dtype that weights are stored in."""
+_BASE_BYTES, _TENSOR_BYTES, _TENSOR_S, _BYTES_PER_S = 450_000_000, 200_000, 0.15, 4e8
+"""Memory and time of an export: with no tensors, for each tensor, and to write; measured by `make bench-full-size`."""
+_WIDENED = ("BF16", "F16")
 _DTYPES = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "I64": "INT64", "I32": "INT32"}
 
 
@@ -36,38 +45,59 @@ class OnnxExporter:
     """`model.onnx`: a graph of a few MB; every tensor that equals one of the checkpoint points into its file.
 
     2-D weights keep their bytes too: Linear layers come as MatMul with Transpose(weight), which the runtimes
-    fold when they load.
+    fold when they load. bf16 is what weights are stored in: the graph widens them and computes in float32, which
+    every execution provider can.
     """
 
-    version: ClassVar[int] = 2
-    precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    version: ClassVar[int] = 3
+    precisions: ClassVar[tuple[str, ...]] = tuple(_STORAGE)
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    own_weights: ClassVar[bool] = False
 
-    def storage(self, precision: str) -> str:  # noqa: ARG002
-        return "float32"
+    def cost(self, checkpoint: Checkpoint, precision: str, *, shared: bool) -> Cost:
+        dtype, count = _STORAGE[precision], len(checkpoint.entries)
+        weights = checkpoint.bytes_in(dtype)
+        written = 0 if shared and checkpoint.is_in(dtype) else weights
+        return Cost(
+            anon_bytes=_BASE_BYTES + _TENSOR_BYTES * count,
+            disk_bytes=written,
+            seconds=_TENSOR_S * count + written / _BYTES_PER_S,
+            weight_bytes={dtype: weights},
+        )
 
     def packages(self) -> tuple[str, ...]:
         return ("torch", "onnx", "onnx-ir", "onnxscript")
 
     def lower(self, subject: Subject, folder: Path) -> Lowered:
-        model = _translate(subject)
-        _optimize(model)
+        def translate(program: ExportedProgram, hollow: Hollow) -> tuple[tuple[onnx_ir.Model, Weights], set[str]]:
+            model = _translate(subject, program)
+            _optimize(model)
+            weights = _weights(model, hollow)
+            return (model, weights), {entry.name for entry in weights.found.values()}
+
+        model, weights = lower_hollow(subject.part, subject.capture, translate)
         _name_dims(model, subject.inputs, subject.outputs)
-        placed = _move_weights_out(model, subject, folder)
+        placed = _bring(model, weights, subject, folder)
         _strip(model)
         write_layers(_layers(model), subject.checkpoint, folder)
         _save(model, folder)
         return Lowered(weights=placed, weight_bytes=_weight_bytes(model))
 
 
-def _translate(subject: Subject) -> onnx_ir.Model:
+@dataclass(frozen=True)
+class Weights:
+    """A graph's large initializers, by name: tensors of the checkpoint, and what the lowering made itself."""
+
+    found: dict[str, Entry]
+    made: dict[str, Tensor]
+
+
+def _translate(subject: Subject, captured: ExportedProgram) -> onnx_ir.Model:
     import torch
 
     try:
         with _quiet():
             program = torch.onnx.export(
-                subject.program(),
+                captured,
                 (),
                 dynamo=True,
                 optimize=False,
@@ -116,25 +146,18 @@ def _name_dims(model: onnx_ir.Model, inputs: tuple[Port, ...], outputs: tuple[Po
             )
 
 
-def _move_weights_out(model: onnx_ir.Model, subject: Subject, folder: Path) -> str:
-    """Point initializers into safetensors files in the folder; what equals nothing there is written beside them."""
-    found: dict[str, Entry] = {}
-    changed: dict[str, Tensor] = {}
+def _weights(model: onnx_ir.Model, hollow: Hollow) -> Weights:
+    weights = Weights({}, {})
     for name, value in model.graph.initializers.items():
         tensor = _torch_tensor(value)
         if tensor is None or tensor.numel() * tensor.element_size() < _INLINE_BYTES:
             continue
-        entry = subject.checkpoint.locate(tensor)
+        entry = hollow.entry_of(as_bytes(tensor))
         if entry is None:
-            changed[name] = tensor
+            weights.made[name] = tensor
         else:
-            found[name] = entry
-    placed, moved = _bring(found, subject, folder)
-    for name, entry in moved.items():
-        _point(model.graph.initializers[name], entry, folder)
-    if changed:
-        _write_changed(model, changed, folder)
-    return placed
+            weights.found[name] = entry
+    return weights
 
 
 def _torch_tensor(value: onnx_ir.Value) -> Tensor | None:
@@ -149,40 +172,67 @@ def _torch_tensor(value: onnx_ir.Value) -> Tensor | None:
     return torch.from_numpy(constant.numpy().copy())
 
 
-def _bring(found: dict[str, Entry], subject: Subject, folder: Path) -> tuple[str, dict[str, Entry]]:
-    """Bring the checkpoint's files into the folder; return how, and where each initializer's bytes lie now."""
-    from dataclasses import replace
+def _bring(model: onnx_ir.Model, weights: Weights, subject: Subject, folder: Path) -> str:
+    """Point initializers into safetensors files in the folder, the checkpoint's own where nothing changes; say how."""
+    placed, moved = _place(weights.found, subject, folder)
+    for name, entry in moved.items():
+        value = model.graph.initializers[name]
+        _point(value, entry, folder)
+        if entry.dtype in _WIDENED:
+            _widen(model, value)
+    if weights.made:
+        _write_made(model, weights.made, folder)
+    return placed
 
-    if subject.weights == "copy":
-        used = {entry.name: entry for entry in found.values()}
-        written = write_entries(used.values(), folder / "model.safetensors") if used else {}
-        return "copied", {name: written[entry.name] for name, entry in found.items()}
-    how = {place(file, folder / file.name, subject.weights) for file in {entry.file for entry in found.values()}}
-    moved = {name: replace(entry, file=folder / entry.file.name) for name, entry in found.items()}
-    return min(how, default="written"), moved
+
+def _place(found: dict[str, Entry], subject: Subject, folder: Path) -> tuple[str, dict[str, Entry]]:
+    """Bring the checkpoint's tensors into the folder; return how, and where each initializer's bytes lie now."""
+    dtype = _STORAGE[subject.precision]
+    used = {entry.name: entry for entry in found.values()}
+    if not used:
+        return "written", {}
+    if subject.weights == "copy" or not subject.checkpoint.is_in(dtype):
+        written = write_entries(used.values(), folder / "model.safetensors", dtype)
+        how = "copied" if subject.checkpoint.is_in(dtype) else "written"
+        return how, {name: written[entry.name] for name, entry in found.items()}
+    how = min(place(file, folder / file.name, subject.weights) for file in {entry.file for entry in used.values()})
+    return how, {name: replace(entry, file=folder / entry.file.name) for name, entry in found.items()}
 
 
 def _point(value: onnx_ir.Value, entry: Entry, folder: Path) -> None:
     import onnx_ir
 
+    dtype = onnx_ir.DataType[_DTYPES[entry.dtype]]
+    assert value.shape is not None  # noqa: S101 - an initializer has one
     value.const_value = onnx_ir.ExternalTensor(
         location=entry.file.name,
         offset=entry.offset,
         length=entry.length,
-        dtype=onnx_ir.DataType[_DTYPES[entry.dtype]],
-        shape=onnx_ir.Shape(entry.shape),
+        dtype=dtype,
+        shape=value.shape,
         name=value.name or entry.name,
         base_dir=folder,
     )
+    value.type = onnx_ir.TensorType(dtype)
 
 
-def _write_changed(model: onnx_ir.Model, changed: dict[str, Tensor], folder: Path) -> None:
+def _widen(model: onnx_ir.Model, value: onnx_ir.Value) -> None:
+    """Let an initializer's users have it in float32."""
+    import onnx_ir
+
+    wide = onnx_ir.Value(
+        name=f"{value.name}.float32", shape=value.shape, type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
+    )
+    onnx_ir.convenience.replace_all_uses_with(value, wide)
+    to = onnx_ir.AttrInt64("to", onnx_ir.DataType.FLOAT)
+    model.graph.insert_before(model.graph[0], onnx_ir.Node("", "Cast", [value], [to], outputs=[wide]))
+
+
+def _write_made(model: onnx_ir.Model, made: dict[str, Tensor], folder: Path) -> None:
     from safetensors.torch import save_file
 
-    from ..weights import read_header
-
     file = folder / "constants.safetensors"
-    save_file(changed, file)
+    save_file(made, file)
     for entry in read_header(file):
         _point(model.graph.initializers[entry.name], entry, folder)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-import xml.etree.ElementTree as ET
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import LoweringError
-from ..weights import Entry, read_chunks
-from .exporter import Lowered
+from .exporter import Cost, Lowered
+from .hollow import lower_hollow
 from .layers import write_layers
+from .openvino_weights import STORAGE, TENSOR, stored_bytes, write_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -19,45 +18,58 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from ..components.component import Port
+    from ..weights import Checkpoint, Entry
     from .exporter import Subject
+    from .hollow import Hollow
 
 FILE = "openvino_model.xml"
-_WEIGHTS_FILE = "openvino_model.bin"
-_COMPRESSED_BYTES = 1024
+_BASE_BYTES, _TENSOR_BYTES, _TENSOR_S = 450_000_000, 200_000, 0.15
+_BYTES_PER_S = {"fp32": 4e8, "bf16": 4e8, "int8": 1e8}
+"""Memory and time of an export: with no tensors, for each tensor, and to write; measured by `make bench-full-size`."""
+_LEAST_BYTES = 1024
+"""Smaller constants stay as they are."""
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32", "boolean": "bool"}
 
 
 class OpenVINOExporter:
-    """`openvino_model.xml` and `.bin`, straight from the captured program.
+    """`openvino_model.xml` and `.bin`: the graph straight from the captured program, the weights from the checkpoint.
 
-    Weights are stored as the recipe says (fp32, or bf16 with a conversion in the graph); what the runtime computes in
-    is decided by the recipe when the part is loaded, never by OpenVINO's default.
+    Weights are stored as the recipe says: fp32; bf16; int8, symmetric with a scale for each output channel. What the
+    runtime computes in is decided by the recipe when the part is loaded, never by OpenVINO's default.
     """
 
-    version: ClassVar[int] = 2
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16")
+    version: ClassVar[int] = 3
+    precisions: ClassVar[tuple[str, ...]] = tuple(STORAGE)
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"timestep": ("f32",)}
-    own_weights: ClassVar[bool] = True
-
-    def storage(self, precision: str) -> str:  # noqa: ARG002 - bf16 weights are made from fp32 ones while writing
-        return "float32"
 
     def packages(self) -> tuple[str, ...]:
         return ("torch", "openvino")
 
+    def cost(self, checkpoint: Checkpoint, precision: str, *, shared: bool) -> Cost:  # noqa: ARG002
+        count, weights = len(checkpoint.entries), stored_bytes(checkpoint, precision)
+        written = sum(weights.values())
+        return Cost(
+            anon_bytes=_BASE_BYTES + _TENSOR_BYTES * count,
+            disk_bytes=written,
+            seconds=_TENSOR_S * count + written / _BYTES_PER_S[precision],
+            weight_bytes=weights,
+        )
+
     def lower(self, subject: Subject, folder: Path) -> Lowered:
         import openvino
 
-        program = subject.program()
-        _spell_sizes(program)
-        model = _convert(subject.part, program)
-        model = _with_interface(model, program, subject.inputs, subject.outputs)
+        def translate(program: ExportedProgram, hollow: Hollow) -> tuple[tuple[Any, list[Entry]], set[str]]:
+            _spell_sizes(program)
+            model = _convert(subject.part, program)
+            layers = list(_layers(model, program))
+            model, entries = _with_interface(model, program, hollow, subject.inputs, subject.outputs)
+            write_layers(layers, subject.checkpoint, folder)
+            return (model, entries), {entry.name for entry in entries}
+
+        model, entries = lower_hollow(subject.part, subject.capture, translate)
         openvino.save_model(model, folder / FILE, compress_to_fp16=False)
-        write_layers(_layers(model, program), subject.checkpoint, folder)
-        del model, program
-        if subject.precision == "bf16":
-            _store_as_bf16(folder)
-        return Lowered(weights="written", weight_bytes=_weight_bytes(folder / FILE))
+        del model
+        return Lowered(weights="written", weight_bytes=write_weights(folder / FILE, entries, subject.precision))
 
 
 def _spell_sizes(program: ExportedProgram) -> None:
@@ -88,10 +100,11 @@ def _convert(part: str, program: ExportedProgram) -> Any:  # noqa: ANN401 - open
 def _with_interface(  # openvino is untyped
     model: Any,  # noqa: ANN401
     program: ExportedProgram,
+    hollow: Hollow,
     inputs: tuple[Port, ...],
     outputs: tuple[Port, ...],
-) -> Any:  # noqa: ANN401
-    """Name inputs and outputs, and give each input the dtype, rank and fixed dimensions of its port."""
+) -> tuple[Any, list[Entry]]:
+    """Name inputs and outputs, give each input its port's dtype, rank and fixed dimensions, and take the weights out."""
     import openvino
 
     by_name = {name: parameter for parameter in model.get_parameters() for name in parameter.output(0).get_names()}
@@ -99,9 +112,30 @@ def _with_interface(  # openvino is untyped
     parameters = [_fit(by_name[name], port) for name, port in zip(captured, inputs, strict=True)]
     for result, port in zip(model.get_results(), outputs, strict=True):
         result.output(0).get_tensor().set_names({port.name})
-    fitted = openvino.Model(model.get_results(), parameters, "bakeoff")
+    weights, entries = _take_weights_out(model, hollow)
+    fitted = openvino.Model(model.get_results(), [*parameters, *weights], "bakeoff")
     fitted.validate_nodes_and_infer_types()
-    return fitted
+    return fitted, entries
+
+
+def _take_weights_out(model: Any, hollow: Hollow) -> tuple[list[Any], list[Entry]]:  # noqa: ANN401
+    """Put a parameter in the place of each constant that is a tensor of the checkpoint; return both, in one order."""
+    from openvino import opset13
+
+    parameters: list[Any] = []
+    entries: list[Entry] = []
+    for operation in model.get_ordered_ops():
+        if operation.get_type_name() != "Constant" or operation.data.nbytes < _LEAST_BYTES:
+            continue
+        entry = hollow.entry_of(operation.data.reshape(-1).view("uint8").data)
+        if entry is not None:
+            shape, dtype = operation.get_output_shape(0), operation.get_output_element_type(0)
+            parameter = opset13.parameter(shape, dtype, name=f"{TENSOR}{len(entries)}")
+            for target in operation.output(0).get_target_inputs():
+                target.replace_source_output(parameter.output(0))
+            parameters.append(parameter)
+            entries.append(entry)
+    return parameters, entries
 
 
 def _fit(parameter: Any, port: Port) -> Any:  # noqa: ANN401
@@ -153,101 +187,3 @@ def _layers(model: Any, program: ExportedProgram) -> Iterator[tuple[str, str]]: 
         name = operation.get_friendly_name()
         if name.partition("/")[0] in paths:
             yield paths[name.partition("/")[0]], name
-
-
-def _store_as_bf16(folder: Path) -> None:
-    """Rewrite the weights as bfloat16, a few MB at a time, with a conversion back to float32 behind each."""
-    tree = ET.parse(folder / FILE)  # noqa: S314 - the file is our own, just written
-    root = tree.getroot()
-    layers, edges = root.find("layers"), root.find("edges")
-    assert layers is not None and edges is not None  # noqa: S101, PT018 - an IR has both
-    source, target = folder / _WEIGHTS_FILE, folder / f"{_WEIGHTS_FILE}.bf16"
-    next_id = max(int(layer.attrib["id"]) for layer in layers) + 1
-    written: dict[tuple[int, int, str], int] = {}
-    converted: dict[str, str] = {}
-    with target.open("wb") as stream:
-        for layer in list(layers):
-            data = layer.find("data")
-            if layer.attrib["type"] != "Const" or data is None:
-                continue
-            offset, size = int(data.attrib["offset"]), int(data.attrib["size"])
-            shrink = data.attrib["element_type"] == "f32" and data.attrib["shape"] and size >= _COMPRESSED_BYTES
-            dtype = "BF16" if shrink else "as it is"
-            entry = Entry(layer.attrib["name"], source, "F32", (), offset, size)
-            if (offset, size, dtype) not in written:
-                stream.write(b"\0" * (-stream.tell() % 64))
-                written[offset, size, dtype] = stream.tell()
-                for chunk in read_chunks(entry, "BF16" if shrink else "F32"):
-                    stream.write(chunk)
-            data.attrib["offset"] = str(written[offset, size, dtype])
-            if shrink:
-                data.attrib.update(element_type="bf16", size=str(size // 2))
-                converted[layer.attrib["id"]] = str(next_id)
-                layers.insert(list(layers).index(layer) + 1, _decompression(layer, next_id))
-                next_id += 1
-    _keep_angles_precise(layers, edges)
-    _rewire(edges, converted)
-    target.replace(source)
-    tree.write(folder / FILE, encoding="utf-8", xml_declaration=True)
-
-
-def _decompression(constant: ET.Element, layer_id: int) -> ET.Element:
-    """Build the Convert to float32 that follows a compressed constant, as OpenVINO marks it."""
-    port = constant.find("output/port")
-    assert port is not None  # noqa: S101 - a constant has one output
-    port.attrib["precision"] = "BF16"
-    names = port.attrib.pop("names", None)
-    dims = "".join(f"<dim>{dim.text}</dim>" for dim in port.findall("dim"))
-    layer = ET.fromstring(  # noqa: S314 - made of our own numbers
-        f'<layer id="{layer_id}" type="Convert" version="opset1"><data destination_type="f32" />'
-        '<rt_info><attribute name="decompression" version="0" /></rt_info>'
-        f'<input><port id="0" precision="BF16">{dims}</port></input>'
-        f'<output><port id="1" precision="FP32">{dims}</port></output></layer>'
-    )
-    layer.attrib["name"] = f"{constant.attrib['name']}/to_f32"
-    output = layer.find("output/port")
-    if names is not None and output is not None:
-        output.attrib["names"] = names
-    return layer
-
-
-def _keep_angles_precise(layers: ET.Element, edges: ET.Element) -> None:
-    """Mark sines, cosines and all that their angles come from to stay in float32.
-
-    A timestep or a position in bfloat16 has 8 bits: 981 would become 980 before its sine is taken.
-    """
-    by_id = {layer.attrib["id"]: layer for layer in layers}
-    parents: dict[str, list[str]] = defaultdict(list)
-    for edge in edges:
-        parents[edge.attrib["to-layer"]].append(edge.attrib["from-layer"])
-    waiting = [layer_id for layer_id, layer in by_id.items() if layer.attrib["type"] in {"Sin", "Cos"}]
-    seen: set[str] = set()
-    while waiting:
-        layer_id = waiting.pop()
-        layer = by_id[layer_id]
-        if layer_id in seen or layer.attrib["type"] in {"Const", "Parameter"}:
-            continue
-        seen.add(layer_id)
-        info = layer.find("rt_info")
-        if info is None:
-            info = ET.Element("rt_info")
-            layer.insert(1 if layer.find("data") is not None else 0, info)
-        info.append(ET.Element("attribute", {"name": "precise", "version": "0"}))
-        waiting.extend(parents[layer_id])
-
-
-def _rewire(edges: ET.Element, converted: dict[str, str]) -> None:
-    for edge in edges:
-        source = edge.attrib["from-layer"]
-        if source in converted:
-            edge.attrib.update({"from-layer": converted[source], "from-port": "1"})
-    for constant, conversion in converted.items():
-        link = {"from-layer": constant, "from-port": "0", "to-layer": conversion, "to-port": "0"}
-        edges.append(ET.Element("edge", link))
-
-
-def _weight_bytes(file: Path) -> dict[str, int]:
-    totals: dict[str, int] = defaultdict(int)
-    for data in ET.parse(file).getroot().iterfind("layers/layer[@type='Const']/data"):  # noqa: S314 - our own file
-        totals[_DTYPES.get(data.attrib["element_type"], data.attrib["element_type"])] += int(data.attrib["size"])
-    return dict(totals)

@@ -1,77 +1,177 @@
-"""Full-size modules with random weights, built on the spot: they stand in for real checkpoints where only size matters."""
+"""Pipelines of real models' sizes with random weights: they stand in for the checkpoints where only size matters.
+
+Each is a family's tiny pipeline with the configs of `fullsize.json`. Weights are written shard by shard, a few MB in
+memory at a time; or as holes of sparse files, where only the headers are to be read.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from ..errors import UsageError, unknown
+from . import tiny
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import torch
     from torch import nn
 
-SD15_UNET: dict[str, Any] = {
-    "_class_name": "UNet2DConditionModel",
-    "sample_size": 64,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-"""860 M parameters, 3.4 GB in float32."""
-
-SD35_BLOCKS: dict[str, Any] = {
-    "_class_name": "SD3Transformer2DModel",
-    "sample_size": 128,
-    "num_layers": 6,
-    "attention_head_dim": 64,
-    "num_attention_heads": 38,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 2432,
-    "pooled_projection_dim": 2048,
-    "out_channels": 16,
-    "pos_embed_max_size": 192,
-    "qk_norm": "rms_norm",
-}
-"""Six of the 38 blocks of SD 3.5 Large, at its width."""
+_SHARD_BYTES = 5_000_000_000
+_CHUNK_ELEMENTS = 1 << 22
+_STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
-def write_module(config: dict[str, Any], folder: Path, dtype: str = "float32", seed: int = 0) -> None:
-    """Write `config.json` and random safetensors of a Diffusers class, one tensor in memory at a time."""
-    import diffusers
+def models() -> dict[str, dict[str, Any]]:
+    """Return name -> the family, and what its modules' configs have instead of the tiny ones'."""
+    known: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text())
+    return known
+
+
+def config(model: str, module: str) -> tuple[str, str, dict[str, Any]]:
+    """Return library, class and config of one module of a model.
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    known = models()
+    if model not in known:
+        raise UsageError(unknown("model", model, known))
+    library, class_name, small = tiny.family_of(known[model]["family"]).tiny[module]
+    return library, class_name, {**small, **known[model]["changes"].get(module, {})}
+
+
+def build(model: str, folder: Path, *, dtype: str = "bfloat16", hollow: bool = False, seed: int = 0) -> Path:
+    """Write a Diffusers folder of a model's size; return the folder.
+
+    Args:
+        model: its name in `fullsize.json`.
+        folder: a new folder.
+        dtype: of the weights, as torch spells it.
+        hollow: write headers and holes instead of values.
+        seed: of the weights.
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    known = models()
+    if model not in known:
+        raise UsageError(unknown("model", model, known))
+    tiny.write_host(known[model]["family"], folder)
+    for name in known[model]["changes"]:
+        write_module(*config(model, name), folder / name, dtype=dtype, hollow=hollow, seed=seed)
+    return folder
+
+
+def write_module(
+    library: str,
+    class_name: str,
+    config: Mapping[str, Any],
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    hollow: bool = False,
+    seed: int = 0,
+) -> None:
+    """Write `config.json` and random safetensors of a Diffusers or Transformers class, in shards of 5 GB."""
     import torch
-    from accelerate import init_empty_weights
 
-    from ..weights import SAFETENSORS_DTYPES, as_bytes
-
-    with init_empty_weights(include_buffers=False):
-        module: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    module.save_config(folder)  # type: ignore[operator]
+    module = _construct(library, class_name, config, folder)
     target = getattr(torch, dtype)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    tensors = module.state_dict()
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * target.itemsize
-        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    shards = _shards(_tensors(module), target)
     generator = torch.Generator().manual_seed(seed)
-    with (folder / "diffusion_pytorch_model.safetensors").open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors.items():
-            stream.write(as_bytes(_values(name, tensor, generator).to(target)))
+    for number, shard in enumerate(shards, 1):
+        suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        _write_shard(folder / f"{_STEMS[library]}{suffix}.safetensors", shard, target, None if hollow else generator)
+    if len(shards) > 1:
+        _write_index(folder, _STEMS[library], shards)
 
 
-def _values(name: str, tensor: Any, generator: Any) -> Any:  # noqa: ANN401 - a meta tensor and torch's generator
-    """Return values that keep activations near unit size."""
+def _construct(library: str, class_name: str, config: Mapping[str, Any], folder: Path) -> nn.Module:
+    """Build the module on the meta device, and write its config."""
     import torch
 
-    if tensor.device.type != "meta":
-        return tensor.contiguous()
-    if tensor.ndim > 1:
-        fan_in = math.prod(tensor.shape[1:])
-        return torch.randn(tensor.shape, generator=generator) / math.sqrt(fan_in)
-    return (
-        torch.ones(tensor.shape) if name.endswith("weight") else 0.02 * torch.randn(tensor.shape, generator=generator)
-    )
+    found: Any = getattr(importlib.import_module(library), class_name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        if library == "transformers":
+            module: Any = found(found.config_class(**config))
+            module.config.architectures = [class_name]
+            module.config.save_pretrained(folder)
+        else:
+            module = found(**config)
+            module.save_config(folder)
+    return module  # type: ignore[no-any-return]
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint holds: of tensors that are tied, one."""
+    seen: set[int] = set()
+    kept = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            kept[name] = tensor
+    return kept
+
+
+def _shards(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        width = tensor.numel() * dtype.itemsize
+        if shards[-1] and size + width > _SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += width
+    return shards
+
+
+def _write_shard(
+    file: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, generator: torch.Generator | None
+) -> None:
+    from ..weights import SAFETENSORS_DTYPES, as_bytes, safetensors_header
+
+    short = SAFETENSORS_DTYPES[str(dtype).removeprefix("torch.")]
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * dtype.itemsize
+        header[name] = {"dtype": short, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = safetensors_header(header)
+    with file.open("wb") as stream:
+        stream.write(text)
+        if generator is None:
+            stream.truncate(len(text) + end)
+            return
+        for name, tensor in tensors.items():
+            stream.writelines(as_bytes(chunk.to(dtype)) for chunk in _values(name, tensor, generator))
+
+
+def _values(name: str, tensor: torch.Tensor, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Yield values that keep activations near unit size, some millions at a time."""
+    import torch
+
+    for start in range(0, tensor.numel(), _CHUNK_ELEMENTS):
+        count = min(_CHUNK_ELEMENTS, tensor.numel() - start)
+        if tensor.ndim > 1:
+            yield torch.randn(count, generator=generator) / math.sqrt(math.prod(tensor.shape[1:]))
+        elif name.endswith("weight"):
+            yield torch.ones(count)
+        else:
+            yield 0.02 * torch.randn(count, generator=generator)
+
+
+def _write_index(folder: Path, stem: str, shards: list[dict[str, torch.Tensor]]) -> None:
+    names = {
+        name: f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+        for number, shard in enumerate(shards, 1)
+        for name in shard
+    }
+    index = {"metadata": {}, "weight_map": names}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from ..components.family import Family
+
 _CLIP_LENGTH = 77
 _QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -47,20 +49,45 @@ def build(
     Raises:
         UsageError: there is no such family.
     """
-    found = {each.name: each for each in plugins.families()}
-    if family not in found:
-        raise UsageError(unknown("family", family, found))
-    chosen = found[family].variant(variant)
+    chosen = family_of(family).variant(variant)
     folder.mkdir(parents=True)
-    index: dict[str, Any] = {
-        "_class_name": chosen.pipelines["text-to-image"],
-        "_diffusers_version": importlib.metadata.version("diffusers"),
-    }
     for name, (library, class_name, config) in chosen.tiny.items():
         _write(library, class_name, {**config, **(changes or {}).get(name, {})}, folder / name, seed)
-        index[name] = [library, class_name]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    _write_index(chosen, folder)
     return folder
+
+
+def family_of(name: str) -> Family:
+    """Return a family by its name.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    found = {each.name: each for each in plugins.families()}
+    if name not in found:
+        raise UsageError(unknown("family", name, found))
+    return found[name]
+
+
+def write_host(family: str, folder: Path) -> None:
+    """Write what a tiny pipeline has beside its modules: index, scheduler and tokenizers."""
+    import torch
+
+    chosen = family_of(family)
+    folder.mkdir(parents=True)
+    for name, (library, class_name, config) in chosen.tiny.items():
+        if not issubclass(getattr(importlib.import_module(library), class_name), torch.nn.Module):
+            _write(library, class_name, config, folder / name, seed=0)
+    _write_index(chosen, folder)
+
+
+def _write_index(family: Family, folder: Path) -> None:
+    index: dict[str, Any] = {
+        "_class_name": family.pipelines["text-to-image"],
+        "_diffusers_version": importlib.metadata.version("diffusers"),
+    }
+    index |= {name: [library, class_name] for name, (library, class_name, _) in family.tiny.items()}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write(library: str, class_name: str, config: Mapping[str, Any], folder: Path, seed: int) -> None:

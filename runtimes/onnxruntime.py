@@ -67,7 +67,7 @@ class OnnxRuntime(Runtime):
             "device": next((name for name, value in _PROVIDERS.items() if value == ran), ran),
             "providers": self._session.get_providers(),
             "threads": self._session.get_session_options().intra_op_num_threads,
-            "precision": _precisions(operators, part.precision),
+            "precision": _precisions(operators),
             "nodes": _nodes_by_provider(self._session),
             "fallback": fallback,
         }
@@ -117,9 +117,12 @@ def _nodes_by_provider(session: Any) -> dict[str, int]:  # noqa: ANN401 - onnxru
     return dict(counts)
 
 
-def _precisions(operators: Counter[str], stated: str) -> dict[str, int]:
-    """Count the matrix products and convolutions by the precision that they run in: integer ones are operators apart."""
-    counts = {"float32" if stated == "fp32" else stated: sum(operators[name] for name in _FLOAT_PRODUCTS)}
+def _precisions(operators: Counter[str]) -> dict[str, int]:
+    """Count the matrix products and convolutions by the precision that they run in: integer ones are operators apart.
+
+    Where weights are stored in bfloat16 they are widened: what runs is float32.
+    """
+    counts = {"float32": sum(operators[name] for name in _FLOAT_PRODUCTS)}
     counts |= {"int8": sum(operators[name] for name in _INT8_PRODUCTS), "int4": operators["MatMulNBits"]}
     return {name: count for name, count in counts.items() if count}
 

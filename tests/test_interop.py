@@ -152,19 +152,11 @@ def full_size(tmp_path_factory):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    from bakeoff.models.fullsize import SD15_UNET, write_module
+    from bakeoff.models import fullsize
 
     folder = tmp_path_factory.mktemp("sd15")
-    write_module(SD15_UNET, folder / "unet")
-    vae = {
-        "_class_name": "AutoencoderKL",
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "scaling_factor": 0.18215,
-    }
-    write_module(vae, folder / "vae")
+    for module in ("unet", "vae"):
+        fullsize.write_module(*fullsize.config("sd-1.5", module), folder / module)
 
     merges = clip_merges()
     letters = list(bytes_to_unicode().values())

@@ -99,7 +99,6 @@ def test_a_module_that_cannot_be_captured_is_named(shapes):
             Broken(),
             read_json(shapes / "text_encoder" / "config.json"),
             shapes / "text_encoder",
-            "float32",
         )
 
 

@@ -134,12 +134,13 @@ def write_large(work: Path) -> Path:
     """Write a pipeline with SD 1.5's UNet at 32x32 latents, a text encoder of its width, and the rest of `shapes`."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from bakeoff.models.fullsize import SD15_UNET, write_module
+    from bakeoff.models import fullsize
 
     folder = work / "model"
     shutil.copytree(SHAPES, folder, ignore=shutil.ignore_patterns("unet", "text_encoder", "training.json"))
-    write_module({**SD15_UNET, "sample_size": 32}, folder / "unet")
-    width = SD15_UNET["cross_attention_dim"]
+    library, name, unet = fullsize.config("sd-1.5", "unet")
+    fullsize.write_module(library, name, {**unet, "sample_size": 32}, folder / "unet")
+    width = unet["cross_attention_dim"]
     config = CLIPTextConfig.from_pretrained(
         SHAPES / "text_encoder", hidden_size=width, intermediate_size=4 * width, num_attention_heads=12
     )

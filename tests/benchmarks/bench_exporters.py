@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from bakeoff import plugins
-from bakeoff.exporters.capture import capture
+from bakeoff.exporters.capture import on_hollow
 from bakeoff.exporters.exporter import Subject
 from bakeoff.source import Source
 
@@ -17,14 +17,15 @@ def source():
     return Source.open("shapes")
 
 
-def captured(source, part):
-    return capture(part.name, part.component, source.config(part.module), source.folder / part.module, "float32")
+def captured(source, part, work):
+    config = source.config(part.module)
+    return on_hollow(part.name, part.component, config, source.path(part.module), work)(frozenset())
 
 
 @pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_decoder"])
-def test_capture(benchmark, source, name):
+def test_capture(benchmark, source, tmp_path, name):
     benchmark.group = f"export: {name}"
-    benchmark.pedantic(captured, (source, source.family.part(name)), rounds=ROUNDS, warmup_rounds=1)
+    benchmark.pedantic(captured, (source, source.family.part(name), tmp_path / name), rounds=ROUNDS, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
@@ -37,12 +38,13 @@ def test_lower(benchmark, source, tmp_path, name, backend):
         """Capture anew, outside of the time: lowering may change the program."""
         folder = tmp_path / str(next(numbers))
         folder.mkdir()
-        return (subject(source, part, captured(source, part)), folder), {}
+        ready = captured(source, part, tmp_path / "work")
+        return (subject(source, part, ready), folder), {}
 
     benchmark.pedantic(exporter.lower, setup=prepare, rounds=ROUNDS, warmup_rounds=1)
 
 
-def subject(source, part, program):
+def subject(source, part, ready):
     config = source.config(part.module)
     return Subject(
         part=part.name,
@@ -51,6 +53,6 @@ def subject(source, part, program):
         outputs=part.component.outputs(config),
         source=source.folder / part.module,
         checkpoint=source.checkpoint(part.module),
-        program=lambda: program,
+        capture=lambda _: ready,
         weights="auto",
     )

@@ -1,0 +1,163 @@
+"""Stand-ins for checkpoints: all tensors as float32, the large ones holes of a sparse file with a mark at their start.
+
+Capture and lowering look at the shapes of large weights, never at their values. So they work on a file that takes no
+disk and no memory, whatever the size and dtype of the checkpoint; the marks tell which constant of the lowered graph
+is which tensor, and its bytes are then linked or streamed from the checkpoint itself.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from ..errors import LoweringError
+from ..weights import SAFETENSORS_DTYPES, TORCH_DTYPES, Checkpoint, as_bytes, read_chunks, safetensors_header
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from torch.export import ExportedProgram
+
+    from ..weights import Entry
+
+T = TypeVar("T")
+
+SOLID_BYTES = 1 << 16
+"""Smaller tensors keep their values: optimizers fold them."""
+_MARK = (6.0e-23, 1.6e-19)
+_MARK_BYTES = 16
+_PREFIX_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Hollow:
+    """A folder that loads like a module's own, and the way back from its bytes to the checkpoint's tensors."""
+
+    folder: Path
+    marks: Mapping[bytes, Entry]
+    solid: Mapping[tuple[int, bytes], list[tuple[Entry, Entry]]]
+    """(bytes, first of them) -> tensors that are as they are: here, and in the checkpoint."""
+
+    @classmethod
+    def make(cls, source: Path, folder: Path, solid: frozenset[str] = frozenset()) -> Hollow:
+        """Write the stand-in for a module folder into a new folder.
+
+        Args:
+            source: holds `config.json` and safetensors.
+            folder: is made anew.
+            solid: names of large tensors whose values are needed after all.
+        """
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        shutil.copyfile(source / "config.json", folder / "config.json")
+        checkpoint = Checkpoint.open(source)
+        file = folder / checkpoint.single_file
+        marks = _write(checkpoint, file, solid)
+        values: dict[tuple[int, bytes], list[tuple[Entry, Entry]]] = {}
+        marked = {entry.name for entry in marks.values()}
+        for entry in Checkpoint.open(folder).entries.values():
+            if entry.name not in marked:
+                data = _read(entry)
+                values.setdefault((len(data), data[:_PREFIX_BYTES]), []).append((entry, checkpoint.entries[entry.name]))
+        return cls(folder, marks, values)
+
+    def entry_of(self, data: memoryview) -> Entry | None:
+        """Find the checkpoint's tensor that these bytes, of float32 as captured, stand for; whatever its shape here."""
+        marked = self.marks.get(bytes(data[:_MARK_BYTES]))
+        if marked is not None:
+            return marked if _width(marked) == len(data) else None
+        for entry, original in self.solid.get((len(data), bytes(data[:_PREFIX_BYTES])), []):
+            if _read(entry) == data:
+                return original
+        return None
+
+    def needed(self, program: ExportedProgram) -> set[str]:
+        """Name the hollow tensors that a captured program uses."""
+        signature = program.graph_signature
+        sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        tensors = {**program.state_dict, **program.constants}
+        used = [sources[node.name] for node in program.graph.nodes if node.name in sources and node.users]
+        found = [self.marks.get(bytes(as_bytes(tensors[name].contiguous())[:_MARK_BYTES])) for name in used]
+        return {entry.name for entry in found if entry is not None}
+
+
+def lower_hollow(
+    part: str,
+    capture: Callable[[frozenset[str]], tuple[ExportedProgram, Hollow]],
+    lower: Callable[[ExportedProgram, Hollow], tuple[T, set[str]]],
+) -> T:
+    """Capture and lower; again with their values for tensors that the lowering changed, such as a transposed one.
+
+    Args:
+        part: its name, for errors.
+        capture: gets the names of large tensors whose values it shall have.
+        lower: returns what it made, and the names of the checkpoint's tensors that it found in it as they are.
+
+    Raises:
+        LoweringError: it goes on losing tensors.
+    """
+    solid: frozenset[str] = frozenset()
+    while True:
+        program, hollow = capture(solid)
+        needed = hollow.needed(program)
+        lowered, found = lower(program, hollow)
+        lost = needed - found
+        if not lost:
+            return lowered
+        if lost <= solid:
+            message = f"{part}: lowering loses {', '.join(sorted(lost)[:5])}"
+            raise LoweringError(message)
+        solid |= lost
+
+
+def _write(checkpoint: Checkpoint, file: Path, solid: frozenset[str]) -> dict[bytes, Entry]:
+    """Write the sparse file; return mark -> the checkpoint's tensor."""
+    entries = list(checkpoint.entries.values())
+    header, sizes = {}, []
+    end = 0
+    for entry in entries:
+        begin, end = end, end + _width(entry)
+        sizes.append((begin, end))
+        header[entry.name] = {"dtype": _dtype(entry), "shape": entry.shape, "data_offsets": [begin, end]}
+    text = safetensors_header(header)
+    marks: dict[bytes, Entry] = {}
+    with file.open("wb") as stream:
+        stream.write(text)
+        for number, (entry, (begin, _)) in enumerate(zip(entries, sizes, strict=True)):
+            stream.seek(len(text) + begin)
+            if _is_hollow(entry) and entry.name not in solid:
+                mark = _mark(number)
+                marks[mark] = entry
+                stream.write(mark)
+            else:
+                for chunk in read_chunks(entry, _dtype(entry)):
+                    stream.write(chunk)
+        stream.truncate(len(text) + end)
+    return marks
+
+
+def _is_hollow(entry: Entry) -> bool:
+    return entry.dtype in TORCH_DTYPES and _width(entry) >= SOLID_BYTES
+
+
+def _dtype(entry: Entry) -> str:
+    return SAFETENSORS_DTYPES["float32"] if entry.dtype in TORCH_DTYPES else entry.dtype
+
+
+def _width(entry: Entry) -> int:
+    """Return the tensor's bytes in the stand-in."""
+    return entry.bytes_in("float32")
+
+
+def _mark(number: int) -> bytes:
+    import numpy as np
+
+    return np.array([_MARK[0], number, _MARK[1], -number], dtype=np.float32).tobytes()
+
+
+def _read(entry: Entry) -> bytes:
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.offset)
+        return stream.read(entry.length)

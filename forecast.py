@@ -1,0 +1,94 @@
+"""What an export takes, and what running its artifact will: predicted from headers, before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import plugins
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from .exporters.exporter import Cost
+    from .recipe import PartRecipe
+    from .weights import Checkpoint
+
+_HOST_BYTES = 4_000_000
+"""Disk for tokenizers, scheduler, configs and graphs."""
+_START_S = 15.0
+"""To import what exporting takes."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Predictions for one export and its artifact."""
+
+    parts: Mapping[str, Cost]
+    recipes: Mapping[str, PartRecipe]
+    merged_bytes: int
+    """Disk for modules with LoRAs merged in, while the export goes on."""
+
+    @classmethod
+    def of(
+        cls,
+        checkpoints: Mapping[str, Checkpoint],
+        recipes: Mapping[str, PartRecipe],
+        *,
+        shared: bool,
+        merged: Sequence[Checkpoint] = (),
+    ) -> Forecast:
+        """Ask each part's exporter.
+
+        Args:
+            checkpoints: part -> its module's.
+            recipes: part -> what is baked.
+            shared: whether bytes that needn't change come into the artifact without being copied.
+            merged: checkpoints that are written once more, with LoRAs in them.
+        """
+        parts = {
+            name: plugins.exporter(recipe.backend).cost(checkpoints[name], recipe.precision, shared=shared)
+            for name, recipe in recipes.items()
+        }
+        return cls(parts, recipes, sum(each.nbytes for each in merged))
+
+    @property
+    def peak_anon_bytes(self) -> int:
+        """Anonymous memory of capture, lowering and writing; the proof runs in another process and isn't counted."""
+        return max(cost.anon_bytes for cost in self.parts.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """Written bytes; what is linked to the source takes none."""
+        return _HOST_BYTES + self.merged_bytes + sum(cost.disk_bytes for cost in self.parts.values())
+
+    @property
+    def seconds(self) -> float:
+        """Time of the export on a core like the one that it was measured on, without the proof."""
+        return _START_S + sum(cost.seconds for cost in self.parts.values())
+
+    @property
+    def running_bytes(self) -> dict[str, int]:
+        """Part -> anonymous memory that its runtime holds once it is open."""
+        return {
+            name: plugins.runtime(recipe.backend).held_bytes(recipe.precision, self.parts[name].weight_bytes)
+            for name, recipe in self.recipes.items()
+        }
+
+    def obstacles(self, memory_bytes: int, disk_bytes: int) -> list[str]:
+        """Say what an export lacks where so much is free; nothing if it fits."""
+        wanted = (("memory", self.peak_anon_bytes, memory_bytes), ("disk", self.disk_bytes, disk_bytes))
+        return [
+            f"this export takes up to {needed / 1e9:.1f} GB of {what}, {free / 1e9:.1f} GB are free"
+            for what, needed, free in wanted
+            if needed > free
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "peak_anon_bytes": self.peak_anon_bytes,
+            "disk_bytes": self.disk_bytes,
+            "seconds": round(self.seconds),
+            "running_bytes": self.running_bytes,
+            "parts": {name: asdict(cost) for name, cost in self.parts.items()},
+        }
