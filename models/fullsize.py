@@ -33,6 +33,18 @@ SD35_BLOCKS: dict[str, Any] = {
     "qk_norm": "rms_norm",
 }
 """Six of the 38 blocks of SD 3.5 Large, at its width."""
+SD35_TWO: dict[str, Any] = {**SD35_BLOCKS, "num_layers": 2}
+"""Two of them: 1.8 GB in float32."""
+
+SD_VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "sample_size": 512,
+}
+"""The VAE of SD 1 and 2: 84 M parameters, of which the decoder has 49."""
 
 
 def write_module(config: dict[str, Any], folder: Path, dtype: str = "float32", seed: int = 0) -> None:
