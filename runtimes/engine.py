@@ -99,7 +99,8 @@ class Engine:
 
         `unloaded` says how often it was closed to make room, `mapped` whether its weights stayed in their files.
         """
-        return {name: station.configuration for name, station in self._stations.items() if station.configuration}
+        told = {name: station.configuration for name, station in self._stations.items()}
+        return {name: found for name, found in told.items() if found is not None}
 
     def __enter__(self) -> Self:
         return self

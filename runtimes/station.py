@@ -38,7 +38,7 @@ class Station:
         """Whether it is to open with its weights left in their files."""
         self.unloaded = 0
         """How often it was closed to make room."""
-        self._told: dict[str, Any] = {}
+        self._told: dict[str, Any] | None = None
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -48,10 +48,10 @@ class Station:
         return self._opened().inputs
 
     @property
-    def configuration(self) -> dict[str, Any]:
-        """What the runtime read back when it was last open; empty if it never was."""
+    def configuration(self) -> dict[str, Any] | None:
+        """What the runtime read back when it was last open; None if it never was."""
         told = self.runtime.configuration if self.runtime else self._told
-        return {**told, "unloaded": self.unloaded} if told else {}
+        return None if told is None else {**told, "unloaded": self.unloaded}
 
     @cached_property
     def _on_cpu(self) -> bool:
