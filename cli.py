@@ -18,7 +18,7 @@ from .doctor import add_doctor
 from .errors import ArtifactError, BakeoffError, InputError, ResourceError, UsageError
 from .pictures import check_output, save
 from .progress import Steps
-from .recipe import read
+from .recipe import LOAD_OPTIONS, OFFLOADS, SWITCHES, option_value, read
 from .reports.command import add_compare, add_report
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def _export(options: argparse.Namespace) -> None:
     from .bake import export
 
     if placement.as_dict() != type(placement)().as_dict():
-        _say("note: @device, +compile, +threads and +provider are given when an artifact is loaded; ignored here")
+        _say(f"note: @device, +{', +'.join(LOAD_OPTIONS)} are given when an artifact is loaded; ignored here")
     with Steps() as progress:
         artifact = export(
             options.model,
@@ -365,8 +365,36 @@ def _add_generate(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
     command.add_argument("--threads", type=int)
     command.add_argument("--compile", action="store_true")
     command.add_argument("--provider")
+    _add_memory_options(command)
     command.set_defaults(run=_generate)
     return command
+
+
+def _add_memory_options(command: argparse.ArgumentParser) -> None:
+    memory = command.add_argument_group("memory", "what is decided by the memory that is there unless it is said here")
+    memory.add_argument(
+        "--offload",
+        choices=OFFLOADS,
+        default="auto",
+        help="none: parts stay open; parts: those that are done are closed before others are opened; mapped: and weights "
+        "stay in their files, where the runtime can",
+    )
+    memory.add_argument("--vae-tiling", choices=SWITCHES, default="auto", help="decode in tiles (lossy: seams)")
+    memory.add_argument("--vae-slicing", choices=SWITCHES, default="auto", help="decode a picture at a time")
+    memory.add_argument("--attention-slicing", metavar="N", help="torch: N heads at a time, or auto")
+    memory.add_argument(
+        "--token-merging", metavar="SHARE", help="torch: merge tokens in UNets, to 0.75 of them (lossy)"
+    )
+
+
+def _placement(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `load` that were given; text as in recipes."""
+    given = {name: getattr(options, name) for name in ("device", *LOAD_OPTIONS)}
+    return {
+        name: option_value(name, value) if isinstance(value, str) else value
+        for name, value in given.items()
+        if value is not None
+    }
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -377,8 +405,7 @@ def _generate(options: argparse.Namespace) -> None:
     _quiet_libraries()
     from .runtimes.engine import load
 
-    placement = {name: getattr(options, name) for name in ("device", "threads", "compile", "provider")}
-    with load(options.folder, **placement) as engine:
+    with load(options.folder, **_placement(options)) as engine:
         if not engine.proved:
             _say(f"note: {options.folder} is unproved: {engine.proof['reason']}")
         result = engine.generate(
@@ -401,6 +428,8 @@ def _generate(options: argparse.Namespace) -> None:
     for part, found in configuration.items():
         if found.get("fallback"):
             _say(f"note: {part}: {found['fallback']}")
+    for note in result.notes:
+        _say(f"note: {note}")
     if options.json:
         _print_json(
             {
@@ -409,6 +438,7 @@ def _generate(options: argparse.Namespace) -> None:
                 "seconds": dict(result.seconds),
                 "proved": engine.proved,
                 "configuration": configuration,
+                "notes": result.notes,
             }
         )
         return

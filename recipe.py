@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError, UsageError, unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic", "fp8")
-_LOAD_OPTIONS = ("compile", "threads", "provider")
+OFFLOADS = ("auto", "none", "parts", "mapped")
+SWITCHES = ("auto", "on", "off")
+_MOST_MERGED = 0.75
 _WORD = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -29,14 +31,47 @@ class Placement:
     """torch.compile, in the torch runtime."""
     provider: str | None = None
     """An execution provider of ONNX Runtime, by name."""
+    offload: str = "auto"
+    """`none`: opened parts stay open; `parts`: those that are done are closed before others are opened; `mapped`: and
+    weights stay in their files, where the runtime can; `auto`: what the memory that is there asks for."""
+    vae_tiling: str = "auto"
+    """`on`, `off`, or `auto`: where one picture's activations wouldn't fit. Lossy: seams."""
+    vae_slicing: str = "auto"
+    """`on`, `off`, or `auto`: a picture at a time where a batch's activations wouldn't fit."""
+    attention_slicing: int | str | None = None
+    """Heads (of batch × heads) whose attention the torch runtime computes at a time, or `auto`: as many as 256 MB hold."""
+    token_merging: float = 0.0
+    """Share of tokens that UNets merge before self-attention in the torch runtime, over 0 to 0.75. Lossy."""
 
     def __post_init__(self) -> None:
-        if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
-            message = f"got threads = {self.threads!r}, expected a whole number from 1"
+        _check_count("threads", self.threads)
+        if self.attention_slicing != "auto":
+            _check_count("attention_slicing", self.attention_slicing, " or auto")
+        _check_word("offload", self.offload, OFFLOADS)
+        for name in ("vae_tiling", "vae_slicing"):
+            _check_word(name, getattr(self, name), SWITCHES)
+        if not isinstance(self.token_merging, int | float) or not 0 <= self.token_merging <= _MOST_MERGED:
+            message = f"got token_merging = {self.token_merging!r}, expected a share from 0 to {_MOST_MERGED}"
             raise RecipeError(message)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"device": self.device, "threads": self.threads, "compile": self.compile, "provider": self.provider}
+        return asdict(self)
+
+
+def _check_count(name: str, value: object, other: str = "") -> None:
+    if value is not None and (not isinstance(value, int) or value < 1):
+        message = f"got {name} = {value!r}, expected a whole number from 1{other}"
+        raise RecipeError(message)
+
+
+def _check_word(name: str, value: object, known: Iterable[str]) -> None:
+    if value not in known:
+        message = unknown(f"value of {name}:", str(value), known)
+        raise RecipeError(message)
+
+
+LOAD_OPTIONS = tuple(each.name for each in fields(Placement) if each.name != "device")
+"""What a recipe may carry after `+` that isn't baked."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +202,7 @@ def _parse_part(text: str) -> tuple[PartRecipe, Placement]:
     baked: dict[str, str] = {}
     for option in options:
         key, _, value = option.partition("=")
-        if key in _LOAD_OPTIONS:
+        if key in LOAD_OPTIONS:
             placement = _with_load_option(placement, key, value)
         else:
             baked[key] = value
@@ -180,14 +215,32 @@ def _check_precision(precision: str) -> None:
 
 
 def _with_load_option(placement: Placement, key: str, value: str) -> Placement:
-    if key == "compile":
-        return replace(placement, compile=True)
-    if key == "provider":
-        return replace(placement, provider=value)
-    if not value.isdecimal() or int(value) < 1:
-        message = f"got threads={value!r}, expected a whole number from 1"
-        raise RecipeError(message)
-    return replace(placement, threads=int(value))
+    return replace(placement, **{key: option_value(key, value)})
+
+
+def option_value(key: str, text: str) -> Any:  # noqa: ANN401 - of the option's type
+    """Read an option of `Placement` as the command line and recipes spell it."""
+    return _READ_OPTION.get(key, str)(text)
+
+
+def _whole(text: str) -> int | str:
+    """Return a whole number; the text itself where it is none, which `Placement` refuses by name."""
+    return int(text) if text.isdecimal() else text
+
+
+def _share(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+_READ_OPTION: dict[str, Callable[[str], Any]] = {
+    "compile": lambda _: True,
+    "threads": _whole,
+    "attention_slicing": lambda text: _whole(text or "auto"),
+    "token_merging": _share,
+}
 
 
 def from_dict(data: Mapping[str, Any]) -> Recipe:

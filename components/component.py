@@ -102,6 +102,14 @@ class Sizes:
         }
 
 
+@dataclass(frozen=True)
+class Activations:
+    """What a run needs besides weights: elements of its largest feature map, and of its largest attention matrix."""
+
+    map_elements: int
+    score_elements: int = 0
+
+
 CAPTURE_SIZES = Sizes(batch=2, height=16, width=24, sequence=12)
 PROOF_SIZES = (Sizes(2, 8, 16, 12), Sizes(1, 16, 8, 77), Sizes(3, 8, 8, 5))
 """Another batch, a non-square picture, another length of text; never 1 where the capture could bake it."""
@@ -155,3 +163,7 @@ class Component(ABC):
     def limit(self, config: Config, sizes: Sizes) -> Sizes:  # noqa: ARG002 - most components have no limits
         """Bring sizes within what the model can take, such as a longest text."""
         return sizes
+
+    def activations(self, config: Config, rows: int, height: int, width: int) -> Activations | None:  # noqa: ARG002 - most aren't known
+        """Return what a run on pictures of this size in pixels needs, where activations and not weights decide; else None."""
+        return None

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Self
 from .. import plugins
 from ..errors import Cancelled, ParityError, UsageError
 from ..recipe import Placement
-from .opening import Baked, open_part, read_folder
+from .keeper import Keeper
+from .opening import Baked, read_folder
 from .pipeline import build_pipeline, for_task
 from .request import Limits, row_generator, task_of
+from .station import Station
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from ..components.component import Port
-    from ..components.family import Part
     from .request import Request
-    from .runtime import Runtime
 
     Callback = Callable[[int, float, Tensor], bool | None]
     Picture = Image | NDArray[np.uint8] | Sequence[Image | NDArray[np.uint8]]
@@ -45,41 +44,8 @@ class Result:
     seeds: tuple[int, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Host clock, by part, and `total`."""
-
-
-class _Station:
-    """A part's place in the engine: opens the runtime when it is first needed, and times it."""
-
-    def __init__(self, baked: Baked, part: Part, placement: Placement) -> None:
-        self._baked, self._part, self._placement = baked, part, placement
-        self.runtime: Runtime | None = None
-        self.seconds = 0.0
-        self.stages = False
-
-    @property
-    def inputs(self) -> tuple[Port, ...]:
-        return self._opened().inputs
-
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        runtime = self._opened()
-        started = time.perf_counter()
-        outputs = runtime.run(inputs)
-        if self.stages:
-            runtime.synchronize()
-        self.seconds += time.perf_counter() - started
-        return outputs
-
-    def _opened(self) -> Runtime:
-        if self.runtime is None:
-            name = self._part.name
-            folder, entry = self._baked.folders[name], self._baked.parts[name]
-            self.runtime = open_part(folder, self._part, entry, self._placement)
-        return self.runtime
-
-    def close(self) -> None:
-        if self.runtime is not None:
-            self.runtime.close()
-            self.runtime = None
+    notes: tuple[str, ...] = ()
+    """What was done about memory, and what of it is lossy, in sentences."""
 
 
 class RowGuidance:
@@ -111,10 +77,11 @@ class Engine:
         self.recipe = baked.recipe
         self.proof = baked.proof
         _refuse_idle_options(baked, placement)
-        self._stations = {
-            part.name: _Station(baked, part, placement) for part in baked.family.parts if part.name in baked.parts
-        }
         self._configs = {part.module: baked.config(part) for part in baked.family.parts if part.name in baked.parts}
+        self._stations = {
+            part.name: Station(baked, part, placement) for part in baked.family.parts if part.name in baked.parts
+        }
+        self._keeper = Keeper(self._stations, self._configs, placement)
         self._task = self.family.only(self._configs) or "text-to-image"
         self.pipeline = build_pipeline(baked, self._stations, self._task)
         """A genuine Diffusers pipeline around the runtimes, for text-to-image unless the model is for another task."""
@@ -128,10 +95,12 @@ class Engine:
 
     @property
     def configuration(self) -> dict[str, dict[str, Any]]:
-        """What each opened part read back: device, threads, precision executed, fallback."""
-        return {
-            name: dict(station.runtime.configuration) for name, station in self._stations.items() if station.runtime
-        }
+        """What each part read back that has been open: device, threads, precision executed, fallback, what is lossy.
+
+        `unloaded` says how often it was closed to make room, `mapped` whether its weights stayed in their files.
+        """
+        told = {name: station.configuration for name, station in self._stations.items()}
+        return {name: found for name, found in told.items() if found is not None}
 
     def __enter__(self) -> Self:
         return self
@@ -214,19 +183,21 @@ class Engine:
             station.seconds, station.stages = 0.0, stages
         pipeline.set_progress_bar_config(disable=not progress)
         images: dict[int, Any] = {}
+        notes: dict[str, None] = {}
         for rows in self._batches(request, max_batch):
             images |= zip(rows, self._make(pipeline, request.rows(rows), callback), strict=True)
-        result = self._result(request, images, time.perf_counter() - started)
+            notes |= dict.fromkeys(self._keeper.notes)
+        result = self._result(request, images, time.perf_counter() - started, tuple(notes))
         for hook in plugins.hooks("after"):
             hook(request, result)
         return result
 
-    def _result(self, request: Request, images: dict[int, Any], total: float) -> Result:
+    def _result(self, request: Request, images: dict[int, Any], total: float, notes: tuple[str, ...]) -> Result:
         import numpy as np
 
         seconds = {name: station.seconds for name, station in self._stations.items() if station.seconds}
         pictures = np.stack([images[row] for row in range(len(request.prompts))])
-        return Result(pictures, request.seeds, {**seconds, "total": total})
+        return Result(pictures, request.seeds, {**seconds, "total": total}, notes)
 
     def _batches(self, request: Request, max_batch: int) -> list[list[int]]:
         """Cut the rows into batches; where rows can't differ in guidance, into batches of equal guidance."""
@@ -264,7 +235,7 @@ class Engine:
         if request.control_image is not None:
             name = "control_image" if "control_image" in taken else "image"
             arguments |= {name: request.control_image, "controlnet_conditioning_scale": request.control_scale}
-        with torch.no_grad():
+        with torch.no_grad(), self._keeper.batch(pipeline, request):
             pictures = pipeline(**{name: value for name, value in arguments.items() if name in taken}).images
         if not np.isfinite(pictures).all():
             message = "the pipeline produced NaN or infinite pixels"
@@ -299,11 +270,24 @@ def _start(request: Request) -> dict[str, Any]:
 
 def _refuse_idle_options(baked: Baked, placement: Placement) -> None:
     """Refuse an option of placement that no part's runtime has: it would do nothing."""
-    runtimes = {part.backend: plugins.runtime(part.backend) for part in baked.parts.values()}
-    for option, value in (("compile", placement.compile), ("provider", placement.provider)):
-        if value and not any(option in runtime.options for runtime in runtimes.values()):
-            message = f"{option} does nothing here: {baked.folder} has parts of {', '.join(sorted(runtimes))} alone"
-            raise UsageError(message, fix=f"leave out {option}")
+    parts = [part for part in baked.family.parts if part.name in baked.parts]
+    asked = {
+        "compile": placement.compile,
+        "provider": placement.provider,
+        "attention_slicing": placement.attention_slicing,
+        "token_merging": placement.token_merging,
+        "mapped": placement.offload == "mapped",
+    }
+    for option in [name for name, value in asked.items() if value]:
+        if not any(plugins.runtime(baked.parts[p.name].backend).serves(option, baked.config(p)) for p in parts):
+            kinds = ", ".join(sorted({entry.backend for entry in baked.parts.values()}))
+            message = f"{option} does nothing here: {baked.folder} has parts of {kinds} alone"
+            if option == "token_merging":
+                message = f"{option} does nothing here: it is for UNets with cross-attention in the torch runtime"
+            raise UsageError(message, fix=f"leave out {'offload=mapped' if option == 'mapped' else option}")
+    if placement.vae_tiling == "on" and not any(part.name == "vae_decoder" for part in parts):
+        message = f"vae_tiling does nothing here: {baked.folder} has no vae_decoder"
+        raise UsageError(message, fix="leave out vae_tiling")
 
 
 def _step_end(callback: Callback | None) -> Callable[..., dict[str, Any]] | None:
@@ -326,6 +310,11 @@ def load(
     threads: int | None = None,
     compile: bool = False,  # noqa: A002 - torch's own word
     provider: str | None = None,
+    offload: str = "auto",
+    vae_tiling: str = "auto",
+    vae_slicing: str = "auto",
+    attention_slicing: int | str | None = None,
+    token_merging: float = 0.0,
 ) -> Engine:
     """Open an artifact, or an Optimum or Diffusers folder (which is `unproved`).
 
@@ -335,11 +324,27 @@ def load(
         threads: CPU threads of every runtime; by default the physical cores that this process may use.
         compile: run torch parts through torch.compile.
         provider: an execution provider for ONNX Runtime, by name.
+        offload: `none` keeps parts open; `parts` closes those that are done before others are opened; `mapped` also
+            leaves weights in their files, where the runtime can; `auto` does what the memory that is there asks for.
+        vae_tiling: `on`, `off`, or `auto`: decode in tiles where a picture's activations wouldn't fit (lossy).
+        vae_slicing: `on`, `off`, or `auto`: decode a picture at a time where a batch's wouldn't fit.
+        attention_slicing: torch: heads (of batch × heads) whose attention is computed at a time, or `auto`.
+        token_merging: torch: share of tokens that UNets merge before self-attention, to 0.75 (lossy).
 
     Raises:
         ArtifactError: the folder can't be opened.
         CorruptError: a file is missing or has another size than was written.
         UnavailableError: a backend isn't installed.
     """
-    placement = Placement(device=device, threads=threads, compile=compile, provider=provider)
+    placement = Placement(
+        device=device,
+        threads=threads,
+        compile=compile,
+        provider=provider,
+        offload=offload,
+        vae_tiling=vae_tiling,
+        vae_slicing=vae_slicing,
+        attention_slicing=attention_slicing,
+        token_merging=token_merging,
+    )
     return Engine(read_folder(Path(folder)), placement)

@@ -20,6 +20,7 @@ _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 
 
 class OpenVINORuntime(Runtime):
+    reads_ports: ClassVar[bool] = True
     devices: ClassVar[tuple[str, ...]] = ("gpu", "cpu", "npu")
 
     @classmethod

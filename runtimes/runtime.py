@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..components.component import solve_sizes
 from ..errors import ArtifactError, InputError
+from ..hardware import choose_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -16,9 +17,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ..components.component import Port
+    from ..components.component import Activations, Port
     from ..hardware import Availability
     from ..recipe import Placement
+
+
+_LIVE_MAPS = 16.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,39 @@ class Runtime(ABC):
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     """Devices of `bakeoff.hardware` that it can run on, best first."""
     options: ClassVar[frozenset[str]] = frozenset()
-    """Options of `Placement` that it has besides device and threads: `compile`, `provider`."""
+    """Options of `Placement` that it has besides device and threads, such as `compile`, `provider`."""
+    reads_ports: ClassVar[bool] = False
+    """Whether a file of others may have other dtypes and ranks than the component declares: see `_adopt`."""
+    held: ClassVar[Mapping[str, float]] = {}
+    """Precision -> bytes of anonymous memory that an opened part holds for a byte of its weights, on a CPU; 1 unless said."""
+    held_mapped: ClassVar[Mapping[str, float] | None] = None
+    """The same for `offload=mapped`, where weights stay in their files; None: the runtime always copies them."""
+    live_maps: ClassVar[Mapping[str, float]] = {}
+    """Precision -> bytes at the peak of a run for an element of a convolutional part's largest feature map; 16 unless said."""
+    live_scores: ClassVar[float] = 8.0
+    """Bytes at the peak of a run for an element of the largest attention matrix; 0 where attention is fused."""
+
+    @classmethod
+    def serves(cls, option: str, config: Mapping[str, Any]) -> bool:  # noqa: ARG003 - some options are for some modules
+        """Say whether an option of `Placement` does anything for a part with this `config.json`."""
+        return option in cls.options or (option == "mapped" and cls.held_mapped is not None)
+
+    @classmethod
+    def device_for(cls, placement: Placement) -> str:
+        """Return the device that a part would run on."""
+        return choose_device(placement.device, cls.devices, cls.__name__)[0]
+
+    @classmethod
+    def held_bytes(cls, precision: str, weight_bytes: Mapping[str, int], *, mapped: bool = False) -> int:
+        """Predict the anonymous memory that an opened part holds; `weight_bytes` by dtype."""
+        factors = cls.held_mapped if mapped and cls.held_mapped is not None else cls.held
+        return round(factors.get(precision, 1.0) * sum(weight_bytes.values()))
+
+    @classmethod
+    def activation_bytes(cls, precision: str, activations: Activations) -> int:
+        """Predict what a run adds at its peak."""
+        maps = cls.live_maps.get(precision, _LIVE_MAPS) * activations.map_elements
+        return round(maps + cls.live_scores * activations.score_elements)
 
     def __init__(self, part: PartFiles, placement: Placement) -> None:
         self.part = part

@@ -6,24 +6,48 @@ import contextlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..hardware import Availability, choose_device, usable_cores
+from . import attention
 from .runtime import PartFiles, Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
     from ..recipe import Placement
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _TORCH_NAMES = {"rocm": "cuda"}
 
 
 class TorchRuntime(Runtime):
-    """bf16 parts compute in bfloat16 and channels-last; inputs and outputs stay float32 like everywhere."""
+    """bf16 parts compute in bfloat16 and channels-last; inputs and outputs stay float32 like everywhere.
 
-    options: ClassVar[frozenset[str]] = frozenset({"compile"})
+    Weights stay mapped from the safetensors, but for convolutions that are laid out channels-last; with
+    `offload=mapped` these, too.
+    """
+
+    options: ClassVar[frozenset[str]] = frozenset({"compile", "attention_slicing"})
+    held: ClassVar[Mapping[str, float]] = {"fp32": 0.05, "bf16": 0.6}
+    held_mapped: ClassVar[Mapping[str, float] | None] = {"fp32": 0.05, "bf16": 0.05}
     devices: ClassVar[tuple[str, ...]] = ("cuda", "rocm", "xpu", "mps", "cpu")
+
+    @classmethod
+    def serves(cls, option: str, config: Mapping[str, Any]) -> bool:
+        if option == "token_merging":
+            return attention.can_merge(config)
+        return super().serves(option, config)
+
+    @classmethod
+    def held_bytes(cls, precision: str, weight_bytes: Mapping[str, int], *, mapped: bool = False) -> int:
+        """Weights of another float dtype than the precision's are converted: their copies are held whole."""
+        target = _DTYPES[precision]
+        fitting = {dtype: size for dtype, size in weight_bytes.items() if dtype not in _WIDTHS or dtype == target}
+        copied = [
+            size * _WIDTHS[target] // _WIDTHS[dtype] for dtype, size in weight_bytes.items() if dtype not in fitting
+        ]
+        return super().held_bytes(precision, fitting, mapped=mapped) + sum(copied)
 
     @classmethod
     def probe(cls) -> Availability:
@@ -41,8 +65,13 @@ class TorchRuntime(Runtime):
         self._threads = placement.threads or usable_cores()
         self._dtype: torch.dtype = getattr(torch, _DTYPES[part.precision])
         self._device = torch.device(_TORCH_NAMES.get(device, device))
-        self._channels_last = part.precision == "bf16"
+        mapped = placement.offload == "mapped"
+        self._channels_last = part.precision == "bf16" and not mapped
         module = part.build(_DTYPES[part.precision]).to(self._device)
+        merged = attention.merge_tokens(module, placement.token_merging)
+        self._slicing: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if placement.attention_slicing is not None:
+            self._slicing = attention.SlicedAttention(placement.attention_slicing)
         if self._channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._module: Any = torch.compile(module) if placement.compile else module
@@ -51,6 +80,9 @@ class TorchRuntime(Runtime):
             "threads": self._threads,
             "precision": _DTYPES[part.precision],
             "compile": placement.compile,
+            "mapped": mapped,
+            "attention_slicing": placement.attention_slicing,
+            "lossy": [f"token_merging={placement.token_merging}"] if merged else [],
             "fallback": fallback,
         }
 
@@ -59,7 +91,7 @@ class TorchRuntime(Runtime):
 
         assert self._module is not None, "closed"  # noqa: S101
         arguments = [self._prepare(inputs[port.name], port.exact) for port in self.inputs]
-        with torch.no_grad(), _threads(self._threads):
+        with torch.no_grad(), _threads(self._threads), self._slicing:
             results = self._module(*arguments)
         return {name: result.to("cpu").contiguous() for name, result in zip(outputs, results, strict=True)}
 

@@ -19,6 +19,7 @@ LAYERS = [
     {"recipe", "artifact", "hardware", "weights", "memory", "pictures", "progress", "verdict"},
     {"components", "reports"},
     {"plugins", "source"},
+    {"footprint"},
     {"exporters", "runtimes", "models", "quantize", "lora"},
     {"parity"},
     {"bake"},

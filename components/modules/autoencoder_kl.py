@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
-from ..component import Component, Port, Sizes
+from ..component import Activations, Component, Port, Sizes
 from ..loading import load_diffusers
 
 if TYPE_CHECKING:
@@ -55,6 +55,15 @@ class _AutoencoderKLHalf(Component):
 
     def stand_in(self, runners: Mapping[str, Runner], config: Config) -> object:
         return _vae_stand_in(runners, config)
+
+    def activations(self, config: Config, rows: int, height: int, width: int) -> Activations:
+        """Take the widest level: upsampling leaves it the channels of the coarser one. The middle block attends."""
+        channels = config["block_out_channels"]
+        pixels = rows * height * width
+        widest = [channels[min(level + 1, len(channels) - 1)] // 4**level for level in range(len(channels))]
+        tokens = height * width // scale_factor(config) ** 2
+        attends = config.get("mid_block_add_attention", True)
+        return Activations(pixels * max(widest), rows * tokens**2 if attends else 0)
 
 
 class VaeEncoder(_AutoencoderKLHalf):

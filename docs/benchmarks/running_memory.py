@@ -1,0 +1,171 @@
+"""Measure what opened parts take of memory: `python running_memory.py RECORD.json`; rows that the record has are kept.
+
+Modules of full size with random weights are built on the spot and exported. Each is opened and run in a child process
+whose anonymous memory the parent samples every 10 ms: what the process had before opening is taken off. Weights that
+stay mapped from their file are no anonymous memory: the kernel can drop their pages and read them again.
+
+`opened` is what is held after opening and one run at the smallest size, `opening` the peak until then, and `running`
+the peak of a run at the full size over `opened`: activations. Runtimes take their factors from this record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bakeoff.hardware import describe
+from bakeoff.memory import Watch, in_child, rss_bytes
+
+HERE = Path(__file__).parent
+CASES = {
+    "SD 1.5 UNet": {
+        "config": "SD15_UNET",
+        "component": "unet_2d_condition:UNet2DCondition",
+        "sizes": {"batch": 2, "height": 64, "width": 64, "sequence": 77},
+    },
+    "SD 3.5 Large, 2 of 38 blocks": {
+        "config": "SD35_TWO",
+        "component": "sd3_transformer_2d:SD3Transformer2D",
+        "sizes": {"batch": 2, "height": 32, "width": 32, "sequence": 154},
+    },
+    "VAE decoder": {
+        "config": "SD_VAE",
+        "component": "autoencoder_kl:VaeDecoder",
+        "sizes": {"batch": 1, "height": 48, "width": 48, "sequence": 1},
+    },
+}
+SMALL = {"batch": 1, "height": 8, "width": 8, "sequence": 8}
+ARMS = [
+    ("torch", "fp32", False),
+    ("torch", "bf16", False),
+    ("torch", "bf16", True),
+    ("onnx", "fp32", False),
+    ("onnx", "fp32", True),
+    ("openvino", "fp32", False),
+    ("openvino", "bf16", False),
+]
+"""Backend, precision, and whether weights are to stay mapped."""
+
+
+def run_here(component: str, folder: str, backend: str, precision: str, sizes: dict[str, int], mapped: bool) -> Any:  # noqa: ANN401, FBT001 - JSON
+    """Open and run one part in this process; return bytes by moment, and seconds of the run."""
+    import importlib
+
+    import torch
+
+    from bakeoff import plugins
+    from bakeoff.components.component import Sizes
+    from bakeoff.recipe import Placement
+    from bakeoff.runtimes.runtime import PartFiles
+
+    module, _, name = component.partition(":")
+    made = getattr(importlib.import_module(f"bakeoff.components.modules.{module}"), name)()
+    config = json.loads((Path(folder) / "config.json").read_text())
+    small, full = (made.example(config, Sizes(**each), 0) for each in (SMALL, sizes))
+    files = PartFiles(
+        name=made.name,
+        folder=Path(folder),
+        precision=precision,
+        inputs=made.inputs(config),
+        outputs=made.outputs(config),
+        build=lambda dtype: made.flat(made.load(Path(folder), getattr(torch, dtype))).eval(),
+    )
+    runtime_class = plugins.runtime(backend)
+    runtime_class.probe()
+    getattr(importlib.import_module("diffusers"), config["_class_name"])
+    before = rss_bytes("RssAnon")
+    with Watch() as opening:
+        runtime = runtime_class(files, Placement(device="cpu", threads=1, offload="mapped" if mapped else "none"))
+        runtime.run(small)
+    opened = rss_bytes("RssAnon") - before
+    started = time.perf_counter()
+    with Watch() as running:
+        runtime.run(full)
+    return {
+        "opening_bytes": opening.peak.anon_bytes - before,
+        "opened_bytes": opened,
+        "running_bytes": running.peak.anon_bytes - before - opened,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--work", type=Path, help="folder for weights and exports, 25 GB; a temporary one by default")
+    parser.add_argument("--keep", action="store_true", help="keep what is in --work, and use what is there")
+    options = parser.parse_args()
+    rows = json.loads(options.record.read_text())["rows"] if options.record.exists() else []
+    done = {(row["module"], row["backend"], row["precision"], row["mapped"]) for row in rows}
+    with tempfile.TemporaryDirectory(dir=options.work) as temporary:
+        work = options.work if options.keep else Path(temporary)
+        for title, case in CASES.items():
+            for backend, precision, mapped in ARMS:
+                if (title, backend, precision, mapped) not in done:
+                    rows.append(_measure(title, case, work, backend, precision, mapped))
+                    record = {"machine": describe(), "command": "make bench-memory", "rows": rows}
+                    options.record.write_text(json.dumps(record, indent=1) + "\n")
+            if not options.keep:
+                shutil.rmtree(work)
+                work.mkdir()
+    print(json.dumps(rows, indent=1))
+
+
+def _measure(title: str, case: dict[str, Any], work: Path, backend: str, precision: str, mapped: bool) -> Any:  # noqa: ANN401, FBT001
+    folder = _made(case, work, backend, precision)
+    told, _ = in_child(
+        "running_memory:run_here",
+        {
+            "component": case["component"],
+            "folder": str(folder),
+            "backend": backend,
+            "precision": precision,
+            "sizes": case["sizes"],
+            "mapped": mapped,
+        },
+        extra_path=str(HERE),
+    )
+    row = {"module": title, "backend": backend, "precision": precision, "mapped": mapped}
+    row |= {"weight_bytes": _weight_bytes(case, work, precision), **told}
+    row["factor"] = round(max(row["opening_bytes"], row["opened_bytes"]) / row["weight_bytes"], 3)
+    print(json.dumps(row), file=sys.stderr, flush=True)
+    return row
+
+
+def _made(case: dict[str, Any], work: Path, backend: str, precision: str) -> Path:
+    """Return the folder of the part as the backend opens it; build and export it unless it is there."""
+    source = _source(case, work, precision)
+    if backend == "torch":
+        return source
+    folder = source.with_name(f"{source.name}-{backend}")
+    if not folder.exists():
+        folder.mkdir()
+        arguments = {"component": case["component"], "source": str(source), "output": str(folder)}
+        arguments |= {"exporter": backend, "precision": precision}
+        in_child("export_memory:lower_here", arguments, extra_path=str(HERE))
+        shutil.copy(source / "config.json", folder)
+    return folder
+
+
+def _source(case: dict[str, Any], work: Path, precision: str) -> Path:
+    from bakeoff.models import fullsize
+
+    folder: Path = work / f"{case['config']}-{precision}"
+    if not folder.exists():
+        dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
+        fullsize.write_module(getattr(fullsize, case["config"]), folder, dtype)
+    return folder
+
+
+def _weight_bytes(case: dict[str, Any], work: Path, precision: str) -> int:
+    return sum(file.stat().st_size for file in _source(case, work, precision).glob("*.safetensors"))
+
+
+if __name__ == "__main__":
+    main()

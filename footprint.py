@@ -1,0 +1,55 @@
+"""How much anonymous memory opened parts are predicted to take. Mapped weights are none: the kernel can drop their pages.
+
+The factors are each runtime's own (`Runtime.held`), measured by `make bench-memory`; these are figures for a CPU. What
+is predicted is weights and, for a VAE, activations; other parts' activations are covered by what `usable_bytes` keeps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from . import plugins
+from .memory import available_bytes
+from .weights import TORCH_DTYPES, Checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from .components.component import Activations
+
+KEPT_SHARE = 0.1
+"""Share of the available memory that predictions may not use."""
+
+
+def running_bytes(backend: str, precision: str, weight_bytes: Mapping[str, int], *, mapped: bool = False) -> int:
+    """Predict the anonymous memory that one opened part holds.
+
+    Args:
+        backend: as in recipes, such as `onnx`.
+        precision: as in recipes, such as `fp32`.
+        weight_bytes: dtype as torch spells it -> bytes of weights in it, as the manifest has them.
+        mapped: opened with `offload=mapped`, where the runtime can.
+    """
+    return plugins.runtime(backend).held_bytes(precision, weight_bytes, mapped=mapped)
+
+
+def activation_bytes(backend: str, precision: str, activations: Activations) -> int:
+    """Predict the peak that a run adds to what the part holds."""
+    return plugins.runtime(backend).activation_bytes(precision, activations)
+
+
+def usable_bytes() -> int:
+    """Return the memory that predictions may use now, in bytes."""
+    return int(available_bytes() * (1 - KEPT_SHARE))
+
+
+def weight_bytes(folder: Path) -> dict[str, int]:
+    """Sum a part's weights on disk by dtype, for folders without a manifest; "" where the files don't tell the dtype."""
+    if any(folder.glob("*.safetensors")):
+        totals: dict[str, int] = {}
+        for entry in Checkpoint.open(folder).entries.values():
+            dtype = TORCH_DTYPES.get(entry.dtype, entry.dtype.lower())
+            totals[dtype] = totals.get(dtype, 0) + entry.length
+        return totals
+    return {"": sum(file.stat().st_size for file in folder.iterdir() if file.is_file() and file.suffix != ".json")}

@@ -1,0 +1,110 @@
+"""A part's place in an engine: its runtime while it is open, what it needs, what it told."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from .. import footprint, plugins
+from .offload import Need, stage_of
+from .opening import Baked, open_part, port_from_dict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from ..components.component import Port
+    from ..components.family import Part
+    from ..recipe import Placement
+    from .runtime import Runtime
+
+
+class Station:
+    """A part's place in the engine: opens the runtime when it is first needed, and times it."""
+
+    def __init__(self, baked: Baked, part: Part, placement: Placement) -> None:
+        self._baked, self.part, self._placement = baked, part, placement
+        self._entry = baked.parts[part.name]
+        self.runtime: Runtime | None = None
+        self.seconds = 0.0
+        self.stages = False
+        self.before: Callable[[Station], None] = lambda _: None
+        """Called before the runtime is opened."""
+        self.mapped = False
+        """Whether it is to open with its weights left in their files."""
+        self.unloaded = 0
+        """How often it was closed to make room."""
+        self._told: dict[str, Any] | None = None
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        """The manifest's; of a folder without one those of the file, for which it may have to be opened."""
+        if self.runtime is None and (self._entry.key or not plugins.runtime(self._entry.backend).reads_ports):
+            return tuple(port_from_dict(port) for port in self._entry.inputs)
+        return self._opened().inputs
+
+    @property
+    def configuration(self) -> dict[str, Any] | None:
+        """What the runtime read back when it was last open; None if it never was."""
+        told = self.runtime.configuration if self.runtime else self._told
+        return None if told is None else {**told, "unloaded": self.unloaded}
+
+    @cached_property
+    def _on_cpu(self) -> bool:
+        """Whether it runs, or would run, where the memory is the host's."""
+        runtime = plugins.runtime(self._entry.backend)
+        return not runtime.probe().ok or runtime.device_for(self._placement) == "cpu"
+
+    @cached_property
+    def _held(self) -> tuple[int, int | None]:
+        """Predicted bytes of host memory, and those with mapped weights; nothing for parts on another device."""
+        if not self._on_cpu:
+            return 0, None
+        backend, precision = self._entry.backend, self._entry.precision
+        weights = self._entry.weight_bytes or footprint.weight_bytes(self._baked.folders[self.part.name])
+        held = footprint.running_bytes(backend, precision, weights)
+        if plugins.runtime(backend).held_mapped is None:
+            return held, None
+        return held, footprint.running_bytes(backend, precision, weights, mapped=True)
+
+    @property
+    def need(self) -> Need:
+        held, mapped = self._held
+        return Need(self.part.name, stage_of(self.part), held, mapped, is_open=self.runtime is not None)
+
+    def decoding_bytes(self, config: Mapping[str, Any], height: int, width: int) -> int | None:
+        """Predict the activations of a picture of this size in pixels, where the component knows them."""
+        found = self.part.component.activations(config, 1, height, width) if self._on_cpu else None
+        return found and footprint.activation_bytes(self._entry.backend, self._entry.precision, found)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        runtime = self._opened()
+        started = time.perf_counter()
+        outputs = runtime.run(inputs)
+        if self.stages:
+            runtime.synchronize()
+        self.seconds += time.perf_counter() - started
+        return outputs
+
+    def _opened(self) -> Runtime:
+        if self.runtime is None:
+            self.before(self)
+            placement = replace(self._placement, offload="mapped" if self.mapped else "none")
+            self.runtime = open_part(self._baked.folders[self.part.name], self.part, self._entry, placement)
+        return self.runtime
+
+    def unload(self) -> None:
+        """Close it to make room; modules refer to themselves in circles, so they go when the collector runs."""
+        self.close()
+        self.unloaded += 1
+        gc.collect()
+
+    def close(self) -> None:
+        if self.runtime is not None:
+            self._told = self.runtime.configuration
+            self.runtime.close()
+            self.runtime = None
