@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .bake import Plan
     from .forecast import Forecast
 
 
-def show(planned: Plan, output: Path, *, as_json: bool) -> int:
+def show(planned: Plan, output: Path, *, as_json: bool) -> None:
     """Print the forecast of an export into `output`.
 
     Raises:
@@ -27,7 +28,6 @@ def show(planned: Plan, output: Path, *, as_json: bool) -> int:
     else:
         print("\n".join(_lines(planned, forecast, free)))
     check_room(planned, output)
-    return 0
 
 
 def _lines(planned: Plan, forecast: Forecast, free: int) -> list[str]:
@@ -40,11 +40,9 @@ def _lines(planned: Plan, forecast: Forecast, free: int) -> list[str]:
             f"  {name:16} {planned.parts[name]!s:16} {_size(source):>9} {_size(cost.disk_bytes):>9} "
             f"{_time(cost.seconds):>7}   {_size(held[name])}"
         )
-    lines += [
-        f"export: peak memory {_size(forecast.peak_anon_bytes)}, disk {_size(forecast.disk_bytes)}, "
-        f"about {_time(forecast.seconds)} (without the proof)",
-        f"running: {running(forecast, free)}",
-    ]
+    memory, disk, time = _size(forecast.peak_anon_bytes), _size(forecast.disk_bytes), _time(forecast.seconds)
+    lines.append(f"export: peak memory {memory}, disk {disk}, about {time} (without the proof)")
+    lines.append(f"running: {running(forecast, free)}")
     return lines
 
 

@@ -105,7 +105,7 @@ def _construct(library: str, class_name: str, config: Mapping[str, Any], folder:
         else:
             module = found(**config)
             module.save_config(folder)
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:

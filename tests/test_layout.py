@@ -19,11 +19,11 @@ LAYERS = [
     {"recipe", "artifact", "hardware", "weights", "memory", "pictures", "progress", "verdict"},
     {"components", "reports"},
     {"plugins", "source"},
-    {"footprint"},
+    {"footprint", "forecast"},
     {"exporters", "runtimes", "models", "quantize", "lora"},
     {"parity"},
     {"bake"},
-    {"bench", "doctor"},
+    {"bench", "doctor", "plan"},
     {"demo"},
     {"cli"},
 ]
