@@ -64,7 +64,7 @@ def _check_count(name: str, value: object, other: str = "") -> None:
         raise RecipeError(message)
 
 
-def _check_word(name: str, value: object, known: Iterable[str]) -> None:
+def _check_word(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         message = unknown(f"value of {name}:", str(value), known)
         raise RecipeError(message)

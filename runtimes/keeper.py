@@ -36,7 +36,7 @@ class Keeper:
     @contextlib.contextmanager
     def batch(self, pipeline: Any, request: Request) -> Iterator[None]:  # noqa: ANN401 - some Diffusers pipeline
         """Decide what to do about memory for one batch; the VAE's own switches are as they were afterwards."""
-        vae = getattr(pipeline, "vae", None)
+        vae: Any = getattr(pipeline, "vae", None)
         if not hasattr(vae, "use_tiling"):
             self._decide(request)
             yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from .. import footprint, plugins
@@ -64,12 +64,16 @@ class Station:
         """Predicted bytes of host memory, and those with mapped weights; nothing for parts on another device."""
         if not self._on_cpu:
             return 0, None
-        backend, precision = self._entry.backend, self._entry.precision
-        weights = self._entry.weight_bytes or footprint.weight_bytes(self._baked.folders[self.part.name])
-        held = footprint.running_bytes(backend, precision, weights)
-        if plugins.runtime(backend).held_mapped is None:
-            return held, None
-        return held, footprint.running_bytes(backend, precision, weights, mapped=True)
+        folder, backend = self._baked.folders[self.part.name], self._entry.backend
+        predict = partial(
+            footprint.running_bytes,
+            backend,
+            self._entry.precision,
+            self._entry.weight_bytes or footprint.weight_bytes(folder),
+            convolution_bytes=footprint.convolution_bytes(folder),
+        )
+        can_map = plugins.runtime(backend).held_mapped is not None
+        return predict(), predict(mapped=True) if can_map else None
 
     @property
     def need(self) -> Need:
@@ -79,7 +83,9 @@ class Station:
     def decoding_bytes(self, config: Mapping[str, Any], height: int, width: int) -> int | None:
         """Predict the activations of a picture of this size in pixels, where the component knows them."""
         found = self.part.component.activations(config, 1, height, width) if self._on_cpu else None
-        return found and footprint.activation_bytes(self._entry.backend, self._entry.precision, found)
+        if found is None:
+            return None
+        return footprint.activation_bytes(self._entry.backend, self._entry.precision, found)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         runtime = self._opened()
