@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from .. import footprint, plugins
+from ..memory import give_back
 from .offload import Need, stage_of
 from .opening import Baked, open_part, port_from_dict
 
@@ -107,7 +107,7 @@ class Station:
         """Close it to make room; modules refer to themselves in circles, so they go when the collector runs."""
         self.close()
         self.unloaded += 1
-        gc.collect()
+        give_back()
 
     def close(self) -> None:
         if self.runtime is not None:

@@ -37,6 +37,7 @@ CASES = {
     "VAE decoder": {
         "config": "SD_VAE",
         "component": "autoencoder_kl:VaeDecoder",
+        "weights": ("decoder.", "post_quant_conv."),
         "sizes": {"batch": 1, "height": 48, "width": 48, "sequence": 1},
     },
 }
@@ -164,7 +165,11 @@ def _source(case: dict[str, Any], work: Path, precision: str) -> Path:
 
 
 def _weight_bytes(case: dict[str, Any], work: Path, precision: str) -> int:
-    return sum(file.stat().st_size for file in _source(case, work, precision).glob("*.safetensors"))
+    """Sum the weights that the part has: of those in the file, by the beginnings of their names."""
+    from bakeoff.weights import Checkpoint
+
+    entries = Checkpoint.open(_source(case, work, precision)).entries
+    return sum(entry.length for name, entry in entries.items() if name.startswith(case.get("weights", ("",))))
 
 
 if __name__ == "__main__":
