@@ -41,6 +41,8 @@ class PartFiles:
 class Runtime(ABC):
     """One opened part. Registered under the entry points `bakeoff.runtimes`.
 
+    What it takes of memory (`held`, `live_maps`…) is measured by `make bench-memory`, on a CPU.
+
     `run` promises that the returned tensors are the caller's (no later run changes them), that inputs are never
     written, and that floats come back as float32.
     """

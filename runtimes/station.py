@@ -38,6 +38,8 @@ class Station:
         """Whether it is to open with its weights left in their files."""
         self.unloaded = 0
         """How often it was closed to make room."""
+        self.pieces: dict[str, Any] = {}
+        """How the last batch was cut for it: pictures one at a time (`slicing`), tiles' side in pixels (`tiling`)."""
         self._told: dict[str, Any] | None = None
 
     @property
@@ -51,7 +53,10 @@ class Station:
     def configuration(self) -> dict[str, Any] | None:
         """What the runtime read back when it was last open; None if it never was."""
         told = self.runtime.configuration if self.runtime else self._told
-        return None if told is None else {**told, "unloaded": self.unloaded}
+        if told is None:
+            return None
+        lossy = [*told.get("lossy", ()), *(["tiling"] if self.pieces.get("tiling") else ())]
+        return {**told, **self.pieces, "unloaded": self.unloaded, "lossy": lossy}
 
     @cached_property
     def _on_cpu(self) -> bool:

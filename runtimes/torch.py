@@ -30,7 +30,9 @@ class TorchRuntime(Runtime):
 
     options: ClassVar[frozenset[str]] = frozenset({"compile", "attention_slicing"})
     held: ClassVar[Mapping[str, float]] = {"fp32": 0.02, "bf16": 0.02}
-    held_mapped: ClassVar[Mapping[str, float] | None] = {"fp32": 0.02, "bf16": 0.02}
+    held_mapped: ClassVar[Mapping[str, float] | None] = held
+    live_maps: ClassVar[Mapping[str, float]] = {"fp32": 16, "bf16": 10}
+    live_scores: ClassVar[float] = 0
     devices: ClassVar[tuple[str, ...]] = ("cuda", "rocm", "xpu", "mps", "cpu")
 
     @classmethod

@@ -167,10 +167,12 @@ def test_tiles_are_diffusers_own(baked, in_tiles, recipe):
             PROMPTS[0], seeds=3, steps=2, guidance_scale=1.0, image=picture(), strength=0.5, size=(96, 128)
         )
         assert not engine.pipeline.vae.use_tiling
+        told = engine.configuration["vae_decoder"]
     assert worst(text.images, in_tiles[True]["text"]) >= 45
     assert worst(image.images, in_tiles[True]["image"]) >= 45
     assert worst(text.images, in_tiles[False]["text"]) < 45, "tiling did nothing"
     assert any("lossy" in note for note in text.notes)
+    assert (told["tiling"], told["lossy"]) == (64, ["tiling"])
 
 
 def test_tiles_come_where_one_picture_would_not_fit(baked, in_tiles, monkeypatch):
