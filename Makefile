@@ -46,7 +46,7 @@ bench-export: $(READY)  ## Peak memory, seconds and bytes of full-size exports (
 bench-memory: $(READY)  ## Anonymous memory of opened full-size parts, by backend (25 GB of disk, half an hour).
 	$(BIN)/python -P docs/benchmarks/running_memory.py docs/benchmarks/running_memory.json
 
-bench-attention: $(READY)  ## Attention slicing and token merging in torch: seconds, memory, distance (2 GB of disk, ten minutes).
+bench-attention: $(READY)  ## Attention slicing and token merging in torch: seconds, memory, distance (4 GB of disk, ten minutes).
 	$(BIN)/python -P docs/benchmarks/torch_attention.py docs/benchmarks/torch_attention.json
 
 families: $(READY)  ## The table of docs/families.md: every pipeline with every backend.
