@@ -9,7 +9,7 @@ GENAI_READY := .venv-genai/.ready
 SDCPP_BIN := .venv-sdcpp/bin
 SDCPP_READY := .venv-sdcpp/.ready
 
-.PHONY: demo test test-all test-interop test-interop-sdcpp lint bench bench-engine bench-export bench-shapes bench-statistics families shapes clean
+.PHONY: demo test test-all test-interop test-interop-sdcpp lint bench bench-attention bench-engine bench-export bench-memory bench-shapes bench-statistics families shapes clean
 
 demo: $(READY)  ## Export the embedded model for each backend, generate, compare.
 	$(BIN)/bakeoff demo -o demo
@@ -42,6 +42,12 @@ bench-engine: $(READY)  ## What the engine costs over a loop written by hand (tw
 
 bench-export: $(READY)  ## Peak memory, seconds and bytes of full-size exports (20 GB of disk, half an hour).
 	$(BIN)/python -P docs/benchmarks/export_memory.py docs/benchmarks/export_memory.json
+
+bench-memory: $(READY)  ## Anonymous memory of opened full-size parts, by backend (25 GB of disk, half an hour).
+	$(BIN)/python -P docs/benchmarks/running_memory.py docs/benchmarks/running_memory.json
+
+bench-attention: $(READY)  ## Attention slicing and token merging in torch: seconds, memory, distance (4 GB of disk, ten minutes).
+	$(BIN)/python -P docs/benchmarks/torch_attention.py docs/benchmarks/torch_attention.json
 
 families: $(READY)  ## The table of docs/families.md: every pipeline with every backend.
 	rm -f build/families.json && mkdir -p build

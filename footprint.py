@@ -20,9 +20,17 @@ if TYPE_CHECKING:
 
 KEPT_SHARE = 0.1
 """Share of the available memory that predictions may not use."""
+_CONVOLUTION = 4
 
 
-def running_bytes(backend: str, precision: str, weight_bytes: Mapping[str, int], *, mapped: bool = False) -> int:
+def running_bytes(
+    backend: str,
+    precision: str,
+    weight_bytes: Mapping[str, int],
+    *,
+    mapped: bool = False,
+    convolution_bytes: int | None = None,
+) -> int:
     """Predict the anonymous memory that one opened part holds.
 
     Args:
@@ -30,8 +38,10 @@ def running_bytes(backend: str, precision: str, weight_bytes: Mapping[str, int],
         precision: as in recipes, such as `fp32`.
         weight_bytes: dtype as torch spells it -> bytes of weights in it, as the manifest has them.
         mapped: opened with `offload=mapped`, where the runtime can.
+        convolution_bytes: how many of them are convolutions', which a runtime may lay out anew; None: maybe all.
     """
-    return plugins.runtime(backend).held_bytes(precision, weight_bytes, mapped=mapped)
+    runtime = plugins.runtime(backend)
+    return runtime.held_bytes(precision, weight_bytes, mapped=mapped, convolution_bytes=convolution_bytes)
 
 
 def activation_bytes(backend: str, precision: str, activations: Activations) -> int:
@@ -53,3 +63,11 @@ def weight_bytes(folder: Path) -> dict[str, int]:
             totals[dtype] = totals.get(dtype, 0) + entry.length
         return totals
     return {"": sum(file.stat().st_size for file in folder.iterdir() if file.is_file() and file.suffix != ".json")}
+
+
+def convolution_bytes(folder: Path) -> int | None:
+    """Sum the weights of four dimensions of a part on disk; None where no safetensors tell the shapes."""
+    if not any(folder.glob("*.safetensors")):
+        return None
+    found = Checkpoint.open(folder).entries.values()
+    return sum(entry.length for entry in found if len(entry.shape) == _CONVOLUTION)

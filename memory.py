@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import importlib
 import json
 import os
@@ -40,6 +43,16 @@ def available_bytes() -> int:
         return min(free, limit - used + int(counts.get("inactive_file", 0)))
     except (OSError, ValueError):
         return free
+
+
+def give_back() -> None:
+    """Collect what is unreachable, and have the C library return freed memory to the system, where it is glibc.
+
+    Freed blocks under 32 MB stay with the process otherwise: of a closed part in bfloat16, nearly all.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass

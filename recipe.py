@@ -53,6 +53,9 @@ class Placement:
         if not isinstance(self.token_merging, int | float) or not 0 <= self.token_merging <= _MOST_MERGED:
             message = f"got token_merging = {self.token_merging!r}, expected a share from 0 to {_MOST_MERGED}"
             raise RecipeError(message)
+        if self.compile and (self.attention_slicing is not None or self.token_merging):
+            message = "got compile with attention_slicing or token_merging, expected one or the other: they change what is compiled"
+            raise RecipeError(message, fix="leave out compile")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,7 +67,7 @@ def _check_count(name: str, value: object, other: str = "") -> None:
         raise RecipeError(message)
 
 
-def _check_word(name: str, value: object, known: Iterable[str]) -> None:
+def _check_word(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         message = unknown(f"value of {name}:", str(value), known)
         raise RecipeError(message)

@@ -85,7 +85,7 @@ def merge_tokens(module: nn.Module, ratio: float) -> bool:
     """
     if not ratio:
         return False
-    found = [each for each in module.modules() if type(each).__name__ in _MERGING]
+    found: list[Any] = [each for each in module.modules() if type(each).__name__ in _MERGING]
     for each in found:
         _tomesd().apply_patch(each, ratio=ratio, max_downsample=_finest_attention(each.config), use_rand=False)
     return bool(found)

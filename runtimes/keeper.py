@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from .. import footprint
-from .offload import Decision, Decoding, decide, make_room
+from .offload import VAE_STAGE, Decision, Decoding, decide, make_room
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -36,7 +36,7 @@ class Keeper:
     @contextlib.contextmanager
     def batch(self, pipeline: Any, request: Request) -> Iterator[None]:  # noqa: ANN401 - some Diffusers pipeline
         """Decide what to do about memory for one batch; the VAE's own switches are as they were afterwards."""
-        vae = getattr(pipeline, "vae", None)
+        vae: Any = getattr(pipeline, "vae", None)
         if not hasattr(vae, "use_tiling"):
             self._decide(request)
             yield
@@ -45,10 +45,15 @@ class Keeper:
         decision = self._decide(request, tile)
         before = vae.use_slicing, vae.use_tiling
         vae.use_slicing, vae.use_tiling = before[0] or decision.slicing, before[1] or decision.tiling
-        if vae.use_tiling and max(request.height, request.width) > tile:
+        tiled = vae.use_tiling and max(request.height, request.width) > tile
+        sliced = vae.use_slicing and len(request.prompts) > 1
+        if tiled:
             self.notes.append(f"the VAE works in tiles of {tile} pixels: lossy, seams may show")
-        if vae.use_slicing and len(request.prompts) > 1:
+        if sliced:
             self.notes.append("the VAE works on one picture at a time")
+        for station in self._stations.values():
+            if station.need.stage == VAE_STAGE:
+                station.pieces = {"slicing": sliced, "tiling": tile if tiled else None}
         try:
             yield
         finally:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from ..components.family import Part
     from ..recipe import Placement
 
+VAE_STAGE = "vae"
+
 
 @dataclass(frozen=True)
 class Need:
@@ -50,7 +52,7 @@ def stage_of(part: Part) -> str:
     """Return when a part runs: text encoders first, a ControlNet in turn with the UNet, the VAE before and after."""
     if part.module.startswith("text_encoder"):
         return "text"
-    return "vae" if part.module == "vae" else "denoising"
+    return VAE_STAGE if part.module == "vae" else "denoising"
 
 
 def decide(placement: Placement, needs: Sequence[Need], decoding: Decoding | None, usable_bytes: int) -> Decision:
@@ -75,7 +77,7 @@ def decide(placement: Placement, needs: Sequence[Need], decoding: Decoding | Non
     mapped = _mapped(placement, needs, room if unload else None)
     if placement.offload == "auto":
         notes += [_mapped_note(need, room, mapped) for need in needs if unload and need.held_bytes > room]
-    left = room - sum(_held(need, mapped) for need in needs if need.stage == "vae" or not unload)
+    left = room - sum(_held(need, mapped) for need in needs if need.stage == VAE_STAGE or not unload)
     slicing, tiling = _decoding(placement, decoding, left)
     return Decision(unload, mapped, slicing, tiling, tuple(notes))
 

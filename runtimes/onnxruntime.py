@@ -38,8 +38,9 @@ class OnnxRuntime(Runtime):
     """
 
     reads_ports: ClassVar[bool] = True
-    held: ClassVar[Mapping[str, float]] = {"fp32": 1.05}
-    held_mapped: ClassVar[Mapping[str, float] | None] = {"fp32": 0.05}
+    held: ClassVar[Mapping[str, float]] = {"fp32": 1.1}
+    held_mapped: ClassVar[Mapping[str, float] | None] = {"fp32": 0.02}
+    live_maps: ClassVar[Mapping[str, float]] = {"fp32": 25}
     options: ClassVar[frozenset[str]] = frozenset({"provider"})
     devices: ClassVar[tuple[str, ...]] = tuple(_PROVIDERS)
 

@@ -9,6 +9,8 @@ from ..hardware import Availability, choose_device, usable_cores
 from .runtime import PartFiles, Runtime
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from ..recipe import Placement
@@ -21,6 +23,8 @@ _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 
 class OpenVINORuntime(Runtime):
     reads_ports: ClassVar[bool] = True
+    held: ClassVar[Mapping[str, float]] = {"fp32": 1.1, "bf16": 1.2}
+    live_maps: ClassVar[Mapping[str, float]] = {"fp32": 17, "bf16": 12}
     devices: ClassVar[tuple[str, ...]] = ("gpu", "cpu", "npu")
 
     @classmethod

@@ -41,6 +41,8 @@ class PartFiles:
 class Runtime(ABC):
     """One opened part. Registered under the entry points `bakeoff.runtimes`.
 
+    What it takes of memory (`held`, `live_maps`…) is measured by `make bench-memory`, on a CPU.
+
     `run` promises that the returned tensors are the caller's (no later run changes them), that inputs are never
     written, and that floats come back as float32.
     """
@@ -71,8 +73,15 @@ class Runtime(ABC):
         return choose_device(placement.device, cls.devices, cls.__name__)[0]
 
     @classmethod
-    def held_bytes(cls, precision: str, weight_bytes: Mapping[str, int], *, mapped: bool = False) -> int:
-        """Predict the anonymous memory that an opened part holds; `weight_bytes` by dtype."""
+    def held_bytes(
+        cls,
+        precision: str,
+        weight_bytes: Mapping[str, int],
+        *,
+        mapped: bool = False,
+        convolution_bytes: int | None = None,  # noqa: ARG003 - most treat all weights alike
+    ) -> int:
+        """Predict the anonymous memory that an opened part holds; arguments as of `footprint.running_bytes`."""
         factors = cls.held_mapped if mapped and cls.held_mapped is not None else cls.held
         return round(factors.get(precision, 1.0) * sum(weight_bytes.values()))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from .. import footprint, plugins
+from ..memory import give_back
 from .offload import Need, stage_of
 from .opening import Baked, open_part, port_from_dict
 
@@ -38,6 +38,8 @@ class Station:
         """Whether it is to open with its weights left in their files."""
         self.unloaded = 0
         """How often it was closed to make room."""
+        self.pieces: dict[str, Any] = {}
+        """How the last batch was cut for it: pictures one at a time (`slicing`), tiles' side in pixels (`tiling`)."""
         self._told: dict[str, Any] | None = None
 
     @property
@@ -51,7 +53,10 @@ class Station:
     def configuration(self) -> dict[str, Any] | None:
         """What the runtime read back when it was last open; None if it never was."""
         told = self.runtime.configuration if self.runtime else self._told
-        return None if told is None else {**told, "unloaded": self.unloaded}
+        if told is None:
+            return None
+        lossy = [*told.get("lossy", ()), *(["tiling"] if self.pieces.get("tiling") else ())]
+        return {**told, **self.pieces, "unloaded": self.unloaded, "lossy": lossy}
 
     @cached_property
     def _on_cpu(self) -> bool:
@@ -64,12 +69,16 @@ class Station:
         """Predicted bytes of host memory, and those with mapped weights; nothing for parts on another device."""
         if not self._on_cpu:
             return 0, None
-        backend, precision = self._entry.backend, self._entry.precision
-        weights = self._entry.weight_bytes or footprint.weight_bytes(self._baked.folders[self.part.name])
-        held = footprint.running_bytes(backend, precision, weights)
-        if plugins.runtime(backend).held_mapped is None:
-            return held, None
-        return held, footprint.running_bytes(backend, precision, weights, mapped=True)
+        folder, backend = self._baked.folders[self.part.name], self._entry.backend
+        predict = partial(
+            footprint.running_bytes,
+            backend,
+            self._entry.precision,
+            self._entry.weight_bytes or footprint.weight_bytes(folder),
+            convolution_bytes=footprint.convolution_bytes(folder),
+        )
+        can_map = plugins.runtime(backend).held_mapped is not None
+        return predict(), predict(mapped=True) if can_map else None
 
     @property
     def need(self) -> Need:
@@ -79,7 +88,9 @@ class Station:
     def decoding_bytes(self, config: Mapping[str, Any], height: int, width: int) -> int | None:
         """Predict the activations of a picture of this size in pixels, where the component knows them."""
         found = self.part.component.activations(config, 1, height, width) if self._on_cpu else None
-        return found and footprint.activation_bytes(self._entry.backend, self._entry.precision, found)
+        if found is None:
+            return None
+        return footprint.activation_bytes(self._entry.backend, self._entry.precision, found)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         runtime = self._opened()
@@ -101,7 +112,7 @@ class Station:
         """Close it to make room; modules refer to themselves in circles, so they go when the collector runs."""
         self.close()
         self.unloaded += 1
-        gc.collect()
+        give_back()
 
     def close(self) -> None:
         if self.runtime is not None:

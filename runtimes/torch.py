@@ -29,8 +29,10 @@ class TorchRuntime(Runtime):
     """
 
     options: ClassVar[frozenset[str]] = frozenset({"compile", "attention_slicing"})
-    held: ClassVar[Mapping[str, float]] = {"fp32": 0.05, "bf16": 0.6}
-    held_mapped: ClassVar[Mapping[str, float] | None] = {"fp32": 0.05, "bf16": 0.05}
+    held: ClassVar[Mapping[str, float]] = {"fp32": 0.02, "bf16": 0.02}
+    held_mapped: ClassVar[Mapping[str, float] | None] = held
+    live_maps: ClassVar[Mapping[str, float]] = {"fp32": 16, "bf16": 10}
+    live_scores: ClassVar[float] = 0
     devices: ClassVar[tuple[str, ...]] = ("cuda", "rocm", "xpu", "mps", "cpu")
 
     @classmethod
@@ -40,14 +42,27 @@ class TorchRuntime(Runtime):
         return super().serves(option, config)
 
     @classmethod
-    def held_bytes(cls, precision: str, weight_bytes: Mapping[str, int], *, mapped: bool = False) -> int:
-        """Weights of another float dtype than the precision's are converted: their copies are held whole."""
+    def held_bytes(
+        cls,
+        precision: str,
+        weight_bytes: Mapping[str, int],
+        *,
+        mapped: bool = False,
+        convolution_bytes: int | None = None,
+    ) -> int:
+        """Count what is copied: weights of another float dtype, and convolutions where they are laid out anew."""
         target = _DTYPES[precision]
-        fitting = {dtype: size for dtype, size in weight_bytes.items() if dtype not in _WIDTHS or dtype == target}
-        copied = [
-            size * _WIDTHS[target] // _WIDTHS[dtype] for dtype, size in weight_bytes.items() if dtype not in fitting
+        total = sum(weight_bytes.values())
+        kept = sum(size for dtype, size in weight_bytes.items() if dtype == target or dtype not in _WIDTHS)
+        converted = [
+            size * _WIDTHS[target] // _WIDTHS[dtype]
+            for dtype, size in weight_bytes.items()
+            if dtype != target and dtype in _WIDTHS
         ]
-        return super().held_bytes(precision, fitting, mapped=mapped) + sum(copied)
+        laid_out = 0
+        if precision == "bf16" and not mapped:
+            laid_out = kept if convolution_bytes is None else min(kept, convolution_bytes)
+        return super().held_bytes(precision, {"": total}, mapped=mapped) + laid_out + sum(converted)
 
     @classmethod
     def probe(cls) -> Availability:

@@ -11,6 +11,17 @@ def allocate(megabytes):
     return int(block.sum() >> 20)
 
 
+def allocate_and_free():
+    """Free small blocks below one that is held: they stay with the process."""
+    import torch
+
+    blocks = [torch.ones(1 << 14) for _ in range(4000)]
+    del blocks[:-1]
+    freed = memory.rss_bytes("RssAnon")
+    memory.give_back()
+    return [freed, memory.rss_bytes("RssAnon")]
+
+
 def fail():
     message = "got this"
     raise InputError(message, fix="type that")
@@ -44,3 +55,8 @@ def test_a_childs_error_is_ours(here):
 def test_a_childs_death_is_said(here):
     with pytest.raises(BakeoffError, match="signal 9"):
         memory.in_child("test_memory:die", {}, extra_path=here)
+
+
+def test_freed_memory_is_given_back(here):
+    (freed, after), _ = memory.in_child("test_memory:allocate_and_free", {}, extra_path=here)
+    assert freed - after > 200 << 20

@@ -63,6 +63,7 @@ def test_toml():
         ("torch:fp32+attention_slicing=0", "whole number from 1 or auto"),
         ("torch:fp32+token_merging=0.9", "from 0 to 0.75"),
         ("torch:fp32+token_merging=half", "from 0 to 0.75"),
+        ("torch:fp32+compile+token_merging=0.5", "one or the other"),
         ("torch:fp32+offload=part", "Did you mean 'parts'"),
         ("torch:fp32+vae_tiling", "Known: auto, off, on"),
     ],

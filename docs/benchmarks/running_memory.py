@@ -6,12 +6,17 @@ stay mapped from their file are no anonymous memory: the kernel can drop their p
 
 `opened` is what is held after opening and one run at the smallest size, `opening` the peak until then, and `running`
 the peak of a run at the full size over `opened`: activations. Runtimes take their factors from this record.
+
+`pipelines` has the peak of a whole picture, two steps at 256×256, over what the process had before: the SD 1.5 UNet and
+the VAE decoder in ONNX Runtime, and a small text encoder of the UNet's width in torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -19,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bakeoff
 from bakeoff.hardware import describe
 from bakeoff.memory import Watch, in_child, rss_bytes
 
@@ -37,6 +43,7 @@ CASES = {
     "VAE decoder": {
         "config": "SD_VAE",
         "component": "autoencoder_kl:VaeDecoder",
+        "weights": ("decoder.", "post_quant_conv."),
         "sizes": {"batch": 1, "height": 48, "width": 48, "sequence": 1},
     },
 }
@@ -95,26 +102,68 @@ def run_here(component: str, folder: str, backend: str, precision: str, sizes: d
     }
 
 
+def generate_here(folder: str, offload: str) -> Any:  # noqa: ANN401 - JSON
+    """Make a picture in this process; return the peak over what it had before, in bytes, and seconds."""
+    bakeoff.load(folder, device="cpu", threads=1, offload="none").close()  # imports what is needed
+    before = rss_bytes("RssAnon")
+    started = time.perf_counter()
+    with Watch() as watch, bakeoff.load(folder, device="cpu", threads=1, offload=offload) as engine:
+        made = engine.generate("a large red circle", seeds=1, steps=2, size=(256, 256))
+    return {
+        "peak_bytes": watch.peak.anon_bytes - before,
+        "seconds": round(time.perf_counter() - started, 1),
+        "pixels_sha256": hashlib.sha256(made.images.tobytes()).hexdigest()[:16],
+        "notes": made.notes,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("record", type=Path)
     parser.add_argument("--work", type=Path, help="folder for weights and exports, 25 GB; a temporary one by default")
     parser.add_argument("--keep", action="store_true", help="keep what is in --work, and use what is there")
     options = parser.parse_args()
-    rows = json.loads(options.record.read_text())["rows"] if options.record.exists() else []
-    done = {(row["module"], row["backend"], row["precision"], row["mapped"]) for row in rows}
+    found = json.loads(options.record.read_text()) if options.record.exists() else {}
+    record: dict[str, Any] = {
+        "machine": describe(),
+        "command": "make bench-memory",
+        "rows": [],
+        "pipelines": {},
+        **found,
+    }
+    done = {(row["module"], row["backend"], row["precision"], row["mapped"]) for row in record["rows"]}
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:
         work = options.work if options.keep else Path(temporary)
         for title, case in CASES.items():
             for backend, precision, mapped in ARMS:
                 if (title, backend, precision, mapped) not in done:
-                    rows.append(_measure(title, case, work, backend, precision, mapped))
-                    record = {"machine": describe(), "command": "make bench-memory", "rows": rows}
+                    record["rows"].append(_measure(title, case, work, backend, precision, mapped))
                     options.record.write_text(json.dumps(record, indent=1) + "\n")
-            if not options.keep:
-                shutil.rmtree(work)
-                work.mkdir()
-    print(json.dumps(rows, indent=1))
+        for offload in [each for each in ("none", "parts", "mapped") if each not in record["pipelines"]]:
+            arguments = {"folder": str(_pipeline(work)), "offload": offload}
+            record["pipelines"][offload], _ = in_child("running_memory:generate_here", arguments, extra_path=str(HERE))
+            options.record.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+
+
+def _pipeline(work: Path) -> Path:
+    """Return a folder with the UNet and the decoder as ONNX, and the rest of `shapes` at the UNet's width."""
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    folder, shapes = work / "pipeline", Path(bakeoff.__file__).parent / "models" / "shapes"
+    if folder.exists():
+        return folder
+    shutil.copytree(shapes, folder, ignore=shutil.ignore_patterns("unet", "vae", "text_encoder", "training.json"))
+    config = CLIPTextConfig.from_pretrained(
+        shapes / "text_encoder", hidden_size=768, intermediate_size=3072, num_attention_heads=12
+    )
+    torch.manual_seed(0)
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    for title, name in (("SD 1.5 UNet", "unet"), ("VAE decoder", "vae_decoder")):
+        made = _made(CASES[title], work, "onnx", "fp32")
+        shutil.copytree(made, folder / name, copy_function=os.link)
+    return folder
 
 
 def _measure(title: str, case: dict[str, Any], work: Path, backend: str, precision: str, mapped: bool) -> Any:  # noqa: ANN401, FBT001
@@ -164,7 +213,11 @@ def _source(case: dict[str, Any], work: Path, precision: str) -> Path:
 
 
 def _weight_bytes(case: dict[str, Any], work: Path, precision: str) -> int:
-    return sum(file.stat().st_size for file in _source(case, work, precision).glob("*.safetensors"))
+    """Sum the weights that the part has: of those in the file, by the beginnings of their names."""
+    from bakeoff.weights import Checkpoint
+
+    entries = Checkpoint.open(_source(case, work, precision)).entries
+    return sum(entry.length for name, entry in entries.items() if name.startswith(case.get("weights", ("",))))
 
 
 if __name__ == "__main__":
