@@ -65,14 +65,14 @@ _HOME = "$BAKEOFF_HOME"
 
 def portable(folder: Path) -> str:
     """Return a folder's name for a record, which others read: what lies in our home is said relative to it."""
-    from ..source import home
+    from ..home import home
 
     return f"{_HOME}/{folder.relative_to(home())}" if folder.is_relative_to(home()) else str(folder)
 
 
 def local(name: str) -> Path:
     """Return the folder that a record names."""
-    from ..source import home
+    from ..home import home
 
     return home() / name.removeprefix(f"{_HOME}/") if name.startswith(f"{_HOME}/") else Path(name).resolve()
 
@@ -94,8 +94,8 @@ def bake(model: str, recipe: str) -> dict[str, Any]:
     import time
 
     from ..bake import export, plan
+    from ..home import home
     from ..recipe import read
-    from ..source import home
 
     wanted, placement = read(recipe)
     target = home() / "artifacts" / plan(model, wanted).key[:20]
