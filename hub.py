@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,23 +94,39 @@ def snapshot(
         UsageError: two revisions were given.
         SourceError: the hub doesn't give it, and the cache doesn't have it.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import IncompleteSnapshotError
-
     name, _, pinned = model.partition("@")
     if pinned and revision and pinned != revision:
         message = f"got the revisions {pinned!r} and {revision!r} of {name}"
         raise UsageError(message, fix=f"give one: {name}@{revision}")
     revision = revision or pinned or None
     try:
-        folder = snapshot_download(
-            name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted, local_files_only=cached
-        )
-    except IncompleteSnapshotError as error:
-        return _snapshot(name, error.snapshot_path, partial=True)
+        return _download(name, revision, wanted, unwanted, cached=cached)
     except Exception as error:
         raise _in_our_words(name, revision, error) from error
-    return _snapshot(name, folder)
+
+
+def _download(
+    model: str, revision: str | None, wanted: Sequence[str], unwanted: Sequence[str], *, cached: bool
+) -> Located:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=list(wanted),
+            ignore_patterns=list(unwanted),
+            local_files_only=cached,
+        )
+    except IncompleteSnapshotError as error:
+        return _snapshot(model, error.snapshot_path, partial=True)
+    except LocalEntryNotFoundError:
+        if not cached:  # of a commit that it knows, it insists on every file
+            with suppress(LocalEntryNotFoundError):
+                return _download(model, revision, wanted, unwanted, cached=True)
+        raise
+    return _snapshot(model, folder)
 
 
 def _snapshot(model: str, folder: str, *, partial: bool = False) -> Located:
@@ -129,11 +146,12 @@ def _in_our_words(model: str, revision: str | None, error: Exception) -> SourceE
     if isinstance(error, errors.RepositoryNotFoundError):
         message = f"the hub has no model {model}, or a private one that it doesn't show you"
         return SourceError(message, fix=f"look at {page} for the name; if the model is private: hf auth login")
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+    refused = isinstance(error.__cause__, errors.HfHubHTTPError)
+    if isinstance(error, errors.LocalEntryNotFoundError) and not refused:
         which = f"the hub model {model}" + (f" at {revision}" if revision else "")
         why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub can't be reached"
         command = f"hf download {model}" + (f" --revision {revision}" if revision else "")
         message = f"{which} is not in the cache ({constants.HF_HUB_CACHE}), and {why}"
         return SourceError(message, fix=f"fetch it where there is a network: {command}")
-    message = f"the hub model {model} couldn't be had: {error}"
+    message = f"the hub model {model} couldn't be had: {error.__cause__ if refused else error}"
     return SourceError(message, fix=f"look at {page}")

@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import shutil
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from .weights import SAFETENSORS_DTYPES, Entry, as_bytes, read_header, write_ent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
 
     from torch import Tensor
 

@@ -232,6 +232,9 @@ def _locate(model: str, revision: str | None) -> hub.Located:
         return hub.Located(model, Path(__file__).parent / "models" / model)
     if path.is_dir():
         return hub.Located(model, path)
+    if path.suffix == ".safetensors":
+        message = f"no file {model}"
+        raise SourceError(message, fix=f"ls {path.parent}")
     if "/" not in model:
         raise SourceError(unknown("model", model, EMBEDDED), fix="or give a Diffusers folder, or a hub id: owner/name")
     if not hub.is_id(model):

@@ -32,6 +32,10 @@ SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfl
 TORCH_DTYPES = {short: name for name, short in SAFETENSORS_DTYPES.items()}
 _NAMES = ("diffusion_pytorch_model", "model")
 _PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
+_CONVERT = (
+    'convert once: python -c "from diffusers import DiffusionPipeline as P; '
+    "P.from_pretrained('MODEL', use_safetensors=False).save_pretrained('MODEL-safe')\""
+)
 WEIGHT_MODES = ("auto", "link", "copy")
 
 
@@ -121,11 +125,10 @@ def _find(folder: Path) -> tuple[Path, ...]:
         message = f"{folder} has its weights only as pickles ({', '.join(pickles)}), which can run code when opened"
         raise PickleError(
             message,
-            fix='if you trust them, convert once: python -c "from diffusers import DiffusionPipeline as P; '
-            "P.from_pretrained('MODEL', use_safetensors=False).save_pretrained('MODEL-safe')\"",
+            fix=f"if you trust them, {_CONVERT}",
         )
     message = f"no safetensors weights in {folder}"
-    raise SourceError(message)
+    raise SourceError(message, fix=f"download or copy it whole; if its author has pickles alone, {_CONVERT}")
 
 
 def _shards(index: Path) -> list[str]:

@@ -41,14 +41,16 @@ def prompts(name: str, count: int) -> list[tuple[str, str]]:
     return found[:count]
 
 
-def write_latents(model: str, ids: list[str], height: int | None, width: int | None, file: str) -> dict[str, Any]:
+def write_latents(
+    model: str, ids: list[str], height: int | None, width: int | None, file: str, config: str | None = None
+) -> dict[str, Any]:
     """Draw each prompt's latents, unit normal float32, from a CPU generator of its own; runs in a child process."""
     import numpy as np
 
     from ..runtimes.request import row_generator
     from ..source import Source
 
-    source = Source.open(model)
+    source = Source.open(model, config=config)
     configs = {part.module: source.config(part.module) for part in source.parts}
     size = source.family.default_size(configs) if height is None or width is None else (height, width)
     shape = source.family.latent_shape(configs, len(ids), *size)
@@ -89,7 +91,7 @@ def found(folder: str) -> dict[str, Any]:
     return {"folder": str(path), "placement": {}, "bytes": size}
 
 
-def bake(model: str, recipe: str) -> dict[str, Any]:
+def bake(model: str, recipe: str, config: str | None = None) -> dict[str, Any]:
     """Export a recipe into the home folder, by key, unless it is there; runs in a child process."""
     import time
 
@@ -98,11 +100,11 @@ def bake(model: str, recipe: str) -> dict[str, Any]:
     from ..recipe import read
 
     wanted, placement = read(recipe)
-    target = home() / "artifacts" / plan(model, wanted).key[:20]
+    target = home() / "artifacts" / plan(model, wanted, config=config).key[:20]
     present = target.is_dir()
     started = time.perf_counter()
     target.parent.mkdir(parents=True, exist_ok=True)
-    manifest = export(model, target, wanted).manifest
+    manifest = export(model, target, wanted, config=config).manifest
     export_s = None if present else time.perf_counter() - started
     return {"folder": portable(target), "placement": placement.as_dict(), "export_s": export_s, **_told(manifest)}
 

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bakeoff.bake import export, plan, why_rebuild
+from bakeoff.bench.work import write_latents
+from bakeoff.cli import main
 from bakeoff.recipe import parse
 from bakeoff.runtimes.engine import load
 from bakeoff.source import Source
@@ -135,8 +139,8 @@ def vae(folder, prefix="first_stage_model."):
         if "attentions" in new:
             table = {"mid_block.attentions.0": "mid.attn_1", "group_norm": "norm", "to_out.0": "proj_out", "to_": ""}
             new = replaced(new, table)
-            tensor = tensor[:, :, None, None] if tensor.dim() == 2 else tensor
-        found[prefix + new] = tensor
+        convolution = "attentions" in name and tensor.dim() == 2
+        found[prefix + new] = tensor[:, :, None, None] if convolution else tensor
     return found
 
 
@@ -271,7 +275,7 @@ def unprojected(folder, saved):
     return copy
 
 
-@pytest.mark.parametrize("family", ["stable-diffusion", "stable-diffusion-xl", "z-image"])
+@pytest.mark.parametrize("family", ["stable-diffusion", "stable-diffusion-xl"])
 def test_the_picture_is_the_folders(tiny, saved, tmp_path, family):
     folder = tiny(family)
     file = saved(WHOLE[family](folder))
@@ -283,3 +287,148 @@ def test_the_picture_is_the_folders(tiny, saved, tmp_path, family):
     assert source["config"] == {"id": str(folder), "revision": None}
     assert np.array_equal(picture(tmp_path / "a"), picture(tmp_path / "b"))
     assert not why_rebuild(artifact, plan(str(file), TORCH, config=str(folder)))
+
+
+def test_every_command_takes_the_config(tiny, saved, tmp_path, capsys):
+    file = saved(
+        {f"model.diffusion_model.{name}": tensor for name, tensor in weights(tiny("z-image"), "transformer").items()}
+    )
+    names = [str(file), "--config", str(tiny("z-image")), "--recipe", "torch:fp32"]
+    assert main(["export", *names, "-o", str(tmp_path / "out")]) == 0
+    assert main(["why-rebuild", str(tmp_path / "out"), *names]) == 0
+    assert "up to date" in capsys.readouterr().out
+    source = ["--source", str(file), "--config", str(tiny("z-image"))]
+    assert main(["verify", "--parity", str(tmp_path / "out"), *source]) == 0
+    size = {"height": 64, "width": 64, "config": str(tiny("z-image"))}
+    drawn = write_latents(str(file), ["a"], file=str(tmp_path / "latents.npy"), **size)
+    assert drawn["family"] == "z-image"
+
+
+def test_it_is_converted_once_and_keeps_its_dtype(tiny, saved, configs):
+    folder = tiny("stable-diffusion")
+    half = {name: tensor.half() for name, tensor in unet(folder).items()}
+    file = saved({**half, **vae(folder), **clip(folder)})
+    source = Source.open(str(file), config=str(configs(folder)))
+    assert source.checkpoint("unet").float_dtypes == {"F16"}
+    assert source.checkpoint("vae").float_dtypes == {"F32"}
+    before = source.path("unet").stat().st_mtime_ns
+    assert Source.open(str(file), config=str(folder)).path("unet").stat().st_mtime_ns == before
+    assert source.path("unet").is_relative_to(home() / "converted")
+
+
+def test_plain_fp8_becomes_bf16_which_holds_it(tiny, saved):
+    folder = tiny("z-image")
+    tensors = z_image_transformer(folder)
+    source = Source.open(str(saved(tensors, torch.float8_e4m3fn)), config=str(folder))
+    written = load_file(source.checkpoint("transformer").files[0])
+    for name, tensor in weights(folder, "transformer").items():
+        assert torch.equal(written[name], tensor.to(torch.float8_e4m3fn).bfloat16())
+
+
+def test_a_transformer_under_diffusers_own_names(tiny, saved):
+    folder = tiny("flux")
+    source = Source.open(str(saved(weights(folder, "transformer"))), config=str(folder))
+    assert source.origins["file"]["modules"] == ["transformer"]
+    assert source.path("text_encoder_2") == folder / "text_encoder_2"
+
+
+def test_a_file_beside_a_text_encoder_of_its_own(tiny, saved, configs):
+    """Files for ComfyUI hold a text encoder or not; what they lack is named."""
+    folder = tiny("stable-diffusion-xl")
+    file = saved({**unet(folder), **clip(folder, prefix="conditioner.embedders.0.transformer.")})
+    assert set(Source.open(str(file), config=str(folder)).origins["file"]["modules"]) == {"unet", "text_encoder"}
+    with pytest.raises(SourceError, match="holds text_encoder, unet alone.*no safetensors for text_encoder_2, vae"):
+        Source.open(str(file), config=str(configs(folder)))
+
+
+def test_the_likely_config_is_named_if_the_cache_lacks_it(tiny, saved):
+    file = saved(unet(tiny("stable-diffusion")))
+    with pytest.raises(SourceError, match="those of stable-diffusion-v1-5/stable-diffusion-v1-5 fit it") as caught:
+        Source.open(str(file))
+    assert caught.value.fix.startswith("add --config stable-diffusion-v1-5/stable-diffusion-v1-5")
+
+
+def test_the_likely_config_is_taken_if_the_cache_has_it(tiny, saved, configs, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    folder = tiny("stable-diffusion")
+    storage = tmp_path / "hub" / "models--stable-diffusion-v1-5--stable-diffusion-v1-5"
+    (storage / "refs").mkdir(parents=True)
+    (storage / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(configs(folder), storage / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    source = Source.open(str(saved(WHOLE["stable-diffusion"](folder))))
+    about = {"id": "stable-diffusion-v1-5/stable-diffusion-v1-5", "revision": "0" * 40}
+    assert source.origins["config"] == about
+    with pytest.raises(SourceError, match="holds unet alone"):  # and offline the rest can't be fetched
+        Source.open(str(saved(unet(folder))), config=about["id"])
+
+
+def broken(tensors):
+    """Return tensors that don't fit, or aren't to be read, and what is said of them."""
+    lacking = {name: tensor for name, tensor in tensors.items() if "input_blocks.0.0.bias" not in name}
+    conv = "model.diffusion_model.input_blocks.0.0.weight"
+    wide = {**tensors, conv: tensors[conv].repeat(1, 2, 1, 1)}
+    return {
+        "lacks 1 of the 208 tensors of .*unet, such as conv_in.bias": lacking,
+        r"has conv_in.weight of \(32, 8, 3, 3\), .*unet expects \(32, 4, 3, 3\)": wide,
+        "holds none of text_encoder, unet, vae": {"lora_unet_x.alpha": torch.ones(1)},
+        "quantized in a way": {**tensors, f"{conv}_scale": torch.ones(1), "scaled_fp8": torch.ones(0)},
+        "quantized.*it has model.diffusion_model.input": {**tensors, conv: tensors[conv].to(torch.uint8)},
+        "predicts v": {**tensors, "v_pred": torch.ones(0)},
+    }
+
+
+def test_what_does_not_fit_is_said_and_leaves_nothing(tiny, saved):
+    folder = tiny("stable-diffusion")
+    before = sorted((home() / "converted").glob("*"))
+    for says, tensors in broken(unet(folder)).items():
+        with pytest.raises(SourceError, match=says) as caught:
+            Source.open(str(saved(tensors)), config=str(folder))
+        assert caught.value.fix
+    assert sorted((home() / "converted").glob("*")) == before
+
+
+def test_a_damaged_transformer_is_not_replaced_by_the_configs(tiny, saved):
+    folder = tiny("stable-diffusion-3")
+    tensors = sd3_transformer(folder)
+    del tensors["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"]
+    with pytest.raises(SourceError, match="lacks 'joint_blocks.0.x_block.attn.qkv.weight'"):
+        Source.open(str(saved(tensors)), config=str(folder))
+
+
+def test_no_pickle_is_opened_and_the_way_to_convert_one_works(tiny, saved, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"state_dict": {"a": Payload()}}, tmp_path / "bad.ckpt")
+    shutil.copy(tmp_path / "bad.ckpt", tmp_path / "bad.safetensors")
+    for name, error in (("bad.ckpt", PickleError), ("bad.safetensors", SourceError)):
+        with pytest.raises(error):
+            Source.open(str(tmp_path / name), config=str(tiny("stable-diffusion")))
+    assert not (tmp_path / "ran").exists()
+    expected = unet(tiny("stable-diffusion"))
+    torch.save({"state_dict": expected, "step": 3}, tmp_path / "good.ckpt")
+    with pytest.raises(PickleError) as caught:
+        Source.open(str(tmp_path / "good.ckpt"))
+    command = caught.value.fix.partition("convert it: python -c ")[2].strip('"')
+    subprocess.run([sys.executable, "-P", "-c", command], check=True, cwd=tmp_path)
+    assert torch.equal(load_file(tmp_path / "good.safetensors")[min(expected)], expected[min(expected)])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "error", "says"),
+    [
+        ("model.gguf", {}, SourceError, "expected a .safetensors checkpoint"),
+        ("model.safetensors", {"config": "./nowhere"}, SourceError, "no folder ./nowhere"),
+        ("model.safetensors", {"revision": "main"}, UsageError, "isn't on the hub"),
+        ("gone.safetensors", {}, SourceError, "no file"),
+        ("", {"config": "x"}, UsageError, "leave out --config"),
+    ],
+)
+def test_calls_that_cannot_be_meant(tmp_path, name, arguments, error, says):
+    for file in ("model.gguf", "model.safetensors"):
+        (tmp_path / file).write_bytes(b"nothing")
+    with pytest.raises(error, match=says):
+        Source.open(str(tmp_path / name), **arguments)
