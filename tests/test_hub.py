@@ -61,7 +61,7 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self.refuse(404, "RevisionNotFound")
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815 - the name that the server looks for
 
     def listed(self, file):
         name = file.relative_to(self.server.folder).as_posix()
@@ -69,14 +69,14 @@ class Hub(BaseHTTPRequestHandler):
             "type": "file",
             "path": name,
             "size": file.stat().st_size,
-            "oid": hashlib.sha1(name.encode()).hexdigest(),
+            "oid": hashlib.sha256(name.encode()).hexdigest()[:40],
         }
 
     def send_file(self, file, gated):
         if gated:
             self.refuse(403, "GatedRepo")
         else:
-            etag = hashlib.sha1(str(file).encode()).hexdigest()
+            etag = hashlib.sha256(str(file).encode()).hexdigest()[:40]
             self.answer(file.read_bytes(), {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
 
     def refuse(self, status, code):
