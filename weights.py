@@ -71,8 +71,8 @@ class Checkpoint:
 
     @property
     def single_file(self) -> str:
-        """Name of the file that would hold all of it: the first one's, without the number of a shard."""
-        return self.files[0].name.partition("-000")[0].partition(".safetensors")[0] + ".safetensors"
+        """Name of the file that would hold all of it: the first one's, without the number of a shard or a variant."""
+        return self.files[0].name.partition("-000")[0].partition(".")[0] + ".safetensors"
 
     @property
     def nbytes(self) -> int:

@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bakeoff import single_file
+from bakeoff.artifact import Artifact
 from bakeoff.bake import export, plan, why_rebuild
 from bakeoff.bench.work import write_latents
 from bakeoff.cli import main
 from bakeoff.errors import PickleError, SourceError, UsageError
 from bakeoff.home import home
+from bakeoff.parity import source_of
 from bakeoff.recipe import parse
 from bakeoff.runtimes.engine import load
 from bakeoff.source import Source
@@ -295,11 +298,37 @@ def test_every_command_takes_the_config(tiny, saved, tmp_path, capsys):
     assert main(["export", *names, "--no-prove", "-o", str(tmp_path / "out")]) == 0
     assert main(["why-rebuild", str(tmp_path / "out"), *names]) == 0
     assert "up to date" in capsys.readouterr().out
-    source = ["--source", str(file), "--config", str(tiny("z-image"))]
-    assert main(["verify", "--parity", str(tmp_path / "out"), *source]) == 0
+    opened = source_of(Artifact.open(tmp_path / "out"), str(file), str(tiny("z-image")))
+    assert opened.path("transformer").is_relative_to(home() / "converted")
     size = {"height": 64, "width": 64, "config": str(tiny("z-image"))}
     drawn = write_latents(str(file), ["a"], file=str(tmp_path / "latents.npy"), **size)
     assert drawn["family"] == "z-image"
+
+
+@pytest.mark.slow
+def test_an_export_of_it_is_proved(tiny, saved, tmp_path):
+    names = [str(saved(unet(tiny("stable-diffusion")))), "--config", str(tiny("stable-diffusion"))]
+    assert main(["export", *names, "--recipe", "torch:fp32", "-o", str(tmp_path / "out")]) == 0
+    assert Artifact.open(tmp_path / "out").manifest.proved
+    shutil.rmtree(tmp_path / "out" / "proof")
+    assert main(["export", *names, "--recipe", "torch:fp32", "-o", str(tmp_path / "new"), "--no-prove"]) == 0
+    assert main(["verify", "--parity", str(tmp_path / "new"), "--source", *names]) == 0
+    assert Artifact.open(tmp_path / "new").manifest.proved
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion-xl", "stable-diffusion-3", "z-image"])
+def test_next_to_nothing_is_copied_into_memory(tiny, saved, family):
+    folder = tiny(family)
+    source = Source.open(str(folder))
+    mapped = single_file._mapped(saved(WHOLE[family](folder)))
+    spans = [(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in mapped.values()]
+    for module in single_file.convert(saved(WHOLE[family](folder)), folder, source.index, source.modules):
+        expected = single_file._expected(folder / module, *source.index[module])
+        with single_file._uncopied():
+            named = single_file._diffusers_names(mapped, folder / module, source.index[module][1], expected)
+        found = single_file._named(named, expected).values()
+        copied = [each for each in found if not any(start <= each.data_ptr() < end for start, end in spans)]
+        assert sum(each.nbytes for each in copied) <= 0.1 * sum(each.nbytes for each in found)
 
 
 def test_it_is_converted_once_and_keeps_its_dtype(tiny, saved, configs):
