@@ -191,6 +191,8 @@ def _export(options: argparse.Namespace) -> None:
     if placement.as_dict() != type(placement)().as_dict():
         _say("note: @device, +compile, +threads and +provider are given when an artifact is loaded; ignored here")
     with Steps() as progress:
+        if Path(options.model).suffix == ".safetensors":
+            progress(f"reading {options.model}, which is hashed and converted once")
         artifact = export(
             options.model,
             options.output,

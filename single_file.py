@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from .artifact import staged
-from .errors import PickleError, ResourceError, SourceError
+from .errors import ArtifactError, PickleError, ResourceError, SourceError
 from .home import home, remembered_sha256
 from .weights import SAFETENSORS_DTYPES, Entry, as_bytes, read_header, write_entries
 
@@ -102,14 +102,22 @@ def convert(file: Path, config: Path, index: Mapping[str, Any], modules: Iterabl
         _refuse_scaled(file)
         _refuse_other_prediction(file, config)
         _check_room(file, target)
-        with staged(target, replace_existing=False) as folder:
-            tensors = _mapped(file)
-            for module in modules:
-                _convert(tensors, file, config / module, index[module], folder / module)
-            if not any(folder.iterdir()):
-                message = f"{file} holds none of {', '.join(modules)}, which a {index['_class_name']} consists of"
-                raise SourceError(message, fix="give a whole checkpoint, or the --config of its own pipeline")
+        try:
+            _convert_all(file, config, {module: index[module] for module in modules}, target)
+        except ArtifactError:
+            if not target.is_dir():  # else another process was quicker
+                raise
     return {module: target / module for module in modules if (target / module).is_dir()}
+
+
+def _convert_all(file: Path, config: Path, modules: Mapping[str, tuple[str, str]], target: Path) -> None:
+    tensors = _mapped(file)
+    with staged(target, replace_existing=False) as folder:
+        for module, class_name in modules.items():
+            _convert(tensors, file, config / module, class_name, folder / module)
+        if not any(folder.iterdir()):
+            message = f"{file} holds none of the modules of {config}: {', '.join(modules)}"
+            raise SourceError(message, fix="give a whole checkpoint, or the --config of its own pipeline")
 
 
 def _key(file: Path, config: Path, modules: Iterable[str]) -> str:

@@ -156,7 +156,7 @@ def clip(folder, module="text_encoder", prefix="cond_stage_model.transformer."):
 
 def open_clip(folder, module="text_encoder_2", prefix="conditioner.embedders.1.model."):
     tensors = fused(clip(folder, module, ""), ("q_proj", "k_proj", "v_proj"), "in_proj")
-    projection = tensors.pop("text_projection.weight").T.contiguous()
+    projection = tensors.pop("text_projection.weight", torch.eye(64)).T.contiguous()
     found = {"text_projection": projection} | {replaced(name, OPEN_CLIP): tensor for name, tensor in tensors.items()}
     return {prefix + name.replace(".self_attn.in_proj.", ".attn.in_proj_"): tensor for name, tensor in found.items()}
 
@@ -359,6 +359,32 @@ def test_a_transformer_under_diffusers_own_names(tiny, saved):
     assert source.path("text_encoder_2") == folder / "text_encoder_2"
 
 
+def comfy(folder):
+    """Text encoders and VAE as ComfyUI keeps them beside a transformer."""
+    found = {f"vae.{name}": tensor for name, tensor in vae(folder, "").items()}
+    if folder.name.startswith("flux"):
+        t5xxl = {f"text_encoders.t5xxl.transformer.{k}": v for k, v in weights(folder, "text_encoder_2").items()}
+        return {**found, **t5xxl, **clip(folder, prefix="text_encoders.clip_l.transformer.")}
+    prefix = "text_encoders.qwen3_4b.transformer.model."
+    return {**found, **{prefix + name: tensor for name, tensor in weights(folder, "text_encoder").items()}}
+
+
+@pytest.mark.parametrize("family", ["flux", "z-image"])
+def test_text_encoders_and_vae_may_be_in_it(tiny, saved, configs, family):
+    folder = tiny(family)
+    transformer = z_image_transformer(folder) if family == "z-image" else weights(folder, "transformer")
+    source = Source.open(str(saved({**transformer, **comfy(folder)})), config=str(configs(folder)))
+    for module in source.modules:
+        assert source.hashes(module) == Source.open(str(folder)).hashes(module)
+
+
+def test_stable_diffusion_2_has_openclips_text_encoder(tiny, saved, configs):
+    folder = tiny("stable-diffusion")
+    file = saved({**unet(folder), **vae(folder), **open_clip(folder, "text_encoder", "cond_stage_model.model.")})
+    source = Source.open(str(file), config=str(configs(folder)))
+    assert source.hashes("text_encoder") == Source.open(str(folder)).hashes("text_encoder")
+
+
 def test_a_file_beside_a_text_encoder_of_its_own(tiny, saved, configs):
     """Files for ComfyUI hold a text encoder or not; what they lack is named."""
     folder = tiny("stable-diffusion-xl")
@@ -399,7 +425,7 @@ def broken(tensors):
     return {
         "lacks 1 of the 208 tensors of .*unet, such as conv_in.bias": lacking,
         r"has conv_in.weight of \(32, 8, 3, 3\), .*unet expects \(32, 4, 3, 3\)": wide,
-        "holds none of text_encoder, unet, vae": {"lora_unet_x.alpha": torch.ones(1)},
+        "holds none of the modules of .*: text_encoder, unet, vae": {"lora_unet_x.alpha": torch.ones(1)},
         "quantized in a way": {**tensors, f"{conv}_scale": torch.ones(1), "scaled_fp8": torch.ones(0)},
         "quantized.*it has model.diffusion_model.input": {**tensors, conv: tensors[conv].to(torch.uint8)},
         "predicts v": {**tensors, "v_pred": torch.ones(0)},
