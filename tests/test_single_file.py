@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from bakeoff import single_file
 from bakeoff.artifact import Artifact
 from bakeoff.bake import export, plan, why_rebuild
-from bakeoff.bench.work import write_latents
+from bakeoff.bench.work import bake, local, write_latents
 from bakeoff.cli import main
 from bakeoff.errors import PickleError, SourceError, UsageError
 from bakeoff.home import home
@@ -303,6 +303,8 @@ def test_every_command_takes_the_config(tiny, saved, tmp_path, capsys):
     size = {"height": 64, "width": 64, "config": str(tiny("z-image"))}
     drawn = write_latents(str(file), ["a"], file=str(tmp_path / "latents.npy"), **size)
     assert drawn["family"] == "z-image"
+    made = bake(str(file), "null:fp32", config=str(tiny("z-image")))
+    assert Artifact.open(local(made["folder"])).manifest.source["file"]["modules"] == ["transformer"]
 
 
 @pytest.mark.slow
