@@ -75,11 +75,14 @@ def plan(
     recipe: Recipe,
     *,
     revision: str | None = None,
+    config: str | None = None,
     weights: str = "auto",
     loras: Sequence[str] = (),
     controlnet: str | None = None,
 ) -> Plan:
-    """Resolve model and recipe, hash what decides the result, and predict memory and disk. Writes nothing.
+    """Resolve model and recipe, hash what decides the result, and predict memory and disk.
+
+    Writes nothing but the modules of a single-file checkpoint that wasn't converted before.
 
     Raises:
         SourceError: the model can't be had.
@@ -87,7 +90,7 @@ def plan(
     """
     if weights not in WEIGHT_MODES:
         raise UsageError(unknown("weights mode", weights, WEIGHT_MODES))
-    source = _open(model, revision, controlnet)
+    source = Source.open(model, revision, "controlnet" if controlnet else None, controlnet or "", config)
     merged = tuple(Lora.open(text, source) for text in loras)
     parts = recipe.resolve(part.name for part in source.parts)
     for name, part_recipe in parts.items():
@@ -104,10 +107,6 @@ def plan(
         key_fields={"parts": {name: key_of(part) for name, part in fields.items()}, "host": host},
         part_fields=fields,
     )
-
-
-def _open(model: str, revision: str | None, controlnet: str | None) -> Source:
-    return Source.open(model, revision, "controlnet", controlnet) if controlnet else Source.open(model, revision)
 
 
 def _check_backend(part: str, recipe: PartRecipe) -> None:
@@ -198,6 +197,7 @@ def export(
     recipe: Recipe,
     *,
     revision: str | None = None,
+    config: str | None = None,
     weights: str = "auto",
     prove: bool = True,
     force: bool = False,
@@ -212,10 +212,11 @@ def export(
     taken from the artifacts in `reuse`.
 
     Args:
-        model: a Diffusers folder, a hub id, or `shapes`.
+        model: a Diffusers folder, a hub id, a single-file checkpoint, or `shapes`.
         output: the artifact's folder.
         recipe: what to bake.
         revision: of a hub model.
+        config: of a single-file checkpoint: folder or hub id with its tokenizers, scheduler and configs.
         weights: `auto`, `link` or `copy`: how weights that needn't change come into the folder.
         prove: run each part against eager fp32 before the artifact counts as made.
         force: replace what is at `output`.
@@ -228,7 +229,7 @@ def export(
         BakeoffError: with the fix; nothing is left at `output` then.
     """
     target = Path(output)
-    planned = plan(model, recipe, revision=revision, weights=weights, loras=loras, controlnet=controlnet)
+    planned = plan(model, recipe, revision=revision, config=config, weights=weights, loras=loras, controlnet=controlnet)
     sweep(target)
     present = None if force else _present(target, planned.key)
     if present is not None:
@@ -391,7 +392,7 @@ def _write_manifest(planned: Plan, folder: Path, entries: dict[str, PartEntry]) 
         family=source.family.name,
         pipeline=source.index["_class_name"],
         variant=source.variant,
-        source={"id": source.id, "revision": source.revision}
+        source={"id": source.id, "revision": source.revision, **source.origins}
         | ({"loras": [{"file": lora.file.name, **lora.fields} for lora in planned.loras]} if planned.loras else {}),
         recipe={"asked": to_dict(planned.recipe), "resolved": {n: r.as_dict() for n, r in planned.parts.items()}},
         hardware=None,

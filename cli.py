@@ -153,6 +153,7 @@ def _plan(options: argparse.Namespace) -> None:
         options.model,
         _recipe(options)[0],
         revision=options.revision,
+        config=options.config,
         weights=options.weights,
         loras=options.lora,
         controlnet=options.controlnet,
@@ -162,7 +163,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _add_source(command: argparse.ArgumentParser) -> None:
     """Add what says which model is baked into what."""
-    command.add_argument("model", help="a Diffusers folder, a hub id, or: shapes")
+    command.add_argument("model", help="a Diffusers folder, a hub id, a .safetensors checkpoint, or: shapes")
     _add_recipe(command)
     command.add_argument(
         "--weights",
@@ -183,11 +184,20 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
         help="backend:precision, parts that differ after commas (openvino:bf16,vae_decoder=torch:fp32), or a .toml file",
     )
     command.add_argument("--revision", help="revision of a hub model")
+    _add_config(command)
     command.add_argument(
         "--timestep",
         choices=("ecosystem", "f32"),
         default="ecosystem",
         help="f32: a float timestep port in OpenVINO UNets, for schedulers with fractional timesteps",
+    )
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config",
+        metavar="DIR",
+        help="of a .safetensors checkpoint: Diffusers folder or hub id with its tokenizers, scheduler and configs",
     )
 
 
@@ -216,11 +226,14 @@ def _export(options: argparse.Namespace) -> None:
     if placement.as_dict() != type(placement)().as_dict():
         _say(f"note: @device, +{', +'.join(LOAD_OPTIONS)} are given when an artifact is loaded; ignored here")
     with Steps() as progress:
+        if Path(options.model).suffix == ".safetensors":
+            progress(f"reading {options.model}, which is hashed and converted once")
         artifact = export(
             options.model,
             options.output,
             recipe,
             revision=options.revision,
+            config=options.config,
             weights=options.weights,
             prove=not options.no_prove,
             force=options.force,
@@ -279,6 +292,7 @@ def _add_verify(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
     command.add_argument("folder", type=Path)
     command.add_argument("--parity", action="store_true", help="prove each part against what eager fp32 gave, too")
     command.add_argument("--source", help="the model, to record what eager fp32 gives if the artifact has no record")
+    _add_config(command)
     command.set_defaults(run=_verify)
     return command
 
@@ -291,7 +305,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.parity and not problems:
         from . import parity
 
-        source = parity.source_of(artifact, options.source) if options.source else None
+        source = parity.source_of(artifact, options.source, options.config) if options.source else None
         artifact = parity.prove_in_place(artifact, source)
     if options.json:
         _print_json({"folder": str(options.folder), "problems": problems, "proof": artifact.manifest.proof})
@@ -335,7 +349,12 @@ def _why_rebuild(options: argparse.Namespace) -> None:
 
     artifact = Artifact.open(options.folder)
     planned = plan(
-        options.model, _recipe(options)[0], revision=options.revision, weights=options.weights, loras=options.lora
+        options.model,
+        _recipe(options)[0],
+        revision=options.revision,
+        config=options.config,
+        weights=options.weights,
+        loras=options.lora,
     )
     reasons = why_rebuild(artifact, planned)
     if options.json:

@@ -143,13 +143,13 @@ def obstacle(artifact: Artifact, source: Source | None) -> str | None:
     return None
 
 
-def source_of(artifact: Artifact, model: str) -> Source:
+def source_of(artifact: Artifact, model: str, config: str | None = None) -> Source:
     """Open the model that an artifact was made from.
 
     Raises:
         SourceError: it is another model, or LoRAs were added to it.
     """
-    source = Source.open(model)
+    source = Source.open(model, config=config)
     for name, entry in artifact.manifest.parts.items():
         if "loras" in entry.key_fields:
             message = f"{artifact.folder} has LoRAs baked into its {name}, which {source.folder} doesn't have"

@@ -1,18 +1,18 @@
-"""Where a model comes from: `shapes`, a Diffusers folder, or a hub id."""
+"""Where a model comes from: `shapes`, a Diffusers folder, a hub id, or a single-file checkpoint."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import plugins
-from .errors import PickleError, SourceError, UsageError, unknown
-from .weights import Checkpoint, sha256
+from . import hub, plugins, single_file
+from .errors import SourceError, UsageError, unknown
+from .home import remembered_sha256
+from .variants import plainly_named
+from .weights import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,33 +32,43 @@ class Source:
     folder: Path
     family: Family
     elsewhere: Mapping[str, Path] = field(default_factory=dict)
-    """Modules that come from another folder: a ControlNet given beside the pipeline, one that LoRAs were merged into."""
+    """Modules that come from another folder: a ControlNet given beside the pipeline, what a single file was converted
+    to, one that LoRAs were merged into."""
     variant: str | None = None
+    origins: Mapping[str, Any] = field(default_factory=dict)
+    """What else it was made from, for the manifest: the single file and its config, the ControlNet."""
 
     @classmethod
-    def open(cls, model: str, revision: str | None = None, variant: str | None = None, module: str = "") -> Source:
+    def open(
+        cls,
+        model: str,
+        revision: str | None = None,
+        variant: str | None = None,
+        module: str = "",
+        config: str | None = None,
+    ) -> Source:
         """Find a model and its family.
 
         Args:
-            model: `shapes`, a Diffusers folder, or a hub id.
+            model: `shapes`, a Diffusers folder, a hub id (owner/name or owner/name@revision), or a single-file
+                checkpoint in safetensors.
             revision: of a hub model.
             variant: of the family, such as `controlnet`.
             module: the folder or hub id of the module that the variant is named after.
+            config: of a single file: a Diffusers folder or a hub id with its tokenizers, scheduler and configs.
 
         Raises:
             SourceError: it isn't there, or isn't a pipeline that bakeoff knows.
             PickleError: it is a pickle.
         """
-        folder, found_revision = _locate(model, revision)
-        family = family_of(folder)
-        if variant is None:
-            return cls(model, found_revision, folder, family)
-        if variant not in family.variants:
-            message = f"{family.name} takes no {variant}"
-            having = [each.name for each in plugins.families() if variant in each.variants]
-            raise UsageError(message, fix=f"families with one: {', '.join(having)}")
-        beside = {variant: _module_folder(variant, module)}
-        return cls(model, found_revision, folder, family.variant(variant), beside, variant)
+        if model not in EMBEDDED and Path(model).expanduser().is_file():
+            source = _of_file(model, revision, config)
+        elif config:
+            message = f"got the config {config} for {model}, which is no single file and has its own"
+            raise UsageError(message, fix="leave out --config")
+        else:
+            source = _of_folder(_locate(model, revision))
+        return _with_variant(source, variant, module) if variant else source
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -99,23 +109,96 @@ class Source:
     def hashes(self, module: str) -> dict[str, str]:
         """Return the sha256 of a module's config and weight files, by name."""
         files = [self.path(module) / "config.json", *self.checkpoint(module).files]
-        return {file.name: _HashCache.of(file) for file in files}
+        return {file.name: remembered_sha256(file) for file in files}
 
 
-def _module_folder(name: str, module: str) -> Path:
+def _of_folder(found: hub.Located) -> Source:
+    """Open a Diffusers folder, the user's or the hub's snapshot."""
+    source = Source(found.model, found.revision, found.folder, family_of(found.folder))
+    lacking = [module for module in source.modules if hub.lacks(found.folder / module)]
+    if found.partial and lacking:
+        message = f"the cache has {found.model} without the weights of {', '.join(lacking)}; the hub can't be asked"
+        command = f"hf download {found.model} --revision {found.revision}"
+        raise SourceError(message, fix=f"fetch it where there is a network: {command}")
+    return replace(source, elsewhere={module: plainly_named(found.folder / module) for module in source.modules})
+
+
+def _of_file(model: str, revision: str | None, config: str | None) -> Source:
+    """Open a single file: its modules are converted, what it lacks comes from the config's folder."""
+    file = Path(model).expanduser()
+    single_file.check(file)
+    if revision:
+        message = f"got the revision {revision!r} for the file {model}, which isn't on the hub"
+        raise UsageError(message, fix="leave out --revision; that of its config is said with it: --config owner/name@…")
+    located = _locate_config(model, config)
+    source = Source(model, None, located.folder, family_of(located.folder))
+    converted = single_file.convert(file, located.folder, source.index, source.modules)
+    others = {module: located.folder / module for module in source.modules if module not in converted}
+    if located.revision and any(hub.lacks(folder) for folder in others.values()):
+        hub.fetch_weights(located, others)
+    lacking = [module for module, folder in others.items() if hub.lacks(folder)]
+    if lacking:
+        message = (
+            f"{model} holds {', '.join(converted)} alone, and its config {located.model} has no safetensors for "
+            f"{', '.join(lacking)} (in {located.folder})"
+        )
+        raise SourceError(message, fix="give a whole pipeline's folder or hub id as --config")
+    about = {"name": file.name, "sha256": remembered_sha256(file), "modules": sorted(converted)}
+    return replace(
+        source,
+        elsewhere={**{module: plainly_named(folder) for module, folder in others.items()}, **converted},
+        origins={"file": about, "config": {"id": located.model, "revision": located.revision}},
+    )
+
+
+def _locate_config(model: str, config: str | None) -> hub.Located:
+    """Find the folder with a single file's configs: the one that is given, or the likely one if the cache has it."""
+    if config and Path(config).expanduser().is_dir():
+        return hub.Located(config, Path(config).expanduser())
+    if config and not hub.is_id(config):
+        message = f"no folder {config} for the config"
+        raise SourceError(message, fix="give a Diffusers folder, or a hub id: owner/name")
+    if config:
+        return hub.fetch_configs(config)
+    likely = single_file.likely_config(Path(model).expanduser())
+    try:
+        return hub.fetch_configs(likely, cached=True)
+    except SourceError as error:
+        message = f"{model} has no tokenizers, scheduler and configs of its own; by its keys those of {likely} fit it"
+        raise SourceError(message, fix=f"add --config {likely} to fetch them, or --config FOLDER") from error
+
+
+def _with_variant(source: Source, variant: str, module: str) -> Source:
+    """Add the module that a variant of the family is named after."""
+    family = source.family
+    if variant not in family.variants:
+        message = f"{family.name} takes no {variant}"
+        having = [each.name for each in plugins.families() if variant in each.variants]
+        raise UsageError(message, fix=f"families with one: {', '.join(having)}")
+    found = _locate_module(variant, module)
+    return replace(
+        source,
+        family=family.variant(variant),
+        elsewhere={**source.elsewhere, variant: plainly_named(found.folder)},
+        variant=variant,
+        origins={**source.origins, variant: {"id": found.model, "revision": found.revision}},
+    )
+
+
+def _locate_module(name: str, module: str) -> hub.Located:
     """Find a module of its own: a folder with `config.json` and weights, or a hub id."""
     path = Path(module).expanduser()
     if path.is_dir():
-        folder = path
-    elif module.count("/") == 1 and not module.startswith((".", "/", "~")):
-        folder, _ = _from_hub(module, None)
+        found = hub.Located(module, path)
+    elif hub.is_id(module):
+        found = hub.fetch(module)
     else:
         message = f"no folder {module} for the {name}"
         raise SourceError(message, fix=f"give a Diffusers {name} folder, or a hub id: owner/name")
-    if not (folder / "config.json").is_file():
-        message = f"{folder} is no {name}: it has no config.json"
+    if not (found.folder / "config.json").is_file():
+        message = f"{found.folder} is no {name}: it has no config.json"
         raise SourceError(message, fix="give the folder that holds config.json and the safetensors")
-    return folder
+    return found
 
 
 def parts_of(family: Family, index: dict[str, Any]) -> tuple[Part, ...]:
@@ -140,56 +223,24 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _locate(model: str, revision: str | None) -> tuple[Path, str | None]:
+def _locate(model: str, revision: str | None) -> hub.Located:
     path = Path(model).expanduser()
     if revision and (model in EMBEDDED or path.exists()):
         message = f"got the revision {revision!r} for {model}, which isn't on the hub"
         raise UsageError(message, fix="leave out --revision")
     if model in EMBEDDED:
-        return Path(__file__).parent / "models" / model, None
+        return hub.Located(model, Path(__file__).parent / "models" / model)
     if path.is_dir():
-        return path, None
-    if path.is_file():
-        if path.suffix in {".ckpt", ".pt", ".pth", ".bin", ".pkl"}:
-            message = f"{model} is a pickle, which can run code when it is opened: bakeoff never opens one"
-            raise PickleError(
-                message, fix="get the .safetensors version of this checkpoint, or convert it where you trust it"
-            )
-        message = f"got the file {model}, expected a Diffusers folder, a hub id or {EMBEDDED[0]!r}"
-        raise SourceError(
-            message,
-            fix="convert it to a Diffusers folder with StableDiffusionPipeline.from_single_file(…).save_pretrained(…)",
-        )
+        return hub.Located(model, path)
+    if path.suffix == ".safetensors":
+        message = f"no file {model}"
+        raise SourceError(message, fix=f"ls {path.parent}")
     if "/" not in model:
         raise SourceError(unknown("model", model, EMBEDDED), fix="or give a Diffusers folder, or a hub id: owner/name")
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if not hub.is_id(model):
         message = f"no folder {model}; expected a Diffusers folder, a hub id (owner/name) or {EMBEDDED[0]!r}"
         raise SourceError(message, fix=f"bakeoff export {EMBEDDED[0]} -o DIR --recipe onnx:fp32")
-    return _from_hub(model, revision)
-
-
-def _from_hub(model: str, revision: str | None) -> tuple[Path, str]:
-    """Fetch safetensors and configs, no code and no pickles; the snapshot's folder names its revision."""
-    from huggingface_hub import snapshot_download
-
-    patterns = [
-        "model_index.json",
-        "config.json",
-        "diffusion_pytorch_model*.safetensors*",
-        "*/*.json",
-        "*/*.txt",
-        "*/*.jinja",
-        "*/*.model",
-        "*/*.safetensors",
-    ]
-    unwanted = ["safety_checker/*", "*.fp16.*", "*.non_ema.*", "*.onnx*"]
-    try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=unwanted))
-    except Exception as error:
-        message = f"the hub model {model} couldn't be had: {error}"
-        fix = f"look at https://huggingface.co/{model} (accept its terms if it asks), then: hf auth login"
-        raise SourceError(message, fix=fix) from error
-    return folder, folder.name
+    return hub.fetch(model, revision)
 
 
 def family_of(folder: Path) -> Family:
@@ -209,30 +260,3 @@ def family_of(folder: Path) -> Family:
     known = sorted(name for family in plugins.families() for name in family.pipelines.values())
     message = f"{folder} is a {name}; known pipelines: {', '.join(known)}"
     raise SourceError(message, fix="add its family: one file in components/families, see the README")
-
-
-def home() -> Path:
-    """Return `$BAKEOFF_HOME`, by default `~/.cache/bakeoff`."""
-    return Path(os.environ.get("BAKEOFF_HOME") or Path.home() / ".cache" / "bakeoff")
-
-
-class _HashCache:
-    """Hashes of source files, remembered by path, inode, size and time of change."""
-
-    @staticmethod
-    def of(file: Path) -> str:
-        stat = file.resolve().stat()
-        key = f"{file.resolve()}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}"
-        store = home() / "hashes.json"
-        try:
-            known: dict[str, str] = json.loads(store.read_text())
-        except (OSError, ValueError):
-            known = {}
-        if key not in known:
-            known[key] = sha256(file)
-            with contextlib.suppress(OSError):  # what can't be remembered is hashed again
-                store.parent.mkdir(parents=True, exist_ok=True)
-                partial = store.with_suffix(f".partial-{os.getpid()}")
-                partial.write_text(json.dumps(known, indent=0))
-                partial.replace(store)
-        return known[key]

@@ -30,6 +30,10 @@ SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfl
 TORCH_DTYPES = {short: name for name, short in SAFETENSORS_DTYPES.items()}
 _NAMES = ("diffusion_pytorch_model", "model")
 _PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
+_CONVERT = (
+    'convert once: python -c "from diffusers import DiffusionPipeline as P; '
+    "P.from_pretrained('MODEL', use_safetensors=False).save_pretrained('MODEL-safe')\""
+)
 WEIGHT_MODES = ("auto", "link", "copy")
 
 
@@ -69,8 +73,8 @@ class Checkpoint:
 
     @property
     def single_file(self) -> str:
-        """Name of the file that would hold all of it: the first one's, without the number of a shard."""
-        return self.files[0].name.partition("-000")[0].partition(".safetensors")[0] + ".safetensors"
+        """Name of the file that would hold all of it: the first one's, without the number of a shard or a variant."""
+        return self.files[0].name.partition("-000")[0].partition(".")[0] + ".safetensors"
 
     @property
     def nbytes(self) -> int:
@@ -107,11 +111,10 @@ def _find(folder: Path) -> tuple[Path, ...]:
         message = f"{folder} has its weights only as pickles ({', '.join(pickles)}), which can run code when opened"
         raise PickleError(
             message,
-            fix='if you trust them, convert once: python -c "from diffusers import DiffusionPipeline as P; '
-            "P.from_pretrained('MODEL', use_safetensors=False).save_pretrained('MODEL-safe')\"",
+            fix=f"if you trust them, {_CONVERT}",
         )
     message = f"no safetensors weights in {folder}"
-    raise SourceError(message)
+    raise SourceError(message, fix=f"download or copy it whole; if its author has pickles alone, {_CONVERT}")
 
 
 def _shards(index: Path) -> list[str]:

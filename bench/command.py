@@ -27,7 +27,8 @@ def add_bench(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argpa
     )
     command.add_argument("experiment", nargs="?", type=Path, help="a .toml file that declares it all")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder of the record")
-    command.add_argument("--model", help="a Diffusers folder, a hub id, or: shapes")
+    command.add_argument("--model", help="a Diffusers folder, a hub id, a .safetensors checkpoint, or: shapes")
+    command.add_argument("--config", metavar="DIR", help="of a .safetensors checkpoint, as for export")
     command.add_argument(
         "--arms", help="recipes and artifact folders after commas: torch:fp32,openvino:bf16@cpu,my/artifact"
     )

@@ -66,6 +66,8 @@ class Experiment:
     batch: int = 1
     scheduler: str | None = None
     """A Diffusers scheduler class, by name; by default the model's own."""
+    config: str | None = None
+    """Of a model that is a single-file checkpoint: folder or hub id with its tokenizers, scheduler and configs."""
     threads: int | None = None
     blocks: int = 5
     repetitions: int = 5

@@ -98,7 +98,8 @@ class _Run:
             file = self._folder / "latents" / f"{name}.npy"
             if name not in drawn or not file.exists():
                 self._progress(f"drawing latents for {name}")
-                arguments = {"model": point.model, "ids": ids, "height": point.height, "width": point.width}
+                size = {"height": point.height, "width": point.width}
+                arguments = {"model": point.model, "config": point.config, "ids": ids, **size}
                 drawn[name], _ = in_child("bakeoff.bench.work:write_latents", {**arguments, "file": str(file)})
                 self._write()
 
@@ -118,7 +119,7 @@ class _Run:
             if arm.folder:
                 about["artifact"], _ = in_child("bakeoff.bench.work:found", {"folder": arm.folder})
             else:
-                arguments = {"model": self._declared.model, "recipe": arm.recipe}
+                arguments = {"model": self._declared.model, "recipe": arm.recipe, "config": self._declared.config}
                 about["artifact"], peak = in_child("bakeoff.bench.work:bake", arguments)
                 about["artifact"]["export_peak_anon_bytes"] = peak.anon_bytes
         except BakeoffError as error:

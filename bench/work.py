@@ -41,14 +41,16 @@ def prompts(name: str, count: int) -> list[tuple[str, str]]:
     return found[:count]
 
 
-def write_latents(model: str, ids: list[str], height: int | None, width: int | None, file: str) -> dict[str, Any]:
+def write_latents(
+    model: str, ids: list[str], height: int | None, width: int | None, file: str, config: str | None = None
+) -> dict[str, Any]:
     """Draw each prompt's latents, unit normal float32, from a CPU generator of its own; runs in a child process."""
     import numpy as np
 
     from ..runtimes.request import row_generator
     from ..source import Source
 
-    source = Source.open(model)
+    source = Source.open(model, config=config)
     configs = {part.module: source.config(part.module) for part in source.parts}
     size = source.family.default_size(configs) if height is None or width is None else (height, width)
     shape = source.family.latent_shape(configs, len(ids), *size)
@@ -65,14 +67,14 @@ _HOME = "$BAKEOFF_HOME"
 
 def portable(folder: Path) -> str:
     """Return a folder's name for a record, which others read: what lies in our home is said relative to it."""
-    from ..source import home
+    from ..home import home
 
     return f"{_HOME}/{folder.relative_to(home())}" if folder.is_relative_to(home()) else str(folder)
 
 
 def local(name: str) -> Path:
     """Return the folder that a record names."""
-    from ..source import home
+    from ..home import home
 
     return home() / name.removeprefix(f"{_HOME}/") if name.startswith(f"{_HOME}/") else Path(name).resolve()
 
@@ -89,20 +91,20 @@ def found(folder: str) -> dict[str, Any]:
     return {"folder": str(path), "placement": {}, "bytes": size}
 
 
-def bake(model: str, recipe: str) -> dict[str, Any]:
+def bake(model: str, recipe: str, config: str | None = None) -> dict[str, Any]:
     """Export a recipe into the home folder, by key, unless it is there; runs in a child process."""
     import time
 
     from ..bake import export, plan
+    from ..home import home
     from ..recipe import read
-    from ..source import home
 
     wanted, placement = read(recipe)
-    target = home() / "artifacts" / plan(model, wanted).key[:20]
+    target = home() / "artifacts" / plan(model, wanted, config=config).key[:20]
     present = target.is_dir()
     started = time.perf_counter()
     target.parent.mkdir(parents=True, exist_ok=True)
-    manifest = export(model, target, wanted).manifest
+    manifest = export(model, target, wanted, config=config).manifest
     export_s = None if present else time.perf_counter() - started
     return {"folder": portable(target), "placement": placement.as_dict(), "export_s": export_s, **_told(manifest)}
 

@@ -235,7 +235,7 @@ class TestOpening:
         assert caught.value.fix == f"give the folder {alexnet}"
 
     def test_a_hub_that_cannot_be_reached(self):
-        with pytest.raises(SourceError, match="owner/name couldn't be had from the hub"):
+        with pytest.raises(SourceError, match="owner/name is not in the cache"):
             open_metric("clip_score", "owner/name")
 
     def test_no_pickle_is_run(self, tmp_path):

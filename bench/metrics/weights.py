@@ -6,6 +6,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
+from ... import hub
 from ...errors import PickleError, SourceError, UsageError
 
 if TYPE_CHECKING:
@@ -25,22 +26,10 @@ def located(weights: str) -> Path:
     path = Path(weights).expanduser()
     if path.is_dir():
         return path
-    if path.is_file() or weights.startswith((".", "/", "~")) or weights.count("/") != 1:
+    if path.is_file() or not hub.is_id(weights):
         message = f"got the weights {weights}, expected a folder or a hub id (owner/name)"
         raise UsageError(message, fix=f"give the folder {path.parent}" if path.is_file() else f"ls {path.parent}")
-    return _from_hub(weights)
-
-
-def _from_hub(name: str) -> Path:
-    """Fetch safetensors, configs and tokenizers, no code and no pickles."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-    except Exception as error:
-        message = f"the weights {name} couldn't be had from the hub: {error}"
-        fix = f"look at https://huggingface.co/{name} (accept its terms if it asks), then: hf auth login"
-        raise SourceError(message, fix=fix) from error
+    return hub.snapshot(weights, None, ("*.json", "*.txt", "*.safetensors")).folder
 
 
 def require(folder: Path, *files: str) -> None:
