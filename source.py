@@ -158,7 +158,7 @@ def _locate(model: str, revision: str | None) -> tuple[Path, str | None]:
         message = f"got the file {model}, expected a Diffusers folder, a hub id or {EMBEDDED[0]!r}"
         raise SourceError(
             message,
-            fix="convert it to a Diffusers folder with StableDiffusionPipeline.from_single_file(…).save_pretrained(…)",
+            fix="convert it to a Diffusers folder, with its pipeline's class: from_single_file(…).save_pretrained(…)",
         )
     if "/" not in model:
         raise SourceError(unknown("model", model, EMBEDDED), fix="or give a Diffusers folder, or a hub id: owner/name")
