@@ -60,6 +60,8 @@ class Family:
     largest_size: Callable[[Configs], int | None] = lambda _: None
     """Longest side in pixels that the model has positions for, if it is bounded."""
 
+    fewest_steps: int = 1
+    """Denoising steps that the pipeline needs."""
     library: str = "diffusers"
     """The Python module that has the pipelines' classes."""
     variants: Mapping[str, Variant] = field(default_factory=dict)
@@ -72,7 +74,7 @@ class Family:
         chosen = self.variants[name]
         return replace(self, pipelines=chosen.pipelines, parts=chosen.parts, tiny={**self.tiny, **chosen.tiny})
 
-    def pipeline_class(self, task: str) -> Any:
+    def pipeline_class(self, task: str) -> Any:  # noqa: ANN401 - some Diffusers pipeline's class
         """Return the class, such as Diffusers' own, of the pipeline for a task."""
         return getattr(importlib.import_module(self.library), self.pipelines[task])
 
