@@ -53,6 +53,10 @@ class Family:
     """The pipeline skips guidance at scales up to this one."""
     tiny: Mapping[str, tuple[str, str, Mapping[str, Any]]]
     """What a tiny pipeline is made of: name in `model_index.json` -> library, class, config (none for tokenizers)."""
+    guidance_argument: str = "guidance_scale"
+    """What the pipelines call the guidance scale."""
+    unconditional: str | None = None
+    """The negative prompt that stands for none, where the pipeline needs one to guide at all."""
     negative_prompts: bool = True
     """Whether guidance takes a negative prompt: not where the scale is an input of a distilled model."""
     only: Callable[[Configs], str | None] = lambda _: None

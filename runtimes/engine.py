@@ -251,11 +251,11 @@ class Engine:
 
         arguments = {
             "prompt": list(request.prompts),
-            "negative_prompt": None if request.negative_prompts is None else list(request.negative_prompts),
+            "negative_prompt": self._negative_prompts(request),
             "height": request.height,
             "width": request.width,
             "num_inference_steps": request.steps,
-            "guidance_scale": self._guidance(request),
+            self.family.guidance_argument: self._guidance(request),
             "output_type": "np",
             "callback_on_step_end": _step_end(callback),
             "callback": _after_step(callback),
@@ -279,11 +279,17 @@ class Engine:
             return request.guidance[0]
         return RowGuidance(request.guidance, self.family.unguided_at_most, request.latents.ndim)
 
+    def _negative_prompts(self, request: Request) -> list[str] | None:
+        if request.negative_prompts is not None:
+            return list(request.negative_prompts)
+        unguided = self.family.unconditional is None or max(request.guidance) <= self.family.unguided_at_most
+        return None if unguided else [str(self.family.unconditional)] * len(request.prompts)
+
     def _default_guidance(self, image: object, mask: object) -> float:
         task = self._task if image is None else task_of(image, mask)
         name = self.family.pipelines.get(task)
         pipeline = self.pipeline_for(task) if name else self.pipeline
-        default: float = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
+        default: float = inspect.signature(pipeline.__call__).parameters[self.family.guidance_argument].default
         return default
 
 

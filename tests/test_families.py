@@ -23,10 +23,14 @@ SIZE = (64, 96)
 STEPS = 3
 
 
-def eager(folder, steps=STEPS, **arguments):
+def eager(folder, guidance_scale, steps=STEPS, **arguments):
     """Run Diffusers' own pipeline."""
     from diffusers import DiffusionPipeline
 
+    family = Source.open(str(folder)).family
+    arguments[family.guidance_argument] = guidance_scale
+    if family.unconditional is not None:
+        arguments.setdefault("negative_prompt", [family.unconditional] * len(arguments["prompt"]))
     pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(output_type="np", num_inference_steps=steps, **arguments).images
