@@ -172,7 +172,8 @@ class Limits:
         if pictures is not None and latents is not None:
             message = "got latents and an image: the noise for an image comes from the seeds"
             raise InputError(message, fix="leave out one of them")
-        if strength is not None and not (0 < strength <= 1 and int(steps * strength) >= 1):
+        number = isinstance(strength, int | float)
+        if strength is not None and not (number and 0 < strength <= 1 and int(steps * strength) >= 1):
             message = (
                 f"got strength = {strength!r} with {steps} steps, expected over 0 to 1 and at least one step of it"
             )
