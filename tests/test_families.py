@@ -26,14 +26,18 @@ SIZE = (64, 96)
 STEPS = 3
 
 
+def guided(family, scale, count):
+    """Return what guides a family's pipelines by a scale."""
+    unconditional = {} if family.unconditional is None else {"negative_prompt": [family.unconditional] * count}
+    return {family.guidance_argument: scale, **unconditional}
+
+
 def eager(folder, guidance_scale, steps=STEPS, **arguments):
     """Run Diffusers' own pipeline."""
     from diffusers import DiffusionPipeline
 
     family = Source.open(str(folder)).family
-    arguments[family.guidance_argument] = guidance_scale
-    if family.unconditional is not None:
-        arguments.setdefault("negative_prompt", [family.unconditional] * len(arguments["prompt"]))
+    arguments = {**guided(family, guidance_scale, len(arguments["prompt"])), **arguments}
     pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(output_type="np", num_inference_steps=steps, **arguments).images
@@ -75,12 +79,11 @@ def latents_of(folder, count):
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def run_eager(folder, task, **arguments):
+def run_eager(folder, task, guidance_scale, **arguments):
     """Run Diffusers' own pipeline for a task, with a generator and a picture a row, as the engine does."""
-    import diffusers
-
     family = Source.open(str(folder)).family
-    pipeline = getattr(diffusers, family.pipelines[task]).from_pretrained(folder, local_files_only=True)
+    arguments |= guided(family, guidance_scale, len(PROMPTS))
+    pipeline = family.pipeline_class(task).from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     return pipeline(
@@ -102,8 +105,10 @@ def mask():
     return Image.fromarray(pixels)
 
 
-def sides():
-    return {"height": SIZE[0], "width": SIZE[1]}
+def sides(family=None, task=None):
+    """Return height and width as arguments, where a family's pipeline for a task takes them."""
+    implied = family in {"stable-diffusion", "stable-diffusion-xl"} and task == "image-to-image"
+    return {} if implied else {"height": SIZE[0], "width": SIZE[1]}
 
 
 def fewest_steps(name):
@@ -135,8 +140,7 @@ def test_a_picture_to_start_from_gives_diffusers_picture(tiny, artifacts, family
     folder = tiny(family)
     given = {"image": picture()} | ({"mask": mask()} if task == "inpainting" else {})
     theirs = {"image": [picture()] * 2} | ({"mask_image": [mask()] * 2} if task == "inpainting" else {})
-    if family in {"stable-diffusion-3", "flux", "z-image"} or task == "inpainting":
-        theirs |= {"height": SIZE[0], "width": SIZE[1]}
+    theirs |= sides(family, task)
     expected = run_eager(folder, task, guidance_scale=3.0, strength=0.7, **theirs)
     with load(artifacts(family, backend)) as engine:
         got = engine.generate(PROMPTS, guidance_scale=3.0, steps=STEPS, seeds=5, strength=0.7, **given).images
@@ -149,10 +153,8 @@ def test_a_picture_to_start_from_gives_diffusers_picture(tiny, artifacts, family
 @pytest.mark.parametrize("strength", [0.34, 1.0])
 def test_a_picture_keeps_nearly_all_or_nothing(tiny, artifacts, family, backend, strength):
     """One of three steps, and all of them; 0 is refused."""
-    theirs = {} if family.startswith("stable-diffusion") and family != "stable-diffusion-3" else sides()
-    expected = run_eager(
-        tiny(family), "image-to-image", guidance_scale=3.0, strength=strength, image=[picture()] * 2, **theirs
-    )
+    theirs = {"strength": strength, "image": [picture()] * 2, **sides(family, "image-to-image")}
+    expected = run_eager(tiny(family), "image-to-image", guidance_scale=3.0, **theirs)
     with load(artifacts(family, backend)) as engine:
         settings = {"guidance_scale": 3.0, "steps": STEPS, "seeds": 5, "image": picture()}
         got = engine.generate(PROMPTS, strength=strength, **settings).images

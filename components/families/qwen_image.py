@@ -34,7 +34,11 @@ def _default_size(configs: Configs) -> tuple[int, int]:
 
 QWEN_IMAGE = Family(
     name="qwen-image",
-    pipelines={"text-to-image": "QwenImagePipeline"},
+    pipelines={
+        "text-to-image": "QwenImagePipeline",
+        "image-to-image": "QwenImageImg2ImgPipeline",
+        "inpainting": "QwenImageInpaintPipeline",
+    },
     parts=(
         Part("text_encoder", "text_encoder", Qwen25VLText()),
         Part("transformer", "transformer", QwenImageTransformer2D()),
