@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from .. import plugins
 from ..errors import Cancelled, ParityError, UsageError
 from ..recipe import Placement
+from .image import as_pictures
 from .opening import Baked, open_part, read_folder
 from .pipeline import build_pipeline, for_task
 from .request import Limits, row_generator, task_of
@@ -264,7 +265,10 @@ class Engine:
         taken = inspect.signature(pipeline.__call__).parameters
         if request.control_image is not None:
             name = "control_image" if "control_image" in taken else "image"
-            arguments |= {name: request.control_image, "controlnet_conditioning_scale": request.control_scale}
+            arguments |= {
+                name: as_pictures(request.control_image),
+                "controlnet_conditioning_scale": request.control_scale,
+            }
         given = {name: value for name, value in arguments.items() if name in taken and value is not None}
         with torch.no_grad():
             pictures = pipeline(**given).images
