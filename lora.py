@@ -156,7 +156,10 @@ def _read(file: Path, source: Source) -> tuple[dict[str, Tensor], dict[str, floa
     except (SafetensorError, ValueError) as error:
         message = f"{file} can't be read as safetensors: {error}"
         raise SourceError(message, fix="download or copy it again") from error
-    pipeline = getattr(diffusers, source.family.pipelines["text-to-image"])
+    pipeline = source.family.pipeline_class("text-to-image")
+    if not hasattr(pipeline, "lora_state_dict"):
+        message = f"{source.family.name} takes no LoRA: {pipeline.__name__} loads none"
+        raise UsageError(message, fix="leave it out, or merge it into the model yourself")
     configs = {
         f"{module}_config": diffusers.configuration_utils.FrozenDict(source.config(module)) for module in source.modules
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ class Family:
 
     name: str
     pipelines: Mapping[str, str]
-    """Task -> class name in Diffusers, `text-to-image` first. The names also recognise a folder by its `model_index.json`."""
+    """Task -> class name, `text-to-image` first. The names also recognise a folder by its `model_index.json`."""
     parts: tuple[Part, ...]
     latent_shape: Callable[[Configs, int, int, int], tuple[int, ...]]
     """(configs, batch, height, width in pixels) -> shape of the injected unit-normal latents, float32."""
@@ -52,6 +53,10 @@ class Family:
     """The pipeline skips guidance at scales up to this one."""
     tiny: Mapping[str, tuple[str, str, Mapping[str, Any]]]
     """What a tiny pipeline is made of: name in `model_index.json` -> library, class, config (none for tokenizers)."""
+    guidance_argument: str = "guidance_scale"
+    """What the pipelines call the guidance scale."""
+    unconditional: str | None = None
+    """The negative prompt that stands for none, where the pipeline needs one to guide at all."""
     negative_prompts: bool = True
     """Whether guidance takes a negative prompt: not where the scale is an input of a distilled model."""
     only: Callable[[Configs], str | None] = lambda _: None
@@ -59,6 +64,10 @@ class Family:
     largest_size: Callable[[Configs], int | None] = lambda _: None
     """Longest side in pixels that the model has positions for, if it is bounded."""
 
+    fewest_steps: int = 1
+    """Denoising steps that the pipeline needs."""
+    library: str = "diffusers"
+    """The Python module that has the pipelines' classes."""
     variants: Mapping[str, Variant] = field(default_factory=dict)
     """By the name of the module that is given beside the pipeline: `controlnet`."""
 
@@ -68,6 +77,10 @@ class Family:
             return self
         chosen = self.variants[name]
         return replace(self, pipelines=chosen.pipelines, parts=chosen.parts, tiny={**self.tiny, **chosen.tiny})
+
+    def pipeline_class(self, task: str) -> Any:  # noqa: ANN401 - some Diffusers pipeline's class
+        """Return the class, such as Diffusers' own, of the pipeline for a task."""
+        return getattr(importlib.import_module(self.library), self.pipelines[task])
 
     def part(self, name: str) -> Part:
         return next(part for part in self.parts if part.name == name)

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SourceError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
     from torch import nn
 
 
-def load_diffusers(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:  # noqa: ANN401 - a Diffusers class
+def load_diffusers(model_class: Any, folder: Path, dtype: torch.dtype, *, unused: Sequence[str] = ()) -> nn.Module:  # noqa: ANN401 - a Diffusers class
     """Open a module whose weights stay mapped where the files have `dtype`.
 
     It is constructed on the meta device: what its constructor computes (SD 3's position table takes 1.4 GB on the way)
-    comes from the checkpoint anyway.
+    comes from the checkpoint anyway. Buffers that don't, and that a component's own forward has no use for, are named
+    in `unused` and left out.
 
     Raises:
         SourceError: the checkpoint lacks a tensor.
@@ -28,6 +30,9 @@ def load_diffusers(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Mod
         module: nn.Module = model_class.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
         )
+    for name in unused:
+        owner, _, buffer = name.rpartition(".")
+        setattr(module.get_submodule(owner), buffer, None)
     missing = [name for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_meta]
     missing += [name for name, tensor in module.named_buffers() if tensor.is_meta and name not in missing]
     _refuse_missing(folder, missing)

@@ -2,7 +2,7 @@
 
 What a family's is made of stands in its own file. Weights come from a seed and a module's config alone, so that two
 families with the same text encoder or VAE have the same bytes, and an artifact of one can lend it to the other's.
-Tokenizers know bytes (CLIP, Qwen) or characters (T5): their vocabularies need no training, and never differ.
+Tokenizers know bytes (CLIP, Gemma, Qwen) or characters (T5): their vocabularies need no training, and never differ.
 """
 
 from __future__ import annotations
@@ -142,4 +142,14 @@ def _qwen(found: Any) -> Any:  # noqa: ANN401 - a tokenizer's class, and one of 
     return tokenizer
 
 
-_TOKENIZERS: dict[str, Callable[[Any], Any]] = {"CLIPTokenizer": _clip, "T5Tokenizer": _t5, "Qwen2Tokenizer": _qwen}
+def _gemma(found: Any) -> Any:  # noqa: ANN401 - a tokenizer's class, and one of it
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
+    return found(vocab={word: i for i, word in enumerate(words)}, merges=[])
+
+
+_TOKENIZERS: dict[str, Callable[[Any], Any]] = {
+    "CLIPTokenizer": _clip,
+    "GemmaTokenizer": _gemma,
+    "Qwen2Tokenizer": _qwen,
+    "T5Tokenizer": _t5,
+}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from .. import plugins
 from ..errors import Cancelled, ParityError, UsageError
 from ..recipe import Placement
+from .image import as_pictures
 from .keeper import Keeper
 from .opening import Baked, read_folder
 from .pipeline import build_pipeline, for_task
@@ -211,7 +212,7 @@ class Engine:
         if task == self._task:
             return self.pipeline
         if task not in self._others:
-            self._others[task] = for_task(self.pipeline, self.family.pipelines[task])
+            self._others[task] = for_task(self.pipeline, self.family.pipeline_class(task))
         self._others[task].scheduler = self.pipeline.scheduler
         return self._others[task]
 
@@ -222,21 +223,26 @@ class Engine:
 
         arguments = {
             "prompt": list(request.prompts),
-            "negative_prompt": None if request.negative_prompts is None else list(request.negative_prompts),
+            "negative_prompt": self._negative_prompts(request),
             "height": request.height,
             "width": request.width,
             "num_inference_steps": request.steps,
-            "guidance_scale": self._guidance(request),
+            self.family.guidance_argument: self._guidance(request),
             "output_type": "np",
             "callback_on_step_end": _step_end(callback),
+            "callback": _after_step(callback),
             **_start(request),
         }
         taken = inspect.signature(pipeline.__call__).parameters
         if request.control_image is not None:
             name = "control_image" if "control_image" in taken else "image"
-            arguments |= {name: request.control_image, "controlnet_conditioning_scale": request.control_scale}
+            arguments |= {
+                name: as_pictures(request.control_image),
+                "controlnet_conditioning_scale": request.control_scale,
+            }
+        given = {name: value for name, value in arguments.items() if name in taken and value is not None}
         with torch.no_grad(), self._keeper.batch(pipeline, request):
-            pictures = pipeline(**{name: value for name, value in arguments.items() if name in taken}).images
+            pictures = pipeline(**given).images
         if not np.isfinite(pictures).all():
             message = "the pipeline produced NaN or infinite pixels"
             raise ParityError(message, fix="try a recipe in fp32; bakeoff verify --parity names a part that overflows")
@@ -248,11 +254,17 @@ class Engine:
             return request.guidance[0]
         return RowGuidance(request.guidance, self.family.unguided_at_most, request.latents.ndim)
 
+    def _negative_prompts(self, request: Request) -> list[str] | None:
+        if request.negative_prompts is not None:
+            return list(request.negative_prompts)
+        unguided = self.family.unconditional is None or max(request.guidance) <= self.family.unguided_at_most
+        return None if unguided else [str(self.family.unconditional)] * len(request.prompts)
+
     def _default_guidance(self, image: object, mask: object) -> float:
         task = self._task if image is None else task_of(image, mask)
         name = self.family.pipelines.get(task)
         pipeline = self.pipeline_for(task) if name else self.pipeline
-        default: float = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
+        default: float = inspect.signature(pipeline.__call__).parameters[self.family.guidance_argument].default
         return default
 
 
@@ -291,16 +303,28 @@ def _refuse_idle_options(baked: Baked, placement: Placement) -> None:
 
 
 def _step_end(callback: Callback | None) -> Callable[..., dict[str, Any]] | None:
+    tell = _after_step(callback)
+    if tell is None:
+        return None
+
+    def step_end(_: object, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
+        tell(step, timestep, tensors["latents"])
+        return {}
+
+    return step_end
+
+
+def _after_step(callback: Callback | None) -> Callable[[int, Any, Tensor], None] | None:
+    """Return what pipelines of Diffusers' older kind call after a step."""
     if callback is None:
         return None
 
-    def after_step(_: object, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
-        if callback(step, float(timestep), tensors["latents"]) is False:
+    def tell(step: int, timestep: Any, latents: Tensor) -> None:  # noqa: ANN401
+        if callback(step, float(timestep), latents) is False:
             message = f"the callback stopped after step {step + 1}"
             raise Cancelled(message)
-        return {}
 
-    return after_step
+    return tell
 
 
 def load(

@@ -65,3 +65,10 @@ def as_tensor(pictures: list[Image], size: tuple[int, int], *, mask: bool = Fals
         fitted = converted if converted.size == (width, height) else converted.resize((width, height), how)
         arrays.append(np.array(fitted).reshape(height, width, -1))
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+
+
+def as_pictures(tensor: Tensor) -> list[Image]:
+    """Return PIL pictures of (B, 3, H, W) in [0, 1]: some pipelines take a tensor as normalized already."""
+    from PIL import Image
+
+    return [Image.fromarray(row) for row in (tensor * 255).round().byte().permute(0, 2, 3, 1).numpy()]

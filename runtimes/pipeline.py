@@ -37,11 +37,8 @@ _INSTEAD = {
 _INSTEAD_OTHERWISE = "it acts on torch modules; use the original Diffusers pipeline for it"
 
 
-def for_task(pipeline: Any, name: str) -> Any:  # noqa: ANN401 - some Diffusers pipelines
-    """Build another Diffusers pipeline, by its class's name, of the same objects."""
-    import diffusers
-
-    plain = getattr(diffusers, name)
+def for_task(pipeline: Any, plain: Any) -> Any:  # noqa: ANN401 - some Diffusers pipelines
+    """Build another Diffusers pipeline, given its class, of the same objects."""
     accepted = inspect.signature(plain.__init__).parameters
     arguments = {name: value for name, value in pipeline.components.items() if name in accepted}
     if "requires_safety_checker" in accepted:
@@ -51,9 +48,7 @@ def for_task(pipeline: Any, name: str) -> Any:  # noqa: ANN401 - some Diffusers 
 
 def build_pipeline(baked: Baked, runners: Mapping[str, Runner], task: str = "text-to-image") -> Any:  # noqa: ANN401 - some Diffusers pipeline
     """Build the family's pipeline for a task around runners, given by part name."""
-    import diffusers
-
-    plain = getattr(diffusers, baked.family.pipelines[task])
+    plain = baked.family.pipeline_class(task)
     index = read_json(baked.folder / "model_index.json")
     accepted = dict(list(inspect.signature(plain.__init__).parameters.items())[1:])
     stand_ins = _stand_ins(baked, runners)

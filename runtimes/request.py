@@ -115,10 +115,10 @@ class Limits:
             message = f"got guidance_scale = {guidance_scale!r}, expected finite numbers"
             raise InputError(message)
         chosen = _seeds(seeds, count)
-        for name, value in (("steps", steps), ("max_batch", max_batch)):
-            if not isinstance(value, int) or value < 1:
-                message = f"got {name} = {value!r}, expected a whole number from 1"
-                raise InputError(message)
+        for name, value, least in (("steps", steps, self.family.fewest_steps), ("max_batch", max_batch, 1)):
+            if not isinstance(value, int) or value < least:
+                message = f"got {name} = {value!r}, expected a whole number from {least}"
+                raise InputError(message, fix=f"{name}={least}")
         pictures = None if image is None else pictures_of("image", image, count)
         masks = None if mask is None else pictures_of("mask", mask, count)
         controls = None if control_image is None else pictures_of("control_image", control_image, count)
@@ -172,7 +172,8 @@ class Limits:
         if pictures is not None and latents is not None:
             message = "got latents and an image: the noise for an image comes from the seeds"
             raise InputError(message, fix="leave out one of them")
-        if strength is not None and not (0 < strength <= 1 and int(steps * strength) >= 1):
+        number = isinstance(strength, int | float)
+        if strength is not None and not (number and 0 < strength <= 1 and int(steps * strength) >= 1):
             message = (
                 f"got strength = {strength!r} with {steps} steps, expected over 0 to 1 and at least one step of it"
             )

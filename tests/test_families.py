@@ -1,5 +1,6 @@
 """Every family, as a tiny random pipeline: the artifact's picture is Diffusers' own from the same latents."""
 
+import inspect
 import json
 import os
 import shutil
@@ -11,10 +12,13 @@ import torch
 
 from bakeoff import plugins
 from bakeoff.bake import export
+from bakeoff.components.component import Sizes
 from bakeoff.errors import InputError, UsageError
 from bakeoff.models.tiny import build
+from bakeoff.parity import FP32_LEAST, relative_error
 from bakeoff.recipe import parse
 from bakeoff.runtimes.engine import load
+from bakeoff.runtimes.request import row_generator
 from bakeoff.source import Source
 
 FAMILIES = plugins.names("families")
@@ -23,10 +27,18 @@ SIZE = (64, 96)
 STEPS = 3
 
 
-def eager(folder, steps=STEPS, **arguments):
+def guided(family, scale, count):
+    """Return what guides a family's pipelines by a scale."""
+    unconditional = {} if family.unconditional is None else {"negative_prompt": [family.unconditional] * count}
+    return {family.guidance_argument: scale, **unconditional}
+
+
+def eager(folder, guidance_scale, steps=STEPS, **arguments):
     """Run Diffusers' own pipeline."""
     from diffusers import DiffusionPipeline
 
+    family = Source.open(str(folder)).family
+    arguments = {**guided(family, guidance_scale, len(arguments["prompt"])), **arguments}
     pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(output_type="np", num_inference_steps=steps, **arguments).images
@@ -68,12 +80,11 @@ def latents_of(folder, count):
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def run_eager(folder, task, **arguments):
+def run_eager(folder, task, guidance_scale, **arguments):
     """Run Diffusers' own pipeline for a task, with a generator and a picture a row, as the engine does."""
-    import diffusers
-
     family = Source.open(str(folder)).family
-    pipeline = getattr(diffusers, family.pipelines[task]).from_pretrained(folder, local_files_only=True)
+    arguments |= guided(family, guidance_scale, len(PROMPTS))
+    pipeline = family.pipeline_class(task).from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     return pipeline(
@@ -95,9 +106,19 @@ def mask():
     return Image.fromarray(pixels)
 
 
-def cases():
+def sides(family=None, task=None):
+    """Return height and width as arguments, where a family's pipeline for a task takes them."""
+    implied = family in {"stable-diffusion", "stable-diffusion-xl"} and task == "image-to-image"
+    return {} if implied else {"height": SIZE[0], "width": SIZE[1]}
+
+
+def fewest_steps(name):
+    return next(family.fewest_steps for family in plugins.families() if family.name == name)
+
+
+def cases(*, with_pictures=False):
     """Every family with every backend; `make test` lowers the embedded model's denoiser elsewhere, and runs these in torch."""
-    for family in FAMILIES:
+    for family in (family.name for family in plugins.families() if len(family.pipelines) > with_pictures):
         for backend in ("torch", "onnx", "openvino"):
             yield pytest.param(family, backend, marks=() if backend == "torch" else pytest.mark.slow)
 
@@ -114,19 +135,32 @@ def test_text_to_image_is_diffusers_picture(tiny, artifacts, family, backend):
     assert psnr(got, expected) > 45
 
 
-@pytest.mark.parametrize(("family", "backend"), list(cases()))
+@pytest.mark.parametrize(("family", "backend"), list(cases(with_pictures=True)))
 @pytest.mark.parametrize("task", ["image-to-image", "inpainting"])
 def test_a_picture_to_start_from_gives_diffusers_picture(tiny, artifacts, family, backend, task):
     folder = tiny(family)
     given = {"image": picture()} | ({"mask": mask()} if task == "inpainting" else {})
     theirs = {"image": [picture()] * 2} | ({"mask_image": [mask()] * 2} if task == "inpainting" else {})
-    if family in {"stable-diffusion-3", "flux", "z-image"} or task == "inpainting":
-        theirs |= {"height": SIZE[0], "width": SIZE[1]}
+    theirs |= sides(family, task)
     expected = run_eager(folder, task, guidance_scale=3.0, strength=0.7, **theirs)
     with load(artifacts(family, backend)) as engine:
         got = engine.generate(PROMPTS, guidance_scale=3.0, steps=STEPS, seeds=5, strength=0.7, **given).images
     note(family, task, backend, psnr(got, expected))
     assert expected.std() > 0.01
+    assert psnr(got, expected) > 45
+
+
+@pytest.mark.parametrize(("family", "backend"), list(cases(with_pictures=True)))
+@pytest.mark.parametrize("strength", [0.34, 1.0])
+def test_a_picture_keeps_nearly_all_or_nothing(tiny, artifacts, family, backend, strength):
+    """One of three steps, and all of them; 0 is refused."""
+    theirs = {"strength": strength, "image": [picture()] * 2, **sides(family, "image-to-image")}
+    expected = run_eager(tiny(family), "image-to-image", guidance_scale=3.0, **theirs)
+    with load(artifacts(family, backend)) as engine:
+        settings = {"guidance_scale": 3.0, "steps": STEPS, "seeds": 5, "image": picture()}
+        got = engine.generate(PROMPTS, strength=strength, **settings).images
+        with pytest.raises(InputError, match="strength = 0"):
+            engine.generate(PROMPTS, strength=0, **settings)
     assert psnr(got, expected) > 45
 
 
@@ -158,6 +192,10 @@ def test_an_inpainting_unet_takes_nine_channels(tmp_path):
         ({"image": np.zeros((64, 64, 3))}, "uint8"),
         ({"image": [picture()] * 3}, "got 3 pictures"),
         ({"image": picture().resize((65, 64))}, "multiples of"),
+        ({"image": picture(), "mask": mask().convert("LA")}, "mask with an alpha channel"),
+        ({"image": picture(), "strength": "half"}, "strength = 'half'"),
+        ({"image": picture(), "strength": float("nan")}, "strength = nan"),
+        ({"control_image": picture().convert("RGBA")}, "control_image with an alpha channel"),
         ({"image": picture(), "latents": torch.zeros(1, 4, 8, 8)}, "leave out one"),
     ],
 )
@@ -173,10 +211,69 @@ def test_a_picture_of_another_size_is_resized_when_asked_to(artifacts):
     assert images.shape == (1, *SIZE, 3)
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_flux_schnell_has_no_guidance(tmp_path, backend):
+    folder = build("flux", tmp_path / "model", changes={"transformer": {"guidance_embeds": False}})
+    latents = latents_of(folder, len(PROMPTS))
+    expected = eager(folder, prompt=list(PROMPTS), guidance_scale=0.0, latents=latents, **sides())
+    export(str(folder), tmp_path / "artifact", parse(f"{backend}:fp32")[0], prove=backend != "torch")
+    with load(tmp_path / "artifact") as engine:
+        settings = {"steps": STEPS, "size": SIZE, "latents": latents}
+        got = engine.generate(PROMPTS, guidance_scale=0.0, **settings).images
+        by_default = engine.generate(PROMPTS, **settings).images
+    assert psnr(got, expected) > 45
+    assert np.array_equal(got, by_default)
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion-xl", "stable-diffusion-3", "z-image"])
+def test_turbo_models_draw_without_guidance_in_few_steps(tmp_path, family):
+    """SDXL Turbo with the scheduler it comes with, whose noise is from each row's own generator."""
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    folder = build(family, tmp_path / "model")
+    if family == "stable-diffusion-xl":
+        EulerAncestralDiscreteScheduler(timestep_spacing="trailing").save_pretrained(folder / "scheduler")
+        index = json.loads((folder / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", "EulerAncestralDiscreteScheduler"]
+        (folder / "model_index.json").write_text(json.dumps(index))
+    export(str(folder), tmp_path / "artifact", parse("torch:fp32")[0], prove=False)
+    with load(tmp_path / "artifact") as engine:
+        for steps in (1, 4):
+            drawn = [row_generator(seed, latents_of(folder, 1).shape[1:]) for seed in (5, 6)]
+            given = {"generator": [row[0] for row in drawn], "latents": torch.stack([row[1] for row in drawn])}
+            expected = eager(folder, prompt=list(PROMPTS), guidance_scale=0.0, steps=steps, **given, **sides())
+            got = engine.generate(PROMPTS, guidance_scale=0.0, steps=steps, size=SIZE, seeds=[5, 6]).images
+            assert psnr(got, expected) > 45
+
+
 def test_sizes_beyond_the_positions_are_refused(artifacts):
     with load(artifacts("stable-diffusion-3", "torch")) as engine:
         with pytest.raises(InputError, match="positions for 512"):
             engine.generate("a circle", size=(528, 64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "onnx", "openvino"])
+def test_sd_3_5_medium_takes_a_quarter_to_two_megapixels(tmp_path, backend):
+    """With the real table of positions; its transformer alone, whose tokens are what grows."""
+    real = {"sample_size": 128, "pos_embed_max_size": 384}
+    folder = build("stable-diffusion-3", tmp_path / "model", changes={"transformer": real})
+    artifact = export(
+        str(folder), tmp_path / "artifact", parse(f"torch:fp32,transformer={backend}:fp32")[0], prove=False
+    )
+    (part,) = [part for part in Source.open(str(folder)).parts if part.name == "transformer"]
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    flat = part.component.flat(part.component.load(folder / "transformer", torch.float32))
+    with load(artifact.folder) as engine:
+        for height, width in ((512, 512), (768, 1024), (1024, 1024), (512, 1408), (1408, 1408)):
+            inputs = part.component.example(config, Sizes(1, height // 8, width // 8, 333), seed=1)
+            with torch.no_grad():
+                (expected,) = flat(*inputs.values())
+            got = engine.pipeline.transformer(**inputs).sample
+            assert relative_error(got, expected) < FP32_LEAST
+        assert engine.generate("a circle", steps=1, size=(512, 512)).images.shape == (1, 512, 512, 3)
+        with pytest.raises(InputError, match="positions for 6144"):
+            engine.generate("a circle", size=(6160, 512))
 
 
 def test_a_text_encoder_may_be_left_out(tmp_path):
@@ -219,7 +316,8 @@ def test_a_controlnet_gives_diffusers_picture(tiny, controlled, family, backend,
     pipeline = plain.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     given, theirs = {}, {"height": SIZE[0], "width": SIZE[1]}
-    control = "image" if task == "text-to-image" else "control_image"
+    taken = inspect.signature(pipeline.__call__).parameters
+    control = "control_image" if "control_image" in taken else "image"
     if task != "text-to-image":
         given, theirs = {"image": picture(), "strength": 0.7}, {**theirs, "image": [picture()] * 2, "strength": 0.7}
     if task == "inpainting":
@@ -229,6 +327,7 @@ def test_a_controlnet_gives_diffusers_picture(tiny, controlled, family, backend,
     if task == "text-to-image":
         latents = latents_of(tiny(family.name), 2)
         given["latents"] = theirs["latents"] = latents
+        generators = [row_generator(seed, latents.shape[1:])[0] for seed in (5, 6)]
     expected = pipeline(
         prompt=list(PROMPTS),
         output_type="np",
@@ -265,6 +364,24 @@ def controlled(tiny, tmp_path_factory):
     return get
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"control_image": picture().convert("RGBA")}, "control_image with an alpha channel"),
+        ({"control_image": [picture()] * 3}, "got 3 pictures as control_image"),
+        ({"control_image": picture(), "control_scale": float("inf")}, "control_scale = inf"),
+        ({"control_image": picture(), "control_scale": "much"}, "control_scale = 'much'"),
+        ({"control_image": picture().resize((60, 60))}, "multiples of"),
+    ],
+)
+def test_what_a_controlnet_cannot_follow_is_an_error(controlled, arguments, message):
+    with load(controlled("stable-diffusion", "torch")[1]) as engine:
+        with pytest.raises(InputError, match=message):
+            engine.generate("a circle", steps=1, **arguments)
+        resized = engine.generate("a circle", steps=1, size=SIZE, control_image=picture().resize((60, 60)))
+    assert resized.images.shape == (1, *SIZE, 3)
+
+
 def test_a_controlnet_is_refused_where_there_is_none(tiny, artifacts, tmp_path):
     with load(artifacts("stable-diffusion", "torch")) as engine:
         with pytest.raises(InputError, match="no ControlNet"):
@@ -273,24 +390,28 @@ def test_a_controlnet_is_refused_where_there_is_none(tiny, artifacts, tmp_path):
         export(str(tiny("z-image")), tmp_path / "a", parse("torch:fp32")[0], controlnet=str(tmp_path))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "backend"), list(cases()))
 @pytest.mark.parametrize(("guidance", "steps"), [(0.0, 1), (1.0, 2), (4.0, 2)])
-def test_prompts_of_any_length_with_and_without_guidance(tiny, artifacts, family, guidance, steps):
+def test_prompts_of_any_length_with_and_without_guidance(tiny, artifacts, family, backend, guidance, steps):
+    """In batches of one and of three."""
+    if steps < fewest_steps(family):
+        with load(artifacts(family, backend)) as engine, pytest.raises(InputError, match=f"steps = {steps}"):
+            engine.generate(PROMPTS, steps=steps, size=SIZE)
+        return
     prompts = ["", "a", "x" * 75, "x" * 76, "y" * 500, "猫 на окне"]
     folder = tiny(family)
     latents = latents_of(folder, len(prompts))
     common = {"height": SIZE[0], "width": SIZE[1], "guidance_scale": guidance, "latents": latents}
     expected = eager(folder, prompt=list(prompts), steps=steps, **common)
-    with load(artifacts(family, "torch")) as engine:
-        got = engine.generate(prompts, guidance_scale=guidance, steps=steps, size=SIZE, latents=latents).images
-        alone = engine.generate(
-            prompts[4], guidance_scale=guidance, steps=steps, size=SIZE, latents=latents[4:5]
-        ).images
+    with load(artifacts(family, backend)) as engine:
+        settings = {"guidance_scale": guidance, "steps": steps, "size": SIZE}
+        got = engine.generate(prompts, latents=latents, max_batch=3, **settings).images
+        alone = engine.generate(prompts[4], latents=latents[4:5], **settings).images
     assert psnr(got, expected) > 45
     assert psnr(alone[0], expected[4]) > 45
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "flux"])
+@pytest.mark.parametrize("family", [family.name for family in plugins.families() if family.negative_prompts])
 def test_negative_prompts_count_as_in_diffusers(tiny, artifacts, family):
     folder = tiny(family)
     latents = latents_of(folder, 2)

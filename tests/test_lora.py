@@ -23,6 +23,8 @@ LAYERS = {
     "stable-diffusion-3": ("transformer", "attn.to_"),
     "flux": ("transformer", "attn.to_"),
     "z-image": ("transformer", "attention.to_"),
+    "sana": ("transformer", "attn1.to_"),
+    "qwen-image": ("transformer", "attn.to_"),
 }
 
 
@@ -175,3 +177,9 @@ def test_what_is_no_lora_for_this_model_is_refused(tiny, tmp_path):
     ):
         with pytest.raises(error, match=message):
             Lora.open(str(text), source)
+
+
+def test_a_family_whose_pipelines_load_no_loras_says_so(tiny, tmp_path):
+    file = peft_file(tiny("flux"), "flux", tmp_path / "flux.safetensors")
+    with pytest.raises(UsageError, match="pixart-sigma takes no LoRA"):
+        plan(str(tiny("pixart-sigma")), RECIPE, loras=[str(file)])

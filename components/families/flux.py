@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..family import Family, Part
+from ..family import Family, Part, Variant
 from ..latents import VAE
-from ..modules import autoencoder_kl, clip_text, flux_transformer_2d, t5_text
+from ..modules import autoencoder_kl, clip_text, flux_controlnet, flux_transformer_2d, t5_text
 from ..modules.autoencoder_kl import scale_factor
 from ..modules.clip_text import ClipText
-from ..modules.flux_transformer_2d import FluxTransformer2D
+from ..modules.flux_controlnet import FluxControlNet
+from ..modules.flux_transformer_2d import FluxTransformer2D, FluxTransformer2DControlled
 from ..modules.t5_text import T5Text
 
 if TYPE_CHECKING:
@@ -35,6 +36,25 @@ def _default_size(configs: Configs) -> tuple[int, int]:
     return side, side
 
 
+_TEXT_ENCODERS = (
+    Part("text_encoder", "text_encoder", ClipText()),
+    Part("text_encoder_2", "text_encoder_2", T5Text()),
+)
+_CONTROLNET = Variant(
+    pipelines={
+        "text-to-image": "FluxControlNetPipeline",
+        "image-to-image": "FluxControlNetImg2ImgPipeline",
+        "inpainting": "FluxControlNetInpaintPipeline",
+    },
+    parts=(
+        *_TEXT_ENCODERS,
+        Part("controlnet", "controlnet", FluxControlNet()),
+        Part("transformer", "transformer", FluxTransformer2DControlled()),
+        *VAE,
+    ),
+    tiny={"controlnet": ("diffusers", "FluxControlNetModel", flux_controlnet.TINY)},
+)
+
 FLUX = Family(
     name="flux",
     pipelines={
@@ -42,18 +62,14 @@ FLUX = Family(
         "image-to-image": "FluxImg2ImgPipeline",
         "inpainting": "FluxInpaintPipeline",
     },
-    parts=(
-        Part("text_encoder", "text_encoder", ClipText()),
-        Part("text_encoder_2", "text_encoder_2", T5Text()),
-        Part("transformer", "transformer", FluxTransformer2D()),
-        *VAE,
-    ),
+    parts=(*_TEXT_ENCODERS, Part("transformer", "transformer", FluxTransformer2D()), *VAE),
     latent_shape=_latent_shape,
     size_multiple=_size_multiple,
     default_size=_default_size,
     row_guidance=False,
     unguided_at_most=-math.inf,
     negative_prompts=False,
+    variants={"controlnet": _CONTROLNET},
     tiny={
         "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
         "text_encoder": ("transformers", "CLIPTextModel", clip_text.TINY),

@@ -82,7 +82,7 @@ class VaeEncoder(_AutoencoderKLHalf):
         return (Port("latent_parameters", "float32", ("batch", 2 * config["latent_channels"], "height", "width")),)
 
     def flat(self, module: nn.Module) -> nn.Module:
-        return _FlatHalf(module, "encoder", "quant_conv")
+        return FlatHalf(module, "encoder", "quant_conv")
 
 
 class VaeDecoder(_AutoencoderKLHalf):
@@ -101,10 +101,10 @@ class VaeDecoder(_AutoencoderKLHalf):
         return (Port("sample", "float32", ("batch", config["out_channels"], f"{s}*height", f"{s}*width")),)
 
     def flat(self, module: nn.Module) -> nn.Module:
-        return _FlatHalf(module, "post_quant_conv", "decoder")
+        return FlatHalf(module, "post_quant_conv", "decoder")
 
 
-class _FlatHalf(nn.Module):
+class FlatHalf(nn.Module):
     """Runs some of an AutoencoderKL's modules in turn, each under its own name; it may lack the 1x1 convolutions."""
 
     def __init__(self, vae: Any, *names: str) -> None:  # noqa: ANN401 - an AutoencoderKL
@@ -121,22 +121,25 @@ class _FlatHalf(nn.Module):
 
 def _vae_stand_in(runners: Mapping[str, Runner], config: Config) -> object:
     """Build a genuine AutoencoderKL whose two halves call runtimes: tiling and slicing stay Diffusers' own."""
-    from accelerate import init_empty_weights
     from diffusers import AutoencoderKL
 
-    class RuntimeAutoencoderKL(AutoencoderKL):  # type: ignore[misc]
-        dtype = torch.float32
-        device = torch.device("cpu")
-        to = _to
-        half = bfloat16 = cuda = save_pretrained = load_state_dict = _refused
-
-    with init_empty_weights():
-        vae = RuntimeAutoencoderKL.from_config(dict(config))
-    vae.encoder = _RunnerModule(runners.get("vae_encoder"), "sample", "latent_parameters")
-    vae.decoder = _RunnerModule(runners.get("vae_decoder"), "latent_sample", "sample")
+    vae = runtime_vae(AutoencoderKL, config)
+    vae.encoder = RunnerModule(runners.get("vae_encoder"), "sample", "latent_parameters")
+    vae.decoder = RunnerModule(runners.get("vae_decoder"), "latent_sample", "sample")
     vae.quant_conv = vae.post_quant_conv = None
     vae.register_to_config(use_quant_conv=False, use_post_quant_conv=False)
     return vae
+
+
+def runtime_vae(plain: Any, config: Config) -> Any:  # noqa: ANN401 - a class of autoencoders, and one of it
+    """Build an autoencoder without weights, whose halves are to be replaced, that refuses to be moved or saved."""
+    from accelerate import init_empty_weights
+
+    own = {"dtype": torch.float32, "device": torch.device("cpu"), "to": _to}
+    names = ("half", "bfloat16", "cuda", "save_pretrained", "load_state_dict")
+    guarded: Any = type(f"Runtime{plain.__name__}", (plain,), {**own, **dict.fromkeys(names, _refused)})
+    with init_empty_weights():
+        return guarded.from_config(dict(config))
 
 
 def _to(vae: nn.Module, *places: object, **named: object) -> nn.Module:
@@ -153,7 +156,9 @@ def _refused(*_: object, **__: object) -> NoReturn:
     )
 
 
-class _RunnerModule(nn.Module):
+class RunnerModule(nn.Module):
+    """A half of an autoencoder: one tensor in, one tensor out, computed by a runtime."""
+
     def __init__(self, runner: Runner | None, takes: str, gives: str) -> None:
         super().__init__()
         self._runner, self._takes, self._gives = runner, takes, gives

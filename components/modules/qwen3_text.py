@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..component import Component, Port, Sizes
+from ..examples import right_padded
 from ..loading import load_transformers
 from ..standin import StandIn, refuse
 
@@ -57,9 +58,7 @@ class Qwen3Text(Component):
         """Rows are of different lengths, padded on the right, as the tokenizer does."""
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(config["vocab_size"], (sizes.batch, sizes.sequence), generator=generator)
-        lengths = sizes.sequence - torch.arange(sizes.batch)
-        mask = (torch.arange(sizes.sequence)[None] < lengths[:, None]).to(torch.int64)
-        return {"input_ids": ids, "attention_mask": mask}
+        return {"input_ids": ids, "attention_mask": right_padded(sizes)}
 
     def stand_in(self, runners: Mapping[str, Runner], config: Config) -> object:
         from transformers import Qwen3Config

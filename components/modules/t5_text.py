@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..component import Component, Port, Sizes
+from ..examples import right_padded
 from ..loading import load_transformers
 from ..standin import StandIn, refuse
 
@@ -63,6 +64,18 @@ class T5Text(Component):
         return _T5TextStandIn(next(iter(runners.values())), T5Config(**config))
 
 
+class T5TextMasked(T5Text):
+    """Like `T5Text`, with `attention_mask (batch, sequence) int64`: padding isn't attended, as PixArt wants it."""
+
+    name = "t5-text-masked"
+
+    def inputs(self, config: Config) -> tuple[Port, ...]:
+        return (*super().inputs(config), Port("attention_mask", "int64", ("batch", "sequence")))
+
+    def example(self, config: Config, sizes: Sizes, seed: int) -> dict[str, Tensor]:
+        return {**super().example(config, sizes, seed), "attention_mask": right_padded(sizes)}
+
+
 class _FlatT5Text(nn.Module):
     """Captured with the products of attention spelled out.
 
@@ -74,10 +87,10 @@ class _FlatT5Text(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
+    def forward(self, input_ids: Tensor, *attention_mask: Tensor) -> tuple[Tensor]:
         if torch.compiler.is_exporting():
             self.module.set_attn_implementation("eager")
-        return (self.module(input_ids).last_hidden_state,)
+        return (self.module(input_ids, *attention_mask).last_hidden_state,)
 
 
 class _T5TextStandIn(StandIn):
@@ -85,5 +98,9 @@ class _T5TextStandIn(StandIn):
         from transformers.modeling_outputs import BaseModelOutput
 
         options.pop("return_dict", None)
+        inputs = {"input_ids": input_ids.to(torch.int64)}
+        if attention_mask is not None and any(port.name == "attention_mask" for port in self._runner.inputs):
+            inputs["attention_mask"] = attention_mask.to(torch.int64)
+            attention_mask = None
         refuse("text encoder", {"attention_mask": attention_mask, **options})
-        return BaseModelOutput(**self._run(input_ids=input_ids.to(torch.int64)))
+        return BaseModelOutput(**self._run(**inputs))

@@ -15,7 +15,9 @@ from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
 from ...errors import InputError
 from ..component import Component, Port, Sizes
+from ..examples import right_padded
 from ..loading import load_diffusers
+from ..rotary import rotate
 from ..standin import StandIn, full_config, refuse
 
 if TYPE_CHECKING:
@@ -72,15 +74,13 @@ class ZImageTransformer2D(Component):
         """Rows have captions of different lengths."""
         generator = torch.Generator().manual_seed(seed)
         ports = {port.name: port for port in self.inputs(config)}
-        lengths = sizes.sequence - torch.arange(sizes.batch)
-        mask = (torch.arange(sizes.sequence)[None] < lengths[:, None]).to(torch.int64)
         return {
             "hidden_states": torch.randn(ports["hidden_states"].shape(sizes.as_dict()), generator=generator),
             "timestep": torch.full((sizes.batch,), EXAMPLE_TIMESTEPS[seed % len(EXAMPLE_TIMESTEPS)]),
             "encoder_hidden_states": torch.randn(
                 ports["encoder_hidden_states"].shape(sizes.as_dict()), generator=generator
             ),
-            "encoder_attention_mask": mask,
+            "encoder_attention_mask": right_padded(sizes),
         }
 
     def stand_in(self, runners: Mapping[str, Runner], config: Config) -> object:
@@ -197,7 +197,7 @@ class _RealRotaryAttention:
         if attn.norm_k is not None:
             key = attn.norm_k(key)
         if freqs_cis is not None:
-            query, key = _rotate(query, *freqs_cis), _rotate(key, *freqs_cis)
+            query, key = rotate(query, *freqs_cis), rotate(key, *freqs_cis)
         mask = None if attention_mask is None else attention_mask[:, None, None, :]
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
@@ -206,13 +206,6 @@ class _RealRotaryAttention:
         for layer in attn.to_out:
             output = layer(output)
         return output
-
-
-def _rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn pairs of neighbours in (batch, tokens, heads, width) by their angles, in float32."""
-    real, imaginary = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([real * cosines - imaginary * sines, real * sines + imaginary * cosines], dim=-1)
-    return turned.flatten(3).type_as(heads)
 
 
 class _TransformerStandIn(StandIn):
