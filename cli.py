@@ -201,13 +201,13 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_lora(command: argparse.ArgumentParser) -> None:
+def _add_lora(command: argparse.ArgumentParser, purpose: str = "bake in") -> None:
     command.add_argument(
         "--lora",
         action="append",
         default=[],
         metavar="FILE[:SCALE]",
-        help="a LoRA in safetensors to bake in, such as style.safetensors:0.8; may be given several times",
+        help=f"a LoRA in safetensors to {purpose}, such as style.safetensors:0.8; may be given several times",
     )
 
 
@@ -379,6 +379,7 @@ def _add_generate(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
     command.add_argument("--mask", type=Path, help="of the picture's size; what is white is painted anew: inpainting")
     command.add_argument("--control-image", type=Path, help="what the artifact's ControlNet follows")
     command.add_argument("--control-scale", type=float, default=1.0, help="how strongly (1)")
+    _add_lora(command, "add to the weights as they are loaded")
     command.add_argument("--strength", type=float, help="over 0 to 1: how much of the picture is noised away")
     command.add_argument("--device", default="auto")
     command.add_argument("--threads", type=int)
@@ -424,7 +425,7 @@ def _generate(options: argparse.Namespace) -> None:
     _quiet_libraries()
     from .runtimes.engine import load
 
-    with load(options.folder, **_placement(options)) as engine:
+    with load(options.folder, **_placement(options), loras=options.lora) as engine:
         if not engine.proved:
             _say(f"note: {options.folder} is unproved: {engine.proof['reason']}")
         result = engine.generate(

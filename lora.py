@@ -1,4 +1,4 @@
-"""LoRAs baked into weights: W + scale * alpha / rank * B A, one tensor in memory at a time.
+"""LoRAs added to weights: W + scale * alpha / rank * B A, when a model is exported or when an artifact's part is opened.
 
 The method: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", https://arxiv.org/abs/2106.09685. Keys of
 Diffusers, PEFT and Kohya are brought to one form by Diffusers' own converters; the result is what its `fuse_lora` gives.
@@ -12,21 +12,40 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import PickleError, SourceError, UsageError
-from .weights import TORCH_DTYPES, as_bytes, read_tensor, sha256, write_entries
+from .weights import as_bytes, read_tensor, sha256, write_entries
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
+    from .components.family import Family
     from .source import Source
     from .weights import Entry
 
 _METADATA = "lora_adapter_metadata"
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+
+
+class Adaptable(Protocol):
+    """What a LoRA can be added to: a model, or an artifact."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def family(self) -> Family: ...
+    @property
+    def index(self) -> Mapping[str, Any]:
+        """As in `model_index.json`."""
+
+    @property
+    def modules(self) -> tuple[str, ...]: ...
+    def config(self, module: str) -> dict[str, Any]: ...
+    def shapes(self, module: str) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of a module's weights, by their names in its checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +80,7 @@ class Lora:
         return {"sha256": sha256(self.file), "scale": self.scale}
 
     @classmethod
-    def open(cls, text: str, source: Source) -> Lora:
+    def open(cls, text: str, model: Adaptable) -> Lora:
         """Read `file.safetensors` or `file.safetensors:scale` for a pipeline.
 
         Raises:
@@ -70,8 +89,8 @@ class Lora:
             SourceError: it isn't a LoRA, or one for another family.
         """
         file, scale = _parse(text)
-        layers, alphas = _read(file, source)
-        entries = {module: source.checkpoint(module).entries for module in source.modules}
+        layers, alphas = _read(file, model)
+        shapes = {module: model.shapes(module) for module in {layer.partition(".")[0] for layer in layers}}
         deltas: dict[str, dict[str, Delta]] = {}
         for layer in sorted({key.removesuffix(_DOWN).removesuffix(_UP) for key in layers}):
             module, _, path = layer.partition(".")
@@ -79,45 +98,49 @@ class Lora:
             if up is None or down is None:
                 message = f"{file} lacks one half of {layer}: a LoRA has an up and a down for each layer"
                 raise SourceError(message, fix="download or copy it again")
-            entry = _weight(entries.get(module, {}), path)
-            if entry is None:
-                message = f"{file} is for another model: {source.id} has no {layer}"
+            name = _weight(shapes[module], path)
+            if name is None:
+                message = f"{file} is for another model: {model.id} has no {layer}"
                 raise SourceError(message, fix="give a LoRA that was trained on this model's family")
-            if up.shape[0] != entry.shape[0] or math.prod(down.shape[1:]) != math.prod(entry.shape[1:]):
+            shape = shapes[module][name]
+            if up.shape[0] != shape[0] or math.prod(down.shape[1:]) != math.prod(shape[1:]):
                 message = (
                     f"{file} is for another model: {layer} is {up.shape[0]}×{math.prod(down.shape[1:])} in it, "
-                    f"{entry.shape[0]}×{math.prod(entry.shape[1:])} in {source.id}"
+                    f"{shape[0]}×{math.prod(shape[1:])} in {model.id}"
                 )
                 raise SourceError(message, fix="give a LoRA that was trained on this model's family")
             factor = scale * alphas.get(layer, float(len(down))) / len(down)
-            deltas.setdefault(module, {})[entry.name] = Delta(up, down, factor)
+            deltas.setdefault(module, {})[name] = Delta(up, down, factor)
         return cls(file, scale, deltas)
+
+
+def deltas_of(loras: Iterable[Lora], module: str) -> dict[str, list[Delta]]:
+    """Return what LoRAs add to the weights of a module, by their names."""
+    deltas: dict[str, list[Delta]] = {}
+    for lora in loras:
+        for name, delta in lora.deltas.get(module, {}).items():
+            deltas.setdefault(name, []).append(delta)
+    return deltas
+
+
+def added(weight: Tensor, deltas: Iterable[Delta]) -> Tensor:
+    """Return a weight with LoRAs added in float32, in its own dtype; the same bytes whenever the same are added."""
+    total = weight.float()
+    for delta in deltas:
+        total = total + delta.tensor(weight.shape).to(weight.device)
+    return total.to(weight.dtype)
 
 
 def merge(loras: Sequence[Lora], source: Source, module: str, folder: Path) -> None:
     """Write a module's config and checkpoint with the LoRAs added, in the files' own dtypes, into a new folder."""
     folder.mkdir(parents=True)
     shutil.copyfile(source.path(module) / "config.json", folder / "config.json")
-    checkpoint = source.checkpoint(module)
-    deltas: dict[str, list[Delta]] = {}
-    for lora in loras:
-        for tensor, delta in lora.deltas.get(module, {}).items():
-            deltas.setdefault(tensor, []).append(delta)
+    checkpoint, deltas = source.checkpoint(module), deltas_of(loras, module)
 
     def changed(entry: Entry) -> Iterator[memoryview] | None:
-        return _merged(entry, deltas[entry.name]) if entry.name in deltas else None
+        return iter([as_bytes(added(read_tensor(entry), deltas[entry.name]))]) if entry.name in deltas else None
 
     write_entries(checkpoint.entries.values(), folder / checkpoint.single_file, changed=changed)
-
-
-def _merged(entry: Entry, deltas: Iterable[Delta]) -> Iterator[memoryview]:
-    import torch
-
-    weight = read_tensor(entry)
-    total = weight.float()
-    for delta in deltas:
-        total = total + delta.tensor(entry.shape)
-    yield as_bytes(total.to(getattr(torch, TORCH_DTYPES[entry.dtype])))
 
 
 def _parse(text: str) -> tuple[Path, float]:
@@ -143,7 +166,7 @@ def _parse(text: str) -> tuple[Path, float]:
     return file, scale
 
 
-def _read(file: Path, source: Source) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _read(file: Path, model: Adaptable) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return halves of layers by `module.layer.lora_A.weight` or `…lora_B.weight`, and the layers' alphas."""
     import diffusers
     from safetensors import SafetensorError, safe_open
@@ -156,40 +179,40 @@ def _read(file: Path, source: Source) -> tuple[dict[str, Tensor], dict[str, floa
     except (SafetensorError, ValueError) as error:
         message = f"{file} can't be read as safetensors: {error}"
         raise SourceError(message, fix="download or copy it again") from error
-    pipeline = source.family.pipeline_class("text-to-image")
+    pipeline = model.family.pipeline_class("text-to-image")
     if not hasattr(pipeline, "lora_state_dict"):
-        message = f"{source.family.name} takes no LoRA: {pipeline.__name__} loads none"
+        message = f"{model.family.name} takes no LoRA: {pipeline.__name__} loads none"
         raise UsageError(message, fix="leave it out, or merge it into the model yourself")
     configs = {
-        f"{module}_config": diffusers.configuration_utils.FrozenDict(source.config(module)) for module in source.modules
+        f"{module}_config": diffusers.configuration_utils.FrozenDict(model.config(module)) for module in model.modules
     }
     try:
         converted = pipeline.lora_state_dict(tensors, return_alphas=True, **configs)
     except Exception as error:
-        message = f"{file} isn't a LoRA for {source.family.name}: {error!r}"
+        message = f"{file} isn't a LoRA for {model.family.name}: {error!r}"
         raise SourceError(message, fix="give a LoRA that was trained on this model's family") from error
     state, network_alphas = converted if isinstance(converted, tuple) else (converted, None)
-    halves = _as_peft(state, source)
-    foreign = sorted(key for key in state if key.partition(".")[0] not in source.modules)
+    halves = _as_peft(state, model)
+    foreign = sorted(key for key in state if key.partition(".")[0] not in model.modules)
     strange = foreign or sorted(key for key in halves if not key.endswith((_DOWN, _UP)))
     if strange or not halves:
         found = f"{strange[0]} and {len(strange) - 1} more" if strange else "no tensors"
-        message = f"{file} holds {found}, which {source.family.name} has no place for"
+        message = f"{file} holds {found}, which {model.family.name} has no place for"
         raise SourceError(message, fix="give a plain LoRA (no DoRA, LoKr or biases) that was trained on this family")
     named = {key.removesuffix(".alpha"): value for key, value in (network_alphas or {}).items()}
-    alphas = {key.partition(".lora_")[0]: float(value) for key, value in _as_peft(named, source).items()}
+    alphas = {key.partition(".lora_")[0]: float(value) for key, value in _as_peft(named, model).items()}
     return halves, {**_alphas_of(metadata, halves), **alphas}
 
 
-def _as_peft(found: Mapping[str, Any], source: Source) -> dict[str, Any]:
+def _as_peft(found: Mapping[str, Any], model: Adaptable) -> dict[str, Any]:
     """Name layers and their halves as PEFT does, module by module; what belongs to none is left out."""
     from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 
     named: dict[str, Any] = {}
-    for module in source.modules:
+    for module in model.modules:
         own = {key: value for key, value in found.items() if key.startswith(f"{module}.")}
         if own and not any(".lora_A" in key for key in own):
-            is_text = source.index[module][0] == "transformers"
+            is_text = model.index[module][0] == "transformers"
             own = (convert_state_dict_to_peft if is_text else convert_unet_state_dict_to_peft)(own)
         named |= own
     return named
@@ -210,8 +233,7 @@ def _alphas_of(metadata: Mapping[str, Any], halves: Mapping[str, Tensor]) -> dic
     return alphas
 
 
-def _weight(entries: Mapping[str, Entry], path: str) -> Entry | None:
+def _weight(names: Iterable[str], path: str) -> str | None:
     """Find the weight that a layer's LoRA is for; CLIP's names come with and without `text_model.`."""
     plain = path.removeprefix("text_model.")
-    names = (f"{path}.weight", f"{plain}.weight", f"text_model.{plain}.weight")
-    return next((entries[name] for name in names if name in entries), None)
+    return next((n for n in (f"{path}.weight", f"{plain}.weight", f"text_model.{plain}.weight") if n in names), None)

@@ -99,6 +99,10 @@ class Source:
     def checkpoint(self, module: str) -> Checkpoint:
         return Checkpoint.open(self.path(module))
 
+    def shapes(self, module: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a module's weights, by name."""
+        return {name: entry.shape for name, entry in self.checkpoint(module).entries.items()}
+
     @property
     def host_files(self) -> list[Path]:
         """Scheduler, tokenizers and index: what the pipeline needs besides its parts."""

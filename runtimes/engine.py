@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from .. import plugins
 from ..errors import Cancelled, ParityError, UsageError
+from ..lora import Lora, deltas_of
 from ..recipe import Placement
 from .image import as_pictures
 from .keeper import Keeper
@@ -78,7 +79,8 @@ class Engine:
         self.recipe = baked.recipe
         self.proof = baked.proof
         _refuse_idle_options(baked, placement)
-        self._configs = {part.module: baked.config(part) for part in baked.family.parts if part.name in baked.parts}
+        self._baked = baked
+        self._configs = {module: baked.config(module) for module in baked.modules}
         self._stations = {
             part.name: Station(baked, part, placement) for part in baked.family.parts if part.name in baked.parts
         }
@@ -108,6 +110,26 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def set_loras(self, *loras: str) -> None:
+        """Add LoRAs to the parts, instead of those that were added before; none takes all off.
+
+        Parts whose weights change are closed, and opened with the next `generate`; the artifact stays as it is, so
+        going back to earlier LoRAs gives the same pictures bit for bit.
+
+        Args:
+            loras: `FILE.safetensors` or `FILE.safetensors:SCALE` each, with Diffusers', PEFT's or Kohya's keys.
+
+        Raises:
+            UsageError: no such file, a LoRA that is baked in already, or parts whose backend takes none.
+            PickleError: one is a pickle.
+            SourceError: one isn't a LoRA, or is for another family.
+        """
+        opened = [Lora.open(text, self._baked) for text in loras]
+        for lora in opened:
+            self._baked.refuse_twice(lora)
+        for station in self._stations.values():
+            station.adapt(deltas_of(opened, station.part.module))
 
     def close(self) -> None:
         """Release the runtimes. Opening them again is a matter of the next `generate`."""
@@ -291,7 +313,7 @@ def _refuse_idle_options(baked: Baked, placement: Placement) -> None:
         "mapped": placement.offload == "mapped",
     }
     for option in [name for name, value in asked.items() if value]:
-        if not any(plugins.runtime(baked.parts[p.name].backend).serves(option, baked.config(p)) for p in parts):
+        if not any(plugins.runtime(baked.parts[p.name].backend).serves(option, baked.config(p.module)) for p in parts):
             kinds = ", ".join(sorted({entry.backend for entry in baked.parts.values()}))
             message = f"{option} does nothing here: {baked.folder} has parts of {kinds} alone"
             if option == "token_merging":
@@ -339,6 +361,7 @@ def load(
     vae_slicing: str = "auto",
     attention_slicing: int | str | None = None,
     token_merging: float = 0.0,
+    loras: Sequence[str] = (),
 ) -> Engine:
     """Open an artifact, or an Optimum or Diffusers folder (which is `unproved`).
 
@@ -354,6 +377,7 @@ def load(
         vae_slicing: `on`, `off`, or `auto`: decode a picture at a time where a batch's wouldn't fit.
         attention_slicing: torch: heads (of batch × heads) whose attention is computed at a time, or `auto`.
         token_merging: torch: share of tokens that UNets merge before self-attention, to 0.75 (lossy).
+        loras: added to the weights as in `Engine.set_loras`.
 
     Raises:
         ArtifactError: the folder can't be opened.
@@ -371,4 +395,6 @@ def load(
         attention_slicing=attention_slicing,
         token_merging=token_merging,
     )
-    return Engine(read_folder(Path(folder)), placement)
+    engine = Engine(read_folder(Path(folder)), placement)
+    engine.set_loras(*loras)
+    return engine

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ArtifactError, UnavailableError, unknown
 from ..hardware import Availability, choose_device, usable_cores
+from . import onnx_weights
 from .runtime import PartFiles, Runtime
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class OnnxRuntime(Runtime):
         return Availability(ok=True, reason=f"onnxruntime {onnxruntime.__version__}: {providers}")
 
     @classmethod
+    def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:
+        return {entry.name: entry.shape for entry in onnx_weights.tensors(folder).values()}
+
+    @classmethod
     def device_for(cls, placement: Placement) -> str:
         return _DEVICES.get(_provider(placement)[0], "other")
 
@@ -73,12 +78,14 @@ class OnnxRuntime(Runtime):
         if mapped:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        kept = onnx_weights.adapt(options, part.folder, part.deltas)
         self._session: Any = onnxruntime.InferenceSession(
             part.folder / "model.onnx",
             options,
             providers=list(dict.fromkeys([provider, "CPUExecutionProvider"])),
             disabled_optimizers=["ConstantFolding"] if mapped else [],
         )
+        del kept
         ran = self._session.get_providers()[0]
         if ran != provider and not fallback:
             fallback = f"ONNX Runtime couldn't start {provider}: using {ran}"

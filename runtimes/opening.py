@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 from .. import plugins
 from ..artifact import MANIFEST, Artifact, PartEntry
 from ..components.component import Port
-from ..errors import ArtifactError, UnavailableError
+from ..errors import ArtifactError, UnavailableError, UsageError
 from ..source import family_of, parts_of, read_json
 from ..weights import Checkpoint
 from .runtime import PartFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from ..components.family import Family, Part
+    from ..lora import Delta, Lora
     from ..recipe import Placement
     from .runtime import Runtime
 
@@ -35,8 +36,39 @@ class Baked:
     proof: Mapping[str, Any]
     recipe: str
 
-    def config(self, part: Part) -> dict[str, Any]:
-        return read_json(self.folders[part.name] / "config.json")
+    @property
+    def id(self) -> str:
+        return str(self.folder)
+
+    @property
+    def index(self) -> dict[str, Any]:
+        return read_json(self.folder / "model_index.json")
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(part.module for part in self.family.parts if part.name in self.parts))
+
+    def config(self, module: str) -> dict[str, Any]:
+        return read_json(self.folders[self._part(module)] / "config.json")
+
+    def shapes(self, module: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the weights that LoRAs can be added to."""
+        name = self._part(module)
+        return plugins.runtime(self.parts[name].backend).shapes(self.folders[name])
+
+    def refuse_twice(self, lora: Lora) -> None:
+        """Refuse a LoRA that is baked into a part already.
+
+        Raises:
+            UsageError: with the part.
+        """
+        for name, part in self.parts.items():
+            if any(baked["sha256"] == lora.fields["sha256"] for baked in part.key_fields.get("loras", ())):
+                message = f"{lora.file} is baked into {self.folder}'s {name} already: it would be added twice"
+                raise UsageError(message, fix="leave it out, or use an artifact that was exported without --lora")
+
+    def _part(self, module: str) -> str:
+        return next(part.name for part in self.family.parts if part.module == module and part.name in self.parts)
 
 
 def read_folder(folder: Path) -> Baked:
@@ -127,8 +159,14 @@ def port_from_dict(data: Mapping[str, Any]) -> Port:
     return Port(data["name"], data["dtype"], tuple(data["dims"]), exact=data.get("exact", False))
 
 
-def open_part(folder: Path, part: Part, entry: PartEntry, placement: Placement) -> Runtime:
-    """Open one part from its own folder with the runtime of its backend.
+def open_part(
+    folder: Path,
+    part: Part,
+    entry: PartEntry,
+    placement: Placement,
+    deltas: Mapping[str, Sequence[Delta]] | None = None,
+) -> Runtime:
+    """Open one part from its own folder with the runtime of its backend, with what LoRAs add to its weights.
 
     Raises:
         UnavailableError: the backend can't be used here.
@@ -145,6 +183,7 @@ def open_part(folder: Path, part: Part, entry: PartEntry, placement: Placement) 
         inputs=tuple(port_from_dict(port) for port in entry.inputs),
         outputs=tuple(port_from_dict(port) for port in entry.outputs),
         build=lambda dtype: part.component.flat(part.component.load(folder, _torch_dtype(dtype))).eval(),
+        deltas=deltas or {},
     )
     return runtime(files, placement)
 

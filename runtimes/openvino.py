@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ArtifactError
 from ..hardware import Availability, choose_device, usable_cores
+from . import openvino_weights
 from .runtime import PartFiles, Runtime
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -26,6 +28,10 @@ class OpenVINORuntime(Runtime):
     held: ClassVar[Mapping[str, float]] = {"fp32": 1.1, "bf16": 1.2}
     live_maps: ClassVar[Mapping[str, float]] = {"fp32": 17, "bf16": 12}
     devices: ClassVar[tuple[str, ...]] = ("gpu", "cpu", "npu")
+
+    @classmethod
+    def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:
+        return openvino_weights.shapes(folder / "openvino_model.xml")
 
     @classmethod
     def probe(cls) -> Availability:
@@ -47,6 +53,7 @@ class OpenVINORuntime(Runtime):
         except RuntimeError as error:
             message = f"{file} is not an OpenVINO model: {error}"
             raise ArtifactError(message, fix="export it again") from error
+        openvino_weights.adapt(model, part.deltas)
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": "1",

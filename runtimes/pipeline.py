@@ -27,8 +27,8 @@ _WORKING = {
     "save_config",
 }
 _INSTEAD = {
-    "lora": "bake the LoRA into the source model before you export it (fuse_lora, save_pretrained)",
-    "adapter": "bake the adapter into the source model before you export it",
+    "lora": "engine.set_loras('FILE.safetensors:0.8') adds LoRAs; bakeoff export --lora bakes them in",
+    "adapter": "engine.set_loras('FILE.safetensors:0.8') adds LoRAs; other adapters go into the model before it is exported",
     "textual_inversion": "add the embedding to the source model before you export it",
     "offload": "choose the device when you load: bakeoff.load(folder, device=…)",
     "save": "the artifact folder is already saved: copy it",
@@ -71,7 +71,7 @@ def _stand_ins(baked: Baked, runners: Mapping[str, Runner]) -> dict[str, object]
             by_module.setdefault(part.module, {})[part.name] = runners[part.name]
             components[part.module] = part
     return {
-        module: components[module].component.stand_in(of_module, baked.config(components[module]))
+        module: components[module].component.stand_in(of_module, baked.config(module))
         for module, of_module in by_module.items()
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..components.component import solve_sizes
@@ -11,7 +11,7 @@ from ..errors import ArtifactError, InputError
 from ..hardware import choose_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ..components.component import Activations, Port
     from ..hardware import Availability
+    from ..lora import Delta
     from ..recipe import Placement
 
 
@@ -36,6 +37,8 @@ class PartFiles:
     outputs: tuple[Port, ...]
     build: Callable[[str], nn.Module]
     """Build the eager module, with flat tensors, in a dtype: for the torch runtime."""
+    deltas: Mapping[str, Sequence[Delta]] = field(default_factory=dict)
+    """What LoRAs add to weights, by their names in `Runtime.shapes`."""
 
 
 class Runtime(ABC):
@@ -66,6 +69,11 @@ class Runtime(ABC):
     def serves(cls, option: str, config: Mapping[str, Any]) -> bool:  # noqa: ARG003 - some options are for some modules
         """Say whether an option of `Placement` does anything for a part with this `config.json`."""
         return option in cls.options or (option == "mapped" and cls.held_mapped is not None)
+
+    @classmethod
+    def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:  # noqa: ARG003 - not all can
+        """Return the shapes of a part's weights that LoRAs can be added to, by their names in the checkpoint."""
+        return {}
 
     @classmethod
     def device_for(cls, placement: Placement) -> str:

@@ -13,12 +13,13 @@ from .offload import Need, stage_of
 from .opening import Baked, open_part, port_from_dict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
     from ..components.component import Port
     from ..components.family import Part
+    from ..lora import Delta
     from ..recipe import Placement
     from .runtime import Runtime
 
@@ -41,6 +42,7 @@ class Station:
         self.pieces: dict[str, Any] = {}
         """How the last batch was cut for it: pictures one at a time (`slicing`), tiles' side in pixels (`tiling`)."""
         self._told: dict[str, Any] | None = None
+        self._deltas: Mapping[str, Sequence[Delta]] = {}
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -105,8 +107,15 @@ class Station:
         if self.runtime is None:
             self.before(self)
             placement = replace(self._placement, offload="mapped" if self.mapped else "none")
-            self.runtime = open_part(self._baked.folders[self.part.name], self.part, self._entry, placement)
+            folder = self._baked.folders[self.part.name]
+            self.runtime = open_part(folder, self.part, self._entry, placement, self._deltas)
         return self.runtime
+
+    def adapt(self, deltas: Mapping[str, Sequence[Delta]]) -> None:
+        """Open with other LoRAs from now on."""
+        if deltas or self._deltas:
+            self.close()
+        self._deltas = deltas
 
     def unload(self) -> None:
         """Close it to make room; modules refer to themselves in circles, so they go when the collector runs."""

@@ -6,19 +6,25 @@ import contextlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..hardware import Availability, choose_device, usable_cores
+from ..lora import added
+from ..weights import Checkpoint
 from . import attention
 from .runtime import PartFiles, Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from ..lora import Delta
     from ..recipe import Placement
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _TORCH_NAMES = {"rocm": "cuda"}
+_WRAPPER = "module."
+"""What a component's wrapper puts before the names of the module that it wraps."""
 
 
 class TorchRuntime(Runtime):
@@ -40,6 +46,10 @@ class TorchRuntime(Runtime):
         if option == "token_merging":
             return attention.can_merge(config)
         return super().serves(option, config)
+
+    @classmethod
+    def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in Checkpoint.open(folder).entries.items()}
 
     @classmethod
     def held_bytes(
@@ -83,6 +93,7 @@ class TorchRuntime(Runtime):
         mapped = placement.offload == "mapped"
         self._channels_last = part.precision == "bf16" and not mapped
         module = part.build(_DTYPES[part.precision]).to(self._device)
+        _adapt(module, part.deltas)
         merged = attention.merge_tokens(module, placement.token_merging)
         self._slicing: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if placement.attention_slicing is not None:
@@ -128,6 +139,14 @@ class TorchRuntime(Runtime):
 
     def close(self) -> None:
         self._module = None
+
+
+def _adapt(module: nn.Module, deltas: Mapping[str, Sequence[Delta]]) -> None:
+    """Add LoRAs to weights; these become tensors of their own, what is mapped from the file stays as it is."""
+    parameters = {name.removeprefix(_WRAPPER): parameter for name, parameter in module.named_parameters()}
+    for name, additions in deltas.items():
+        own = next(own for own in parameters if own == name or name.endswith(f".{own}") or own.endswith(f".{name}"))
+        parameters[own].data = added(parameters[own].data, additions)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""LoRAs baked in: exactly what Diffusers' own fusing gives."""
+"""LoRAs, baked in and added as parts open: exactly what Diffusers' own fusing gives."""
 
 import json
 
@@ -11,12 +11,14 @@ from bakeoff.artifact import Artifact
 from bakeoff.bake import export, plan, why_rebuild
 from bakeoff.errors import PickleError, SourceError, UsageError
 from bakeoff.lora import Lora
+from bakeoff.pictures import psnr
 from bakeoff.recipe import parse
 from bakeoff.runtimes.engine import load
 from bakeoff.source import Source
 from bakeoff.weights import Checkpoint, read_tensor
 
 RECIPE = parse("torch:fp32")[0]
+PROMPT = "a large red circle on a white background"
 LAYERS = {
     "stable-diffusion": ("unet", "attentions.0.transformer_blocks.0.attn1.to_"),
     "stable-diffusion-xl": ("unet", "attentions.0.transformer_blocks.0.attn1.to_"),
@@ -183,3 +185,60 @@ def test_a_family_whose_pipelines_load_no_loras_says_so(tiny, tmp_path):
     file = peft_file(tiny("flux"), "flux", tmp_path / "flux.safetensors")
     with pytest.raises(UsageError, match="pixart-sigma takes no LoRA"):
         plan(str(tiny("pixart-sigma")), RECIPE, loras=[str(file)])
+
+
+@pytest.fixture(scope="module")
+def styles(shapes, tmp_path_factory):
+    """Two LoRAs for `shapes`: of the UNet and the text encoder with Kohya's keys, of the UNet with PEFT's."""
+    folder = tmp_path_factory.mktemp("styles")
+    kohya = kohya_file(shapes, folder / "kohya.safetensors")
+    return f"{kohya}:0.5", f"{peft_file(shapes, 'stable-diffusion', folder / 'peft.safetensors', seed=1)}:0.5"
+
+
+def picture(engine):
+    return engine.generate(PROMPT, seeds=1, steps=2).images[0]
+
+
+@pytest.mark.parametrize("recipe", ["torch:fp32", "onnx:fp32", pytest.param("openvino:fp32", marks=pytest.mark.slow)])
+def test_loras_come_and_go_without_a_trace(baked, styles, recipe):
+    first, second = styles
+    with load(baked(recipe), loras=[first]) as engine, load(baked("torch:fp32"), loras=[first]) as eager:
+        a = picture(engine)
+        assert psnr(picture(eager), a) >= 45
+        engine.set_loras(second)
+        b = picture(engine)
+        engine.set_loras(first)
+        assert np.array_equal(picture(engine), a)
+        engine.set_loras()
+        assert len({image.tobytes() for image in (a, b, picture(engine))}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["onnx:bf16", "openvino:bf16", "openvino:int8", "torch:bf16"])
+def test_loras_in_lower_precisions(baked, styles, recipe):
+    with load(baked(recipe)) as engine, load(baked("torch:fp32")) as exact:
+        plain = picture(engine)
+        for each in (engine, exact):
+            each.set_loras(styles[0])
+        assert psnr(picture(exact), picture(engine)) > psnr(picture(exact), plain) + 5
+
+
+def test_added_and_baked_are_the_same(tiny, tmp_path):
+    folder = tiny("stable-diffusion")
+    style = f"{kohya_file(folder, tmp_path / 'style.safetensors')}:0.8"
+    recipe = parse("torch:fp32")[0]
+    plain = export(str(folder), tmp_path / "plain", recipe, prove=False)
+    baked = export(str(folder), tmp_path / "baked", recipe, loras=[style], prove=False)
+    with load(plain.folder, loras=[style]) as added, load(baked.folder) as fixed:
+        assert np.array_equal(picture(added), picture(fixed))
+        with pytest.raises(UsageError, match="added twice"):
+            fixed.set_loras(style)
+
+
+def test_a_lora_of_another_model_is_refused_and_nothing_changes(baked, tiny, styles, tmp_path):
+    foreign = peft_file(tiny("stable-diffusion-xl"), "stable-diffusion-xl", tmp_path / "xl.safetensors")
+    with load(baked("torch:fp32"), loras=[styles[0]]) as engine:
+        before = picture(engine)
+        with pytest.raises(SourceError, match="for another model"):
+            engine.set_loras(str(foreign))
+        assert np.array_equal(picture(engine), before)
