@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import plugins
+from .errors import SourceError
 from .memory import available_bytes
-from .weights import TORCH_DTYPES, Checkpoint
+from .weights import TORCH_DTYPES, Checkpoint, Entry, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,18 +57,30 @@ def usable_bytes() -> int:
 
 def weight_bytes(folder: Path) -> dict[str, int]:
     """Sum a part's weights on disk by dtype, for folders without a manifest; "" where the files don't tell the dtype."""
-    if any(folder.glob("*.safetensors")):
-        totals: dict[str, int] = {}
-        for entry in Checkpoint.open(folder).entries.values():
-            dtype = TORCH_DTYPES.get(entry.dtype, entry.dtype.lower())
-            totals[dtype] = totals.get(dtype, 0) + entry.length
-        return totals
-    return {"": sum(file.stat().st_size for file in folder.iterdir() if file.is_file() and file.suffix != ".json")}
+    entries = _entries(folder)
+    if entries is None:
+        return {"": sum(file.stat().st_size for file in folder.iterdir() if file.is_file() and file.suffix != ".json")}
+    totals: dict[str, int] = {}
+    for entry in entries:
+        dtype = TORCH_DTYPES.get(entry.dtype, entry.dtype.lower())
+        totals[dtype] = totals.get(dtype, 0) + entry.length
+    return totals
 
 
 def convolution_bytes(folder: Path) -> int | None:
     """Sum the weights of four dimensions of a part on disk; None where no safetensors tell the shapes."""
-    if not any(folder.glob("*.safetensors")):
+    entries = _entries(folder)
+    if entries is None:
         return None
-    found = Checkpoint.open(folder).entries.values()
-    return sum(entry.length for entry in found if len(entry.shape) == _CONVOLUTION)
+    return sum(entry.length for entry in entries if len(entry.shape) == _CONVOLUTION)
+
+
+def _entries(folder: Path) -> list[Entry] | None:
+    """Return a checkpoint's tensors, or those of all safetensors where they are under other names; None without any."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return None
+    try:
+        return list(Checkpoint.open(folder).entries.values())
+    except SourceError:
+        return [entry for file in files for entry in read_header(file)]

@@ -1,6 +1,7 @@
 """Whatever is done about memory, the picture is the same, unless it is said to be lossy."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -124,6 +125,8 @@ def test_parts_of_one_stage_stay_open_together(tiny, tmp_path):
     assert np.array_equal(made.images, plain.images)
     unloaded = {name: found["unloaded"] for name, found in configuration.items()}
     assert unloaded == {"text_encoder": 1, "text_encoder_2": 1, "unet": 1, "controlnet": 1, "vae_decoder": 0}
+    merged, _ = generate(folder, PROMPTS, {**arguments, "control_image": control}, token_merging=0.5)
+    assert not np.array_equal(merged.images, plain.images)
 
 
 @pytest.fixture(scope="module")
@@ -275,3 +278,9 @@ def test_weights_are_summed_by_dtype(shapes, baked):
     assert 0 < footprint.convolution_bytes(shapes / "unet") < sum(footprint.weight_bytes(shapes / "unet").values())
     assert footprint.weight_bytes(baked("openvino:fp32") / "unet")[""] > 1_000_000
     assert footprint.convolution_bytes(baked("openvino:fp32") / "unet") is None
+
+
+def test_shards_without_an_index_are_summed(shapes, tmp_path):
+    """As ONNX parts have them."""
+    shutil.copy(shapes / "unet" / "diffusion_pytorch_model.safetensors", tmp_path / "part-00001-of-00002.safetensors")
+    assert footprint.weight_bytes(tmp_path) == footprint.weight_bytes(shapes / "unet")

@@ -1,6 +1,6 @@
 """Measure attention slicing and token merging in torch: `python torch_attention.py RECORD.json`.
 
-One step of an SD 1.5-size UNet with random weights, float32, one row of 64×64 latents, in one process. All arms stay
+One step of an SD 1.5-size UNet with random weights, float32, one row of 48×48 latents, in one process. All arms stay
 open; each block runs every arm once, in another order. Per arm: the ratio of its seconds to the plain arm's with its
 95 % interval over blocks, the most anonymous memory that its runs added (sampled every 10 ms), and the PSNR of its
 prediction to the plain arm's, in dB over the prediction's own range. `attention` does the same for one self-attention
@@ -40,12 +40,11 @@ if TYPE_CHECKING:
 PLAIN = "plain"
 ARMS: dict[str, dict[str, Any]] = {
     PLAIN: {},
-    "again": {},
     "attention_slicing=1": {"attention_slicing": 1},
     "token_merging=0.25": {"token_merging": 0.25},
     "token_merging=0.5": {"token_merging": 0.5},
 }
-SIZES = Sizes(batch=1, height=64, width=64, sequence=77)
+SIZES = Sizes(batch=1, height=48, width=48, sequence=77)
 HEADS, WIDTH = 8, 40
 
 
@@ -53,21 +52,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("record", type=Path)
     parser.add_argument("--work", type=Path, help="folder for 3.4 GB of weights; a temporary one by default")
-    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--unet", type=Path, help="folder of such a UNet, instead of one made on the spot")
+    parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work) as work:
-        write_module(SD15_UNET, Path(work))
-        rows = _unet(Path(work), options.blocks, options.threads)
-    record = {
-        "machine": describe(),
-        "command": "make bench-attention",
-        "threads": options.threads,
-        "blocks": options.blocks,
-        "unet": rows,
-        "attention": _attention(options.blocks, options.threads),
-    }
-    options.record.write_text(json.dumps(record, indent=1) + "\n")
+        record = {
+            "machine": describe(),
+            "command": "make bench-attention",
+            "threads": options.threads,
+            "blocks": options.blocks,
+            "attention": _attention(options.blocks, options.threads),
+        }
+        options.record.write_text(json.dumps(record, indent=1) + "\n")
+        folder = options.unet or Path(work)
+        if not options.unet:
+            write_module(SD15_UNET, folder)
+        record["unet"] = _unet(folder, options.blocks, options.threads)
+        options.record.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps({name: record[name] for name in ("unet", "attention")}, indent=1))
 
 
