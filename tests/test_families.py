@@ -22,6 +22,8 @@ from bakeoff.runtimes.request import row_generator
 from bakeoff.source import Source
 
 FAMILIES = plugins.names("families")
+OFTEN = {"stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "z-image"}
+"""Whose every case `make test` runs, in torch; of the others, one picture."""
 PROMPTS = ["a red circle", "two small green squares, left of a star; 一只猫"]
 SIZE = (64, 96)
 STEPS = 3
@@ -116,14 +118,19 @@ def fewest_steps(name):
     return next(family.fewest_steps for family in plugins.families() if family.name == name)
 
 
-def cases(*, with_pictures=False):
+def cases(*, often=OFTEN, with_pictures=False):
     """Every family with every backend; `make test` lowers the embedded model's denoiser elsewhere, and runs these in torch."""
     for family in (family.name for family in plugins.families() if len(family.pipelines) > with_pictures):
         for backend in ("torch", "onnx", "openvino"):
-            yield pytest.param(family, backend, marks=() if backend == "torch" else pytest.mark.slow)
+            everyday = backend == "torch" and family in often
+            yield pytest.param(family, backend, marks=() if everyday else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("family", "backend"), list(cases()))
+def in_torch(families, often=OFTEN):
+    return [pytest.param(family, marks=() if family in often else pytest.mark.slow) for family in families]
+
+
+@pytest.mark.parametrize(("family", "backend"), list(cases(often=FAMILIES)))
 def test_text_to_image_is_diffusers_picture(tiny, artifacts, family, backend):
     folder = tiny(family)
     latents = latents_of(folder, len(PROMPTS))
@@ -150,7 +157,7 @@ def test_a_picture_to_start_from_gives_diffusers_picture(tiny, artifacts, family
     assert psnr(got, expected) > 45
 
 
-@pytest.mark.parametrize(("family", "backend"), list(cases(with_pictures=True)))
+@pytest.mark.parametrize(("family", "backend"), list(cases(often={"stable-diffusion"}, with_pictures=True)))
 @pytest.mark.parametrize("strength", [0.34, 1.0])
 def test_a_picture_keeps_nearly_all_or_nothing(tiny, artifacts, family, backend, strength):
     """One of three steps, and all of them; 0 is refused."""
@@ -225,7 +232,9 @@ def test_flux_schnell_has_no_guidance(tmp_path, backend):
     assert np.array_equal(got, by_default)
 
 
-@pytest.mark.parametrize("family", ["stable-diffusion-xl", "stable-diffusion-3", "z-image"])
+@pytest.mark.parametrize(
+    "family", in_torch(["stable-diffusion-xl", "stable-diffusion-3", "z-image"], often={"stable-diffusion-xl"})
+)
 def test_turbo_models_draw_without_guidance_in_few_steps(tmp_path, family):
     """SDXL Turbo with the scheduler it comes with, whose noise is from each row's own generator."""
     from diffusers import EulerAncestralDiscreteScheduler
@@ -411,7 +420,7 @@ def test_prompts_of_any_length_with_and_without_guidance(tiny, artifacts, family
     assert psnr(alone[0], expected[4]) > 45
 
 
-@pytest.mark.parametrize("family", [family.name for family in plugins.families() if family.negative_prompts])
+@pytest.mark.parametrize("family", in_torch(f.name for f in plugins.families() if f.negative_prompts))
 def test_negative_prompts_count_as_in_diffusers(tiny, artifacts, family):
     folder = tiny(family)
     latents = latents_of(folder, 2)
@@ -426,7 +435,7 @@ def test_negative_prompts_count_as_in_diffusers(tiny, artifacts, family):
     assert not np.array_equal(got[0], without[0])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", in_torch(FAMILIES))
 def test_rows_may_differ_in_guidance(artifacts, family):
     with load(artifacts(family, "torch")) as engine:
         settings = {"steps": 2, "size": SIZE, "seeds": [1, 2]}
@@ -437,7 +446,7 @@ def test_rows_may_differ_in_guidance(artifacts, family):
     assert psnr(mixed[1], second / 255) > 45
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", in_torch(FAMILIES))
 @pytest.mark.parametrize("size", [(65, 64), (64, 72), (0, 64)])
 def test_sizes_that_do_not_divide_are_refused_with_the_nearest(artifacts, family, size):
     with load(artifacts(family, "torch")) as engine:
