@@ -38,7 +38,7 @@ class OpenVINOExporter:
     runtime computes in is decided by the recipe when the part is loaded, never by OpenVINO's default.
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     precisions: ClassVar[tuple[str, ...]] = tuple(STORAGE)
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"timestep": ("f32",)}
 

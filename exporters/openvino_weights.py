@@ -121,10 +121,15 @@ class _Graph:
         ]
 
     def hold(self, layer: ET.Element, dtype: str, place: tuple[int, int]) -> None:
-        """Make a stand-in a constant, widened to float32 where it is stored in less."""
+        """Make a stand-in a constant, widened to float32 where it is stored in less: marked as OpenVINO marks that."""
         _become_constant(layer, _ELEMENTS[dtype], place)
         if dtype != "F32":
-            self._follow(layer, self._widening(layer))
+            widened = self._widening(layer)
+            info = ET.Element("rt_info")
+            ET.SubElement(info, "attribute", {"name": "decompression", "version": "0"})
+            widened.insert(1, info)
+            self._links.append((layer.attrib["id"], widened.attrib["id"], "0"))
+            self._successors[layer.attrib["id"]] = widened.attrib["id"]
 
     def dequantize(self, layer: ET.Element, weight: tuple[int, int], scales: tuple[int, int]) -> None:
         """Make a stand-in an int8 constant, widened and multiplied by its scales: the form that runtimes recognise."""
@@ -144,18 +149,11 @@ class _Graph:
         self._successors[layer.attrib["id"]] = product.attrib["id"]
 
     def _widening(self, layer: ET.Element) -> ET.Element:
-        """Add the conversion to float32 behind a constant, marked as OpenVINO marks decompression."""
+        """Add the conversion to float32 behind a constant."""
         dims = _dims(layer)
         widened = self._add("Convert", f"{layer.attrib['name']}/float32", [dims], dims, layer.find("output/port"))
         widened.insert(0, ET.Element("data", {"destination_type": "f32"}))
-        info = ET.Element("rt_info")
-        ET.SubElement(info, "attribute", {"name": "decompression", "version": "0"})
-        widened.insert(1, info)
         return widened
-
-    def _follow(self, layer: ET.Element, follower: ET.Element) -> None:
-        self._links.append((layer.attrib["id"], follower.attrib["id"], "0"))
-        self._successors[layer.attrib["id"]] = follower.attrib["id"]
 
     def _add(
         self, kind: str, name: str, inputs: list[list[int]], output: list[int], source: ET.Element | None = None

@@ -39,8 +39,8 @@ class OnnxRuntime(Runtime):
     """
 
     reads_ports: ClassVar[bool] = True
-    held: ClassVar[Mapping[str, float]] = {"fp32": 1.1}
-    held_mapped: ClassVar[Mapping[str, float] | None] = {"fp32": 0.02}
+    held: ClassVar[Mapping[str, float]] = {"fp32": 1.1, "bf16": 3.9}
+    held_mapped: ClassVar[Mapping[str, float] | None] = {"fp32": 0.02, "bf16": 0.7}
     live_maps: ClassVar[Mapping[str, float]] = {"fp32": 25}
     options: ClassVar[frozenset[str]] = frozenset({"provider"})
     devices: ClassVar[tuple[str, ...]] = tuple(_PROVIDERS)

@@ -25,7 +25,7 @@ _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 
 class OpenVINORuntime(Runtime):
     reads_ports: ClassVar[bool] = True
-    held: ClassVar[Mapping[str, float]] = {"fp32": 1.1, "bf16": 1.2}
+    held: ClassVar[Mapping[str, float]] = {"fp32": 1.1, "bf16": 1.2, "int8": 1.4}
     live_maps: ClassVar[Mapping[str, float]] = {"fp32": 17, "bf16": 12}
     devices: ClassVar[tuple[str, ...]] = ("gpu", "cpu", "npu")
 

@@ -31,17 +31,17 @@ from bakeoff.memory import Watch, in_child, rss_bytes
 HERE = Path(__file__).parent
 CASES = {
     "SD 1.5 UNet": {
-        "config": "SD15_UNET",
+        "config": ("sd-1.5", "unet", {}),
         "component": "unet_2d_condition:UNet2DCondition",
         "sizes": {"batch": 2, "height": 64, "width": 64, "sequence": 77},
     },
     "SD 3.5 Large, 2 of 38 blocks": {
-        "config": "SD35_TWO",
+        "config": ("sd-3.5-large", "transformer", {"num_layers": 2}),
         "component": "sd3_transformer_2d:SD3Transformer2D",
         "sizes": {"batch": 2, "height": 32, "width": 32, "sequence": 154},
     },
     "VAE decoder": {
-        "config": "SD_VAE",
+        "config": ("sd-1.5", "vae", {}),
         "component": "autoencoder_kl:VaeDecoder",
         "weights": ("decoder.", "post_quant_conv."),
         "sizes": {"batch": 1, "height": 48, "width": 48, "sequence": 1},
@@ -54,10 +54,40 @@ ARMS = [
     ("torch", "bf16", True),
     ("onnx", "fp32", False),
     ("onnx", "fp32", True),
+    ("onnx", "bf16", False),
+    ("onnx", "bf16", True),
     ("openvino", "fp32", False),
     ("openvino", "bf16", False),
+    ("openvino", "int8", False),
 ]
 """Backend, precision, and whether weights are to stay mapped."""
+
+
+def lower_here(component: str, source: str, output: str, exporter: str, precision: str) -> None:
+    """Export one module in this process."""
+    import importlib
+
+    from bakeoff import plugins
+    from bakeoff.exporters.capture import on_hollow
+    from bakeoff.exporters.exporter import Subject
+    from bakeoff.weights import Checkpoint
+
+    module, _, name = component.partition(":")
+    made = getattr(importlib.import_module(f"bakeoff.components.modules.{module}"), name)()
+    folder = Path(source)
+    config = json.loads((folder / "config.json").read_text())
+    with tempfile.TemporaryDirectory(dir=output) as work:
+        subject = Subject(
+            part=made.name,
+            precision=precision,
+            inputs=made.inputs(config),
+            outputs=made.outputs(config),
+            source=folder,
+            checkpoint=Checkpoint.open(folder),
+            capture=on_hollow(made.name, made, config, folder, Path(work) / "hollow"),
+            weights="auto",
+        )
+        plugins.exporter(exporter).lower(subject, Path(output))
 
 
 def run_here(component: str, folder: str, backend: str, precision: str, sizes: dict[str, int], mapped: bool) -> Any:  # noqa: ANN401, FBT001 - JSON
@@ -192,12 +222,12 @@ def _made(case: dict[str, Any], work: Path, backend: str, precision: str) -> Pat
     source = _source(case, work, precision)
     if backend == "torch":
         return source
-    folder = source.with_name(f"{source.name}-{backend}")
+    folder = source.with_name(f"{source.name}-{backend}-{precision}")
     if not folder.exists():
         folder.mkdir()
         arguments = {"component": case["component"], "source": str(source), "output": str(folder)}
         arguments |= {"exporter": backend, "precision": precision}
-        in_child("export_memory:lower_here", arguments, extra_path=str(HERE))
+        in_child("running_memory:lower_here", arguments, extra_path=str(HERE))
         shutil.copy(source / "config.json", folder)
     return folder
 
@@ -205,10 +235,12 @@ def _made(case: dict[str, Any], work: Path, backend: str, precision: str) -> Pat
 def _source(case: dict[str, Any], work: Path, precision: str) -> Path:
     from bakeoff.models import fullsize
 
-    folder: Path = work / f"{case['config']}-{precision}"
+    model, module, changes = case["config"]
+    folder: Path = work / f"{model}-{module}-{precision}"
     if not folder.exists():
-        dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
-        fullsize.write_module(getattr(fullsize, case["config"]), folder, dtype)
+        library, name, config = fullsize.config(model, module)
+        dtype = "float32" if precision == "fp32" else "bfloat16"
+        fullsize.write_module(library, name, {**config, **changes}, folder, dtype=dtype)
     return folder
 
 

@@ -25,7 +25,7 @@ from bakeoff.components.component import Sizes
 from bakeoff.components.modules.unet_2d_condition import UNet2DCondition
 from bakeoff.hardware import describe
 from bakeoff.memory import Watch, rss_bytes
-from bakeoff.models.fullsize import SD15_UNET, write_module
+from bakeoff.models import fullsize
 from bakeoff.recipe import Placement
 from bakeoff.runtimes.attention import SlicedAttention
 from bakeoff.runtimes.runtime import PartFiles
@@ -67,7 +67,7 @@ def main() -> None:
         options.record.write_text(json.dumps(record, indent=1) + "\n")
         folder = options.unet or Path(work)
         if not options.unet:
-            write_module(SD15_UNET, folder)
+            fullsize.write_module(*fullsize.config("sd-1.5", "unet"), folder)
         record["unet"] = _unet(folder, options.blocks, options.threads)
         options.record.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps({name: record[name] for name in ("unet", "attention")}, indent=1))
