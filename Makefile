@@ -9,7 +9,7 @@ GENAI_READY := .venv-genai/.ready
 SDCPP_BIN := .venv-sdcpp/bin
 SDCPP_READY := .venv-sdcpp/.ready
 
-.PHONY: demo test test-all test-interop test-interop-sdcpp lint bench bench-attention bench-engine bench-export bench-memory bench-shapes bench-statistics families shapes clean
+.PHONY: demo test test-all test-interop test-interop-sdcpp lint bench bench-attention bench-engine bench-full-size bench-memory bench-shapes bench-statistics families shapes clean
 
 demo: $(READY)  ## Export the embedded model for each backend, generate, compare.
 	$(BIN)/bakeoff demo -o demo
@@ -40,8 +40,8 @@ bench: $(READY)  ## Micro-benchmarks of parts, exports and artifacts, one after 
 bench-engine: $(READY)  ## What the engine costs over a loop written by hand (twenty minutes and 4 GB of disk; leave the machine alone).
 	$(BIN)/python -P docs/benchmarks/engine_overhead.py docs/benchmarks/engine_overhead.json
 
-bench-export: $(READY)  ## Peak memory, seconds and bytes of full-size exports (20 GB of disk, half an hour).
-	$(BIN)/python -P docs/benchmarks/export_memory.py docs/benchmarks/export_memory.json
+bench-full-size: $(READY)  ## Memory, disk and time of full-size exports, predicted and measured (60 GB of disk, two hours).
+	$(BIN)/python -P docs/benchmarks/full_size.py docs/benchmarks/full_size.json
 
 bench-memory: $(READY)  ## Anonymous memory of opened full-size parts, by backend (25 GB of disk, half an hour).
 	$(BIN)/python -P docs/benchmarks/running_memory.py docs/benchmarks/running_memory.json

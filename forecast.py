@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import plugins
+from . import footprint, plugins
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,6 +26,7 @@ class Forecast:
 
     parts: Mapping[str, Cost]
     recipes: Mapping[str, PartRecipe]
+    checkpoints: Mapping[str, Checkpoint]
     merged_bytes: int
     """Disk for modules with LoRAs merged in, while the export goes on."""
 
@@ -50,7 +51,7 @@ class Forecast:
             name: plugins.exporter(recipe.backend).cost(checkpoints[name], recipe.precision, shared=shared)
             for name, recipe in recipes.items()
         }
-        return cls(parts, recipes, sum(each.nbytes for each in merged))
+        return cls(parts, recipes, checkpoints, sum(each.nbytes for each in merged))
 
     @property
     def peak_anon_bytes(self) -> int:
@@ -67,11 +68,16 @@ class Forecast:
         """Time of the export on a core like the one that it was measured on, without the proof."""
         return _START_S + sum(cost.seconds for cost in self.parts.values())
 
-    @property
-    def running_bytes(self) -> dict[str, int]:
-        """Part -> anonymous memory that its runtime holds once it is open."""
+    def running_bytes(self, *, mapped: bool = False) -> dict[str, int]:
+        """Return part -> anonymous memory that its runtime holds once it is open, with mapped weights or without."""
         return {
-            name: plugins.runtime(recipe.backend).held_bytes(recipe.precision, self.parts[name].weight_bytes)
+            name: footprint.running_bytes(
+                recipe.backend,
+                recipe.precision,
+                self.parts[name].weight_bytes,
+                mapped=mapped,
+                convolution_bytes=self.checkpoints[name].convolution_bytes,
+            )
             for name, recipe in self.recipes.items()
         }
 
@@ -89,6 +95,7 @@ class Forecast:
             "peak_anon_bytes": self.peak_anon_bytes,
             "disk_bytes": self.disk_bytes,
             "seconds": round(self.seconds),
-            "running_bytes": self.running_bytes,
+            "running_bytes": self.running_bytes(),
+            "mapped_bytes": self.running_bytes(mapped=True),
             "parts": {name: asdict(cost) for name, cost in self.parts.items()},
         }

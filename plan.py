@@ -31,7 +31,7 @@ def show(planned: Plan, output: Path, *, as_json: bool) -> None:
 
 
 def _lines(planned: Plan, forecast: Forecast, free: int) -> list[str]:
-    held = forecast.running_bytes
+    held = forecast.running_bytes()
     lines = [f"{planned.source.family.name} from {planned.source.id}"]
     lines.append(f"  {'part':16} {'recipe':16} {'source':>9} {'writes':>9} {'about':>7}   held when run")
     for name, cost in forecast.parts.items():
@@ -48,7 +48,7 @@ def _lines(planned: Plan, forecast: Forecast, free: int) -> list[str]:
 
 def running(forecast: Forecast, free: int) -> str:
     """Say how the artifact can run in so much free memory, in bytes."""
-    held = forecast.running_bytes
+    held = forecast.running_bytes()
     total, largest = sum(held.values()), max(held, key=lambda name: held[name])
     if total <= free:
         return f"all parts at once take {_size(total)} for themselves; {_size(free)} are free"
@@ -57,7 +57,13 @@ def running(forecast: Forecast, free: int) -> str:
             f"all parts at once would take {_size(total)}, {_size(free)} are free: parts take turns, "
             f"the largest ({largest}) with {_size(held[largest])}"
         )
-    return f"not here: {largest} alone takes {_size(held[largest])}, {_size(free)} are free"
+    mapped = forecast.running_bytes(mapped=True)
+    alone = f"{largest} alone takes {_size(held[largest])}, {_size(free)} are free"
+    if max(mapped.values()) <= free:
+        return (
+            f"{alone}: its weights stay in their file, {_size(mapped[largest])} are held; slower where they don't fit"
+        )
+    return f"not here: {alone}"
 
 
 def _size(count: int) -> str:

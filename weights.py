@@ -88,6 +88,11 @@ class Checkpoint:
     def largest_bytes(self) -> int:
         return max((entry.length for entry in self.entries.values()), default=0)
 
+    @property
+    def convolution_bytes(self) -> int:
+        """Bytes of the tensors of four dimensions."""
+        return sum(entry.length for entry in self.entries.values() if len(entry.shape) == 4)  # noqa: PLR2004
+
     def is_in(self, dtype: str) -> bool:
         """Say whether all floating-point tensors are of a torch dtype already."""
         return {entry.dtype for entry in self.entries.values() if entry.dtype in TORCH_DTYPES} <= {

@@ -1,6 +1,7 @@
 """Export pipelines of real models' sizes: memory, disk and time as predicted and as measured, and one denoising step.
 
-`python full_size.py RECORD.json [--work DIR] [--only MODEL …] [--recipe RECIPE …]`; rows that the record has are kept.
+`python full_size.py RECORD.json [--work DIR] [--only MODEL …] [--recipe RECIPE …]`; rows that the record has are kept,
+and the table of `docs/exports.md` is written anew.
 Weights are random bfloat16, built on the spot. Each export runs in a child process whose anonymous memory its parent
 samples every 10 ms; so does the step, in another. `--predict` only renews the predictions, from headers of sparse files.
 """
@@ -29,6 +30,8 @@ RECIPES = ("torch:bf16", "onnx:bf16", "openvino:bf16", "openvino:int8")
 STEP = Sizes(batch=1, height=64, width=64, sequence=77)
 """512 pixels a side."""
 DENOISERS = ("unet", "transformer")
+PAGE = Path(__file__).parent.parent / "exports.md"
+BEGIN, END = "<!-- table: make bench-full-size -->", "<!-- end of table -->"
 
 
 def export_here(source: str, output: str, recipe: str) -> dict[str, Any]:
@@ -98,6 +101,29 @@ def main() -> None:
                 _write(options.record, rows)
             shutil.rmtree(source, ignore_errors=True)
     _write(options.record, rows)
+    PAGE.write_text(with_table(PAGE.read_text(), rows))
+
+
+def with_table(page: str, rows: list[dict[str, Any]]) -> str:
+    """Return the page with its table made anew: predicted and measured, side by side."""
+    lines = [
+        "| model | weights | recipe | peak anonymous memory, GB | written, GB | CPU seconds | one step of the denoiser |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        predicted, measured, step = row["predicted"], row["measured"], row["step"]
+        done = step.get("skipped") or (
+            f"{step['step_seconds']:.0f} s after {step['open_seconds']:.0f} s to open, {step['peak_anon_bytes'] / 1e9:.1f} GB"
+        )
+        lines.append(
+            f"| {row['model']} | {row['source_bytes'] / 1e9:.1f} GB | {row['recipe']} "
+            f"| {predicted['peak_anon_bytes'] / 1e9:.2f} → **{measured['peak_anon_bytes'] / 1e9:.2f}** "
+            f"| {predicted['disk_bytes'] / 1e9:.2f} → **{measured['disk_bytes'] / 1e9:.2f}** "
+            f"| {predicted['seconds']:.0f} → **{measured['cpu_seconds']:.0f}** | {done} |"
+        )
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return "\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"])
 
 
 def _write(record: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,0 +1,84 @@
+"""What an export is predicted to take, and what is refused before it starts."""
+
+import json
+import shutil
+
+import pytest
+
+from bakeoff import bake, cli
+from bakeoff.bake import export, plan
+from bakeoff.errors import ResourceError
+from bakeoff.models import fullsize
+from bakeoff.recipe import parse
+from bakeoff.source import Source
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    """SDXL's headers over files of holes."""
+    return fullsize.build("sdxl", tmp_path_factory.mktemp("fullsize") / "sdxl", hollow=True)
+
+
+def recipe(text):
+    return parse(text)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "module", "billions"),
+    [
+        ("sd-1.5", "unet", 0.86),
+        ("sdxl", "unet", 2.57),
+        ("sd-3.5-medium", "transformer", 2.47),
+        ("sd-3.5-large", "transformer", 8.15),
+        ("z-image", "transformer", 6.15),
+        ("z-image", "text_encoder", 4.02),
+        ("flux.1-dev", "transformer", 11.9),
+        ("flux.1-dev", "text_encoder_2", 4.76),
+    ],
+)
+def test_stand_ins_have_the_real_models_parameters(tmp_path, model, module, billions):
+    fullsize.write_module(*fullsize.config(model, module), tmp_path / module, dtype="bfloat16", hollow=True)
+    checkpoint = bake.Source(model, None, tmp_path, None).checkpoint(module)
+    assert checkpoint.nbytes / 2e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_weights_that_are_linked_take_no_disk(sdxl, tmp_path):
+    linked = plan(str(sdxl), recipe("onnx:bf16")).forecast(sdxl)
+    copied = plan(str(sdxl), recipe("onnx:bf16"), weights="copy").forecast(sdxl)
+    assert linked.disk_bytes < 1e7
+    assert copied.disk_bytes == pytest.approx(Source.open(str(sdxl)).checkpoint("unet").nbytes * 1.37, rel=0.05)
+    assert linked.peak_anon_bytes < 1.1e9
+
+
+@pytest.mark.parametrize("text", ["torch:bf16", "torch:fp32"])
+def test_predicted_disk_is_what_is_written(tiny, tmp_path, text):
+    folder = tiny("stable-diffusion")
+    predicted = plan(str(folder), recipe(text), weights="copy").forecast(tmp_path)
+    export(str(folder), tmp_path / "a", recipe(text), weights="copy", prove=False)
+    written = sum(file.stat().st_size for file in (tmp_path / "a").rglob("*.safetensors"))
+    assert sum(cost.disk_bytes for cost in predicted.parts.values()) == pytest.approx(written, rel=0.15)
+
+
+def test_the_command_shows_figures_and_writes_nothing(sdxl, tmp_path, capsys):
+    assert cli.main(["plan", str(sdxl), "--recipe", "openvino:int8", "-o", str(tmp_path / "a")]) == 0
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in ("text_encoder_2", "unet", "vae_decoder", "export: peak memory", "running:"))
+    assert not any(tmp_path.iterdir())
+    cli.main(["plan", str(sdxl), "--recipe", "openvino:int8", "-o", str(tmp_path / "a"), "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["disk_bytes"] == pytest.approx(3.5e9, rel=0.15)
+    assert set(told["running_bytes"]) == set(told["parts"])
+
+
+def test_what_cannot_fit_is_refused_with_what_would(sdxl, tmp_path, monkeypatch):
+    small = shutil._ntuple_diskusage(10**9, 0, 10**9)
+    monkeypatch.setattr(bake.shutil, "disk_usage", lambda _: small)
+    with pytest.raises(ResourceError, match=r"takes up to 7\.\d GB of disk, 1\.0 GB are free") as caught:
+        bake.check_room(plan(str(sdxl), recipe("openvino:bf16")), sdxl / "a")
+    assert "onnx:bf16" in caught.value.fix
+    assert "torch:bf16" in caught.value.fix
+    assert "openvino" not in caught.value.fix
+    monkeypatch.setattr(bake, "available_bytes", lambda: 10**8)
+    with pytest.raises(ResourceError, match="of memory"):
+        export(str(sdxl), tmp_path / "a", recipe("onnx:bf16"))
+    assert not (tmp_path / "a").exists()
