@@ -154,17 +154,18 @@ def _write_shard(
 
 
 def _values(name: str, tensor: torch.Tensor, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Yield values that keep activations near unit size, some millions at a time."""
+    """Yield values that keep activations near unit size, some millions at a time; those after the first repeat them."""
     import torch
 
-    for start in range(0, tensor.numel(), _CHUNK_ELEMENTS):
-        count = min(_CHUNK_ELEMENTS, tensor.numel() - start)
-        if tensor.ndim > 1:
-            yield torch.randn(count, generator=generator) / math.sqrt(math.prod(tensor.shape[1:]))
-        elif name.endswith("weight"):
-            yield torch.ones(count)
-        else:
-            yield 0.02 * torch.randn(count, generator=generator)
+    count = min(_CHUNK_ELEMENTS, tensor.numel())
+    if tensor.ndim > 1:
+        chunk = torch.randn(count, generator=generator) / math.sqrt(math.prod(tensor.shape[1:]))
+    elif name.endswith("weight"):
+        chunk = torch.ones(count)
+    else:
+        chunk = 0.02 * torch.randn(count, generator=generator)
+    for start in range(0, tensor.numel(), count):
+        yield chunk[: tensor.numel() - start]
 
 
 def _write_index(folder: Path, stem: str, shards: list[dict[str, torch.Tensor]]) -> None:
