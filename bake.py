@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib.metadata
 import json
 import shutil
@@ -30,7 +29,7 @@ from .exporters.capture import on_hollow
 from .exporters.exporter import Subject
 from .forecast import Forecast
 from .lora import Lora, merge
-from .memory import available_bytes
+from .memory import available_bytes, give_back
 from .recipe import PartRecipe, Recipe, to_dict
 from .runtimes.opening import port_to_dict
 from .source import Source
@@ -65,9 +64,11 @@ class Plan:
     def forecast(self, folder: Path) -> Forecast:
         """Predict what the export into an existing folder takes."""
         shared = self.weights != "copy" and self.source.folder.stat().st_dev == folder.stat().st_dev
-        checkpoints = {name: self.source.checkpoint(self.source.family.part(name).module) for name in self.parts}
+        parts = {name: self.source.family.part(name) for name in self.parts}
+        checkpoints = {name: self.source.checkpoint(part.module) for name, part in parts.items()}
+        components = {name: part.component for name, part in parts.items()}
         merged = [self.source.checkpoint(module) for module in _merged_modules(self)]
-        return Forecast.of(checkpoints, self.parts, shared=shared, merged=merged)
+        return Forecast.of(checkpoints, self.parts, components, shared=shared, merged=merged)
 
 
 def plan(
@@ -310,7 +311,7 @@ def _write_parts(
         else:
             progress(f"[{number}/{count}] {name}: {planned.parts[name]}")
             entries[name] = _write_part(planned, name, key, part_folder, work)
-        gc.collect()
+        give_back()
     return entries
 
 

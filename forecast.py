@@ -10,14 +10,16 @@ from . import footprint, plugins
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from .components.component import Component
     from .exporters.exporter import Cost
     from .recipe import PartRecipe
     from .weights import Checkpoint
 
 _HOST_BYTES = 4_000_000
 """Disk for tokenizers, scheduler, configs and graphs."""
-_START_S = 15.0
+_START_S = 8.0
 """To import what exporting takes."""
+_HASHED_BYTES_PER_S = 4e8
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Forecast:
         cls,
         checkpoints: Mapping[str, Checkpoint],
         recipes: Mapping[str, PartRecipe],
+        components: Mapping[str, Component],
         *,
         shared: bool,
         merged: Sequence[Checkpoint] = (),
@@ -44,13 +47,16 @@ class Forecast:
         Args:
             checkpoints: part -> its module's.
             recipes: part -> what is baked.
+            components: part -> what captures it.
             shared: whether bytes that needn't change come into the artifact without being copied.
             merged: checkpoints that are written once more, with LoRAs in them.
         """
-        parts = {
-            name: plugins.exporter(recipe.backend).cost(checkpoints[name], recipe.precision, shared=shared)
-            for name, recipe in recipes.items()
-        }
+        parts = {}
+        for name, recipe in recipes.items():
+            operations = round(components[name].operations * checkpoints[name].matrices)
+            parts[name] = plugins.exporter(recipe.backend).cost(
+                checkpoints[name], recipe.precision, operations=operations, shared=shared
+            )
         return cls(parts, recipes, checkpoints, sum(each.nbytes for each in merged))
 
     @property
@@ -66,7 +72,8 @@ class Forecast:
     @property
     def seconds(self) -> float:
         """Time of the export on a core like the one that it was measured on, without the proof."""
-        return _START_S + sum(cost.seconds for cost in self.parts.values())
+        hashed = sum(sum(cost.weight_bytes.values()) for cost in self.parts.values())
+        return _START_S + hashed / _HASHED_BYTES_PER_S + sum(cost.seconds for cost in self.parts.values())
 
     def running_bytes(self, *, mapped: bool = False) -> dict[str, int]:
         """Return part -> anonymous memory that its runtime holds once it is open, with mapped weights or without."""

@@ -89,6 +89,11 @@ class Checkpoint:
         return max((entry.length for entry in self.entries.values()), default=0)
 
     @property
+    def matrices(self) -> int:
+        """How many tensors have two dimensions or more."""
+        return sum(len(entry.shape) > 1 for entry in self.entries.values())
+
+    @property
     def convolution_bytes(self) -> int:
         """Bytes of the tensors of four dimensions."""
         return sum(entry.length for entry in self.entries.values() if len(entry.shape) == 4)  # noqa: PLR2004
@@ -254,7 +259,7 @@ def read_rows(entry: Entry) -> Iterable[Tensor]:
     import torch
 
     width = entry.length // entry.shape[0]
-    rows = max(1, CHUNK_BYTES // width)
+    rows = max(1, CHUNK_BYTES // 4 // width)
     with entry.file.open("rb") as stream:
         stream.seek(entry.offset)
         for start in range(0, entry.shape[0], rows):

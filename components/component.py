@@ -130,6 +130,8 @@ class Component(ABC):
     name: ClassVar[str]
     version: ClassVar[int] = 1
     """Raised when a change here changes what is lowered: part of an artifact's key."""
+    operations: ClassVar[float] = 5.0
+    """Operations of the captured graph for each matrix of the checkpoint, about: what an export costs goes by them."""
 
     @abstractmethod
     def inputs(self, config: Config) -> tuple[Port, ...]: ...

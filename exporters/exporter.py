@@ -66,12 +66,13 @@ class Exporter(Protocol):
     options: ClassVar[Mapping[str, tuple[str, ...]]]
     """Option of a recipe -> the values it may have. One named after an input asks for the dtype of that input's port."""
 
-    def cost(self, checkpoint: Checkpoint, precision: str, *, shared: bool) -> Cost:
+    def cost(self, checkpoint: Checkpoint, precision: str, *, operations: int, shared: bool) -> Cost:
         """Predict what `lower` takes.
 
         Args:
             checkpoint: of the part's module.
             precision: of the recipe.
+            operations: of the captured graph, about.
             shared: whether bytes that needn't change come into the folder without being copied.
         """
 

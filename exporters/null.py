@@ -19,7 +19,7 @@ class NullExporter:
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
-    def cost(self, checkpoint: Checkpoint, precision: str, *, shared: bool) -> Cost:  # noqa: ARG002
+    def cost(self, checkpoint: Checkpoint, precision: str, *, operations: int, shared: bool) -> Cost:  # noqa: ARG002
         return Cost(0, 0, 0.0, {})
 
     def packages(self) -> tuple[str, ...]:

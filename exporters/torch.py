@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
-_BASE_BYTES = 300_000_000
+_BASE_BYTES = 155_000_000
 _BYTES_PER_S = 4e8
 
 
@@ -28,7 +28,7 @@ class TorchExporter:
     def packages(self) -> tuple[str, ...]:
         return ("torch", "diffusers", "transformers")
 
-    def cost(self, checkpoint: Checkpoint, precision: str, *, shared: bool) -> Cost:
+    def cost(self, checkpoint: Checkpoint, precision: str, *, operations: int, shared: bool) -> Cost:  # noqa: ARG002
         dtype = _DTYPES[precision]
         weights = checkpoint.bytes_in(dtype)
         written = 0 if shared and checkpoint.is_in(dtype) else weights

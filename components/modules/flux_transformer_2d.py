@@ -43,6 +43,7 @@ class FluxTransformer2D(Component):
     """
 
     name = "flux-transformer-2d"
+    operations = 13
 
     def inputs(self, config: Config) -> tuple[Port, ...]:
         guidance = (Port("guidance", "float32", ("batch",), exact=True),)
@@ -88,6 +89,7 @@ class FluxTransformer2DControlled(FluxTransformer2D):
     """Like `FluxTransformer2D`, with a residual for each of its layers: a ControlNet of fewer gives some of them again."""
 
     name = "flux-transformer-2d-controlled"
+    operations = 13
 
     def inputs(self, config: Config) -> tuple[Port, ...]:
         return (*super().inputs(config), *residual_ports(config))

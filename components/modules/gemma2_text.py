@@ -36,6 +36,7 @@ class Gemma2Text(Component):
     """`input_ids, attention_mask (batch, sequence) int64 -> last_hidden_state (batch, sequence, D)`."""
 
     name = "gemma2-text"
+    operations = 22
 
     def inputs(self, config: Config) -> tuple[Port, ...]:  # noqa: ARG002
         return (

@@ -49,6 +49,7 @@ class PixArtTransformer2D(Component):
     """
 
     name = "pixart-transformer-2d"
+    operations = 8
 
     def inputs(self, config: Config) -> tuple[Port, ...]:
         sizes = (

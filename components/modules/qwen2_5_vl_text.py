@@ -48,6 +48,7 @@ class Qwen25VLText(Component):
     """`input_ids, attention_mask (batch, sequence) int64 -> last_hidden_state (batch, sequence, D)`."""
 
     name = "qwen2.5-vl-text"
+    operations = 9
 
     def inputs(self, config: Config) -> tuple[Port, ...]:  # noqa: ARG002
         return (

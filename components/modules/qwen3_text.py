@@ -36,6 +36,7 @@ class Qwen3Text(Component):
     """`input_ids, attention_mask (batch, sequence) int64 -> penultimate_hidden_state (batch, sequence, D)`."""
 
     name = "qwen3-text"
+    operations = 15
 
     def inputs(self, config: Config) -> tuple[Port, ...]:  # noqa: ARG002
         return (

@@ -41,6 +41,7 @@ class QwenImageTransformer2D(Component):
     """
 
     name = "qwen-image-transformer-2d"
+    operations = 15
 
     def inputs(self, config: Config) -> tuple[Port, ...]:
         return (

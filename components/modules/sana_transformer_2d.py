@@ -46,6 +46,7 @@ class SanaTransformer2D(Component):
     """
 
     name = "sana-transformer-2d"
+    operations = 8
 
     def inputs(self, config: Config) -> tuple[Port, ...]:
         return (

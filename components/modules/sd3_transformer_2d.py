@@ -41,6 +41,7 @@ class SD3Transformer2D(Component):
     """
 
     name = "sd3-transformer-2d"
+    operations = 10
 
     def inputs(self, config: Config) -> tuple[Port, ...]:
         return (

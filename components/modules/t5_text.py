@@ -36,6 +36,7 @@ class T5Text(Component):
     """`input_ids (batch, sequence) int64 -> last_hidden_state (batch, sequence, D)`, padding attended as SD 3 and FLUX do."""
 
     name = "t5-text"
+    operations = 11
 
     def inputs(self, config: Config) -> tuple[Port, ...]:  # noqa: ARG002
         return (Port("input_ids", "int64", ("batch", "sequence")),)
@@ -68,6 +69,7 @@ class T5TextMasked(T5Text):
     """Like `T5Text`, with `attention_mask (batch, sequence) int64`: padding isn't attended, as PixArt wants it."""
 
     name = "t5-text-masked"
+    operations = 11
 
     def inputs(self, config: Config) -> tuple[Port, ...]:
         return (*super().inputs(config), Port("attention_mask", "int64", ("batch", "sequence")))

@@ -50,6 +50,7 @@ class ZImageTransformer2D(Component):
     """
 
     name = "z-image-transformer-2d"
+    operations = 17
 
     def inputs(self, config: Config) -> tuple[Port, ...]:
         return (

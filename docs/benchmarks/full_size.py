@@ -19,6 +19,7 @@ from typing import Any
 
 from bakeoff.bake import export, plan
 from bakeoff.components.component import Sizes
+from bakeoff.errors import ResourceError
 from bakeoff.hardware import describe
 from bakeoff.memory import available_bytes, in_child
 from bakeoff.models import fullsize
@@ -51,7 +52,7 @@ def export_here(source: str, output: str, recipe: str) -> dict[str, Any]:
     return {"seconds": round(ended - started, 1), "cpu_seconds": round(time.process_time(), 1), "parts": parts}
 
 
-def step_here(output: str) -> dict[str, Any]:
+def step_here(output: str, offload: str) -> dict[str, Any]:
     """Open the denoiser in this process and run it once."""
     import torch
 
@@ -62,7 +63,8 @@ def step_here(output: str) -> dict[str, Any]:
     config = baked.config(part)
     inputs = part.component.example(config, part.component.limit(config, STEP), seed=0)
     started = time.perf_counter()
-    with open_part(baked.folders[part.name], part, baked.parts[part.name], Placement(device="cpu")) as runtime:
+    placement = Placement(device="cpu", offload=offload)
+    with open_part(baked.folders[part.name], part, baked.parts[part.name], placement) as runtime:
         opened = time.perf_counter()
         fed = {
             port.name: inputs[port.name].to(getattr(torch, port.dtype)).reshape([1] * port.rank)
@@ -111,9 +113,15 @@ def with_table(page: str, rows: list[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
+        if "refused" in row:
+            lines.append(
+                f"| {row['model']} | {row['source_bytes'] / 1e9:.1f} GB | {row['recipe']} | refused: {row['refused']} | | | |"
+            )
+            continue
         predicted, measured, step = row["predicted"], row["measured"], row["step"]
         done = step.get("skipped") or (
             f"{step['step_seconds']:.0f} s after {step['open_seconds']:.0f} s to open, {step['peak_anon_bytes'] / 1e9:.1f} GB"
+            + (", weights mapped" if step.get("offload") == "mapped" else "")
         )
         lines.append(
             f"| {row['model']} | {row['source_bytes'] / 1e9:.1f} GB | {row['recipe']} "
@@ -139,12 +147,17 @@ def _measure(model: str, source: Path, recipe: str) -> dict[str, Any]:
     output = source.parent / "artifact"
     predicted = _predict(source, recipe, source.parent)
     arguments = {"source": str(source), "output": str(output), "recipe": recipe}
-    made, peak = in_child("full_size:export_here", arguments, extra_path=HERE)
     row = {
         "model": model,
         "recipe": recipe,
         "source_bytes": sum(file.stat().st_size for file in source.rglob("*.safetensors")),
         "predicted": predicted,
+    }
+    try:
+        made, peak = in_child("full_size:export_here", arguments, extra_path=HERE)
+    except ResourceError as error:
+        return {**row, "refused": error.message}
+    row |= {
         "measured": {
             "peak_anon_bytes": peak.anon_bytes,
             "disk_bytes": sum(f.stat().st_size for f in output.rglob("*") if f.is_file() and f.stat().st_nlink == 1),
@@ -160,11 +173,17 @@ def _measure(model: str, source: Path, recipe: str) -> dict[str, Any]:
 
 
 def _step(output: Path, predicted: dict[str, Any]) -> dict[str, Any]:
-    needed = max(bytes_ for name, bytes_ in predicted["running_bytes"].items() if name in DENOISERS)
-    if needed > available_bytes():
-        return {"skipped": f"needs {needed / 1e9:.1f} GB, {available_bytes() / 1e9:.1f} GB are free"}
-    step, peak = in_child("full_size:step_here", {"output": str(output)}, extra_path=HERE)
-    return {**step, "peak_anon_bytes": peak.anon_bytes}
+    """Run one step if it fits, with mapped weights where it fits only so."""
+    free = available_bytes()
+    held, mapped = (
+        max(size for name, size in predicted[kind].items() if name in DENOISERS)
+        for kind in ("running_bytes", "mapped_bytes")
+    )
+    if min(held, mapped) > free:
+        return {"skipped": f"would hold {held / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"}
+    arguments = {"output": str(output), "offload": "none" if held <= free else "mapped"}
+    step, peak = in_child("full_size:step_here", arguments, extra_path=HERE)
+    return {**step, "offload": arguments["offload"], "peak_anon_bytes": peak.anon_bytes}
 
 
 if __name__ == "__main__":
