@@ -60,7 +60,7 @@ def step_here(output: str, offload: str) -> dict[str, Any]:
 
     baked = read_folder(Path(output))
     part = next(part for part in baked.family.parts if part.name in DENOISERS)
-    config = baked.config(part)
+    config = baked.config(part.module)
     inputs = part.component.example(config, part.component.limit(config, STEP), seed=0)
     started = time.perf_counter()
     placement = Placement(device="cpu", offload=offload)
