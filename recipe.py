@@ -29,6 +29,8 @@ class Placement:
     """None: as many as there are physical cores to use, alike for all runtimes."""
     compile: bool = False
     """torch.compile, in the torch runtime."""
+    static: bool = False
+    """OpenVINO: compile anew for each input's shapes, which may run faster, rather than once for any."""
     provider: str | None = None
     """An execution provider of ONNX Runtime, by name."""
     offload: str = "auto"
@@ -240,6 +242,7 @@ def _share(text: str) -> float | str:
 
 _READ_OPTION: dict[str, Callable[[str], Any]] = {
     "compile": lambda _: True,
+    "static": lambda _: True,
     "threads": _whole,
     "attention_slicing": lambda text: _whole(text or "auto"),
     "token_merging": _share,

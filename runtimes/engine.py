@@ -307,6 +307,7 @@ def _refuse_idle_options(baked: Baked, placement: Placement) -> None:
     parts = [part for part in baked.family.parts if part.name in baked.parts]
     asked = {
         "compile": placement.compile,
+        "static": placement.static,
         "provider": placement.provider,
         "attention_slicing": placement.attention_slicing,
         "token_merging": placement.token_merging,
@@ -355,6 +356,7 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     compile: bool = False,  # noqa: A002 - torch's own word
+    static: bool = False,
     provider: str | None = None,
     offload: str = "auto",
     vae_tiling: str = "auto",
@@ -370,6 +372,7 @@ def load(
         device: `cpu`, `cuda`, `rocm`, `xpu`, `mps`, `directml`, OpenVINO's `gpu` and `npu`, or `auto`.
         threads: CPU threads of every runtime; by default the physical cores that this process may use.
         compile: run torch parts through torch.compile.
+        static: compile OpenVINO parts for the shapes that they get; the last two sets of shapes are kept.
         provider: an execution provider for ONNX Runtime, by name.
         offload: `none` keeps parts open; `parts` closes those that are done before others are opened; `mapped` also
             leaves weights in their files, where the runtime can; `auto` does what the memory that is there asks for.
@@ -388,6 +391,7 @@ def load(
         device=device,
         threads=threads,
         compile=compile,
+        static=static,
         provider=provider,
         offload=offload,
         vae_tiling=vae_tiling,

@@ -23,7 +23,12 @@ _PRODUCTS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "Scaled
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 
 
+_MOST_SHAPES = 2
+"""Compiled models that `static` keeps: with guidance and without. Each packs the weights anew."""
+
+
 class OpenVINORuntime(Runtime):
+    options: ClassVar[frozenset[str]] = frozenset({"static"})
     reads_ports: ClassVar[bool] = True
     held: ClassVar[Mapping[str, float]] = {"fp32": 1.1, "bf16": 1.2, "int8": 1.4}
     live_maps: ClassVar[Mapping[str, float]] = {"fp32": 17, "bf16": 12}
@@ -62,44 +67,68 @@ class OpenVINORuntime(Runtime):
         if device == "cpu":
             settings["INFERENCE_NUM_THREADS"] = placement.threads or usable_cores()
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
-        compiled = openvino.Core().compile_model(model, device.upper(), settings)
-        self._request: Any = compiled.create_infer_request()
+        self._model, self._device, self._settings = model, device.upper(), settings
+        self._requests: dict[Any, Any] = {}
+        """Shapes of the inputs, or None for any -> a compiled model's request, the one used last at the end."""
         declared = {port.name for port in part.inputs}
         actual = {
             _name(i, declared): (_DTYPES.get(i.element_type.to_string(), "?"), i.partial_shape.rank.get_length())
-            for i in compiled.inputs
+            for i in model.inputs
         }
-        self._positions = {name: index for index, output in enumerate(compiled.outputs) for name in output.get_names()}
+        self._positions = {name: index for index, output in enumerate(model.outputs) for name in output.get_names()}
         self._adopt(actual, set(self._positions))
-        self.configuration = {
-            "device": device,
-            "threads": compiled.get_property("INFERENCE_NUM_THREADS") if device == "cpu" else None,
+        self.configuration = {"device": device, "static": placement.static, "fallback": fallback}
+        if not placement.static:
+            self._requests[None] = self._compile()
+
+    def _compile(self) -> Any:  # noqa: ANN401 - openvino is untyped
+        import openvino
+
+        compiled = openvino.Core().compile_model(self._model, self._device, self._settings)
+        self.configuration |= {
+            "threads": compiled.get_property("INFERENCE_NUM_THREADS") if self._device == "CPU" else None,
             "precision": _executed_precision(compiled),
-            "fallback": fallback,
         }
+        return compiled.create_infer_request()
+
+    def _request_for(self, inputs: dict[str, Tensor]) -> Any:  # noqa: ANN401 - openvino is untyped
+        """Return the request of the model compiled for any shapes, or for these alone."""
+        if not self.placement.static:
+            return self._requests[None]
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
+        request = self._requests.pop(shapes, None)
+        if request is None:
+            while len(self._requests) >= _MOST_SHAPES:
+                del self._requests[next(iter(self._requests))]
+            self._model.reshape({name: list(shape) for name, shape in shapes})
+            request = self._compile()
+        self._requests[shapes] = request
+        return request
 
     def _run(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         import openvino
         import torch
 
+        request = self._request_for(inputs)
         for name, tensor in inputs.items():
-            self._request.set_tensor(name, openvino.Tensor(tensor.numpy(), shared_memory=tensor.ndim > 0))
+            request.set_tensor(name, openvino.Tensor(tensor.numpy(), shared_memory=tensor.ndim > 0))
         results = {name: torch.empty(shape) for name, shape in outputs.items()}
         for name, tensor in results.items():
             shared = openvino.Tensor(tensor.numpy(), shared_memory=True)
-            self._request.set_output_tensor(self._positions[name], shared)
-        self._request.infer()
-        return {name: self._collect(name, tensor) for name, tensor in results.items()}
+            request.set_output_tensor(self._positions[name], shared)
+        request.infer()
+        return {name: self._collect(request, name, tensor) for name, tensor in results.items()}
 
-    def _collect(self, name: str, tensor: Tensor) -> Tensor:
+    def _collect(self, request: Any, name: str, tensor: Tensor) -> Tensor:  # noqa: ANN401 - openvino is untyped
         """Return the bound tensor, or a copy of OpenVINO's own where it chose another shape or place."""
         import torch
 
-        data = self._request.get_output_tensor(self._positions[name]).data
+        data = request.get_output_tensor(self._positions[name]).data
         return tensor if data.ctypes.data == tensor.data_ptr() else torch.from_numpy(data.copy())
 
     def close(self) -> None:
-        self._request = None
+        self._requests.clear()
+        self._model = None
 
 
 def _name(node: Any, declared: set[str]) -> str:  # noqa: ANN401 - openvino is untyped

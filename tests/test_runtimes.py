@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from bakeoff import hardware, plugins
-from bakeoff.errors import ArtifactError, InputError, RecipeError
+from bakeoff.errors import ArtifactError, InputError, RecipeError, UsageError
+from bakeoff.pictures import psnr
 from bakeoff.recipe import Placement
+from bakeoff.runtimes.engine import load
 from bakeoff.runtimes.opening import open_part, read_folder
 from bakeoff.runtimes.runtime import _converts
 
@@ -160,3 +162,19 @@ def test_hooks_are_called(baked, monkeypatch):
     with bakeoff.load(baked("null:fp32")) as engine:
         engine.generate("a", steps=1)
     assert [name for name, _ in calls] == ["on_load", "before", "after"]
+
+
+def test_static_shapes_give_the_same_pictures(baked):
+    prompt = "a large red circle on a white background"
+    asked = [{"size": (128, 128)}, {"size": (64, 96)}, {"size": (64, 96), "guidance_scale": 1.0}, {"size": (128, 128)}]
+    with load(baked("openvino:fp32")) as free, load(baked("openvino:fp32"), static=True) as static:
+        for options in asked:
+            expected, got = (engine.generate(prompt, seeds=1, steps=2, **options).images for engine in (free, static))
+            assert psnr(expected, got) >= 45
+        assert static.configuration["unet"]["static"]
+        assert not free.configuration["unet"]["static"]
+
+
+def test_static_is_refused_where_it_does_nothing(baked):
+    with pytest.raises(UsageError, match="static does nothing here"):
+        load(baked("torch:fp32"), static=True)
