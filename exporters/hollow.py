@@ -7,6 +7,7 @@ is which tensor, and its bytes are then linked or streamed from the checkpoint i
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -26,6 +27,7 @@ T = TypeVar("T")
 
 SOLID_BYTES = 1 << 16
 """Smaller tensors keep their values: optimizers fold them."""
+_SHARD_BYTES = 4_000_000_000
 _MARK = (6.0e-23, 1.6e-19)
 _MARK_BYTES = 16
 _PREFIX_BYTES = 4096
@@ -53,8 +55,7 @@ class Hollow:
         folder.mkdir()
         shutil.copyfile(source / "config.json", folder / "config.json")
         checkpoint = Checkpoint.open(source)
-        file = folder / checkpoint.single_file
-        marks = _write(checkpoint, file, solid)
+        marks = _write(checkpoint, folder, solid)
         values: dict[tuple[int, bytes], list[tuple[Entry, Entry]]] = {}
         marked = {entry.name for entry in marks.values()}
         for entry in Checkpoint.open(folder).entries.values():
@@ -112,30 +113,48 @@ def lower_hollow(
         solid |= lost
 
 
-def _write(checkpoint: Checkpoint, file: Path, solid: frozenset[str]) -> dict[bytes, Entry]:
-    """Write the sparse file; return mark -> the checkpoint's tensor."""
-    entries = list(checkpoint.entries.values())
-    header, sizes = {}, []
+def _write(checkpoint: Checkpoint, folder: Path, solid: frozenset[str]) -> dict[bytes, Entry]:
+    """Write sparse files; return mark -> the checkpoint's tensor.
+
+    They are sharded: a kernel may refuse to map a file that is larger than the memory.
+    """
+    shards: list[list[Entry]] = [[]]
+    for entry in checkpoint.entries.values():
+        if sum(map(_width, shards[-1])) + _width(entry) > _SHARD_BYTES and shards[-1]:
+            shards.append([])
+        shards[-1].append(entry)
+    names = [checkpoint.single_file]
+    if len(shards) > 1:
+        stem = names[0].removesuffix(".safetensors")
+        names = [f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+        places = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    marks: dict[bytes, Entry] = {}
+    for name, shard in zip(names, shards, strict=True):
+        _write_shard(shard, folder / name, solid, marks)
+    return marks
+
+
+def _write_shard(entries: list[Entry], file: Path, solid: frozenset[str], marks: dict[bytes, Entry]) -> None:
+    """Write one sparse file, and note the marks in it."""
+    header, begins = {}, []
     end = 0
     for entry in entries:
         begin, end = end, end + _width(entry)
-        sizes.append((begin, end))
+        begins.append(begin)
         header[entry.name] = {"dtype": _dtype(entry), "shape": entry.shape, "data_offsets": [begin, end]}
     text = safetensors_header(header)
-    marks: dict[bytes, Entry] = {}
     with file.open("wb") as stream:
         stream.write(text)
-        for number, (entry, (begin, _)) in enumerate(zip(entries, sizes, strict=True)):
+        for entry, begin in zip(entries, begins, strict=True):
             stream.seek(len(text) + begin)
             if _is_hollow(entry) and entry.name not in solid:
-                mark = _mark(number)
+                mark = _mark(len(marks))
                 marks[mark] = entry
                 stream.write(mark)
             else:
-                for chunk in read_chunks(entry, _dtype(entry)):
-                    stream.write(chunk)
+                stream.writelines(read_chunks(entry, _dtype(entry)))
         stream.truncate(len(text) + end)
-    return marks
 
 
 def _is_hollow(entry: Entry) -> bool:

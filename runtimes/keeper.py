@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from .. import footprint
+from ..errors import UsageError
 from .offload import VAE_STAGE, Decision, Decoding, decide, make_room
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Keeper:
     def batch(self, pipeline: Any, request: Request) -> Iterator[None]:  # noqa: ANN401 - some Diffusers pipeline
         """Decide what to do about memory for one batch; the VAE's own switches are as they were afterwards."""
         vae: Any = getattr(pipeline, "vae", None)
-        if not hasattr(vae, "use_tiling"):
+        if not hasattr(vae, "tile_sample_min_size"):
+            self._refuse_pieces(vae)
             self._decide(request)
             yield
             return
@@ -58,6 +60,13 @@ class Keeper:
             yield
         finally:
             vae.use_slicing, vae.use_tiling = before
+
+    def _refuse_pieces(self, vae: object) -> None:
+        """Refuse to cut the work of a VAE that is only run whole."""
+        for option in ("vae_tiling", "vae_slicing"):
+            if getattr(self._placement, option) == "on":
+                message = f"{option} does nothing here: {type(vae).__name__} is run whole"
+                raise UsageError(message, fix=f"leave out {option}")
 
     def _decide(self, request: Request | None, tile: int | None = None) -> Decision:
         """Decide for a request; `tile` is the VAE's, in pixels along a side."""

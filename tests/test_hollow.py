@@ -4,7 +4,7 @@ from safetensors.torch import load_file, save_file
 
 from bakeoff.errors import LoweringError
 from bakeoff.exporters.hollow import SOLID_BYTES, Hollow, lower_hollow
-from bakeoff.weights import as_bytes
+from bakeoff.weights import Checkpoint, as_bytes
 
 
 @pytest.fixture
@@ -45,6 +45,19 @@ def test_holes_take_no_disk(tmp_path):
     file = Hollow.make(source, tmp_path / "hollow").folder / "model.safetensors"
     assert file.stat().st_size > 64 << 20
     assert file.stat().st_blocks * 512 < 1 << 20
+
+
+def test_large_checkpoints_get_several_files(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("bakeoff.exporters.hollow._SHARD_BYTES", 150_000)
+    hollow = Hollow.make(source[0], tmp_path / "hollow")
+    found = Checkpoint.open(hollow.folder)
+    assert [file.name for file in found.files] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    assert set(found.entries) == set(source[1])
+    tensors = {name: tensor for file in found.files for name, tensor in load_file(file).items()}
+    assert all(hollow.entry_of(as_bytes(tensor)).name == name for name, tensor in tensors.items())
 
 
 def test_bytes_lead_back_to_the_checkpoint(hollow):
