@@ -3,7 +3,9 @@
 `python full_size.py RECORD.json [--work DIR] [--only MODEL …] [--recipe RECIPE …]`; rows that the record has are kept,
 and the table of `docs/exports.md` is written anew.
 Weights are random bfloat16, built on the spot. Each export runs in a child process whose anonymous memory its parent
-samples every 10 ms; so does the step, in another. `--predict` only renews the predictions, from headers of sparse files.
+samples every 10 ms; so does the step, in another. `--holes` has sparse files for weights: an ONNX or torch export in
+their dtype links them and reads them for their hashes alone, so only these seconds are fewer; no step is run then.
+`--predict` only renews the predictions, from headers of sparse files.
 """
 
 from __future__ import annotations
@@ -84,6 +86,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for weights and exports; a temporary one by default")
     parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--recipe", nargs="+", default=RECIPES)
+    parser.add_argument("--holes", action="store_true")
     parser.add_argument("--predict", action="store_true")
     options = parser.parse_args()
     rows = json.loads(options.record.read_text())["rows"] if options.record.exists() else []
@@ -94,12 +97,12 @@ def main() -> None:
             ]
             source = Path(work) / model
             if options.predict or left:
-                fullsize.build(model, source, hollow=options.predict)
+                fullsize.build(model, source, hollow=options.predict or options.holes)
             for row in rows:
                 if options.predict and row["model"] == model:
                     row["predicted"] = _predict(source, row["recipe"], Path(work))
             for recipe in [] if options.predict else left:
-                rows.append(_measure(model, source, recipe))
+                rows.append(_measure(model, source, recipe, holes=options.holes))
                 _write(options.record, rows)
             shutil.rmtree(source, ignore_errors=True)
     _write(options.record, rows)
@@ -143,7 +146,7 @@ def _predict(source: Path, recipe: str, work: Path) -> dict[str, Any]:
     return plan(str(source), parse(recipe)[0]).forecast(work).as_dict()
 
 
-def _measure(model: str, source: Path, recipe: str) -> dict[str, Any]:
+def _measure(model: str, source: Path, recipe: str, *, holes: bool) -> dict[str, Any]:
     output = source.parent / "artifact"
     predicted = _predict(source, recipe, source.parent)
     arguments = {"source": str(source), "output": str(output), "recipe": recipe}
@@ -165,7 +168,7 @@ def _measure(model: str, source: Path, recipe: str) -> dict[str, Any]:
             "cpu_seconds": made["cpu_seconds"],
         },
         "part_seconds": made["parts"],
-        "step": _step(output, predicted),
+        "step": {"skipped": "its weights are holes"} if holes else _step(output, predicted),
     }
     print(json.dumps(row), file=sys.stderr, flush=True)
     shutil.rmtree(output)
