@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 _HOST_BYTES = 4_000_000
 """Disk for tokenizers, scheduler, configs and graphs."""
-_START_S = 8.0
+_START_S = 4.0
 """To import what exporting takes."""
-_HASHED_BYTES_PER_S = 4e8
+_HASHED_BYTES_PER_S = 8e8
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -82,3 +83,25 @@ def test_what_cannot_fit_is_refused_with_what_would(sdxl, tmp_path, monkeypatch)
     with pytest.raises(ResourceError, match="of memory"):
         export(str(sdxl), tmp_path / "a", recipe("onnx:bf16"))
     assert not (tmp_path / "a").exists()
+
+
+RECORD = json.loads((Path(__file__).parent.parent / "docs" / "benchmarks" / "full_size.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("row", RECORD, ids=lambda row: f"{row['model']}-{row['recipe']}")
+def test_predictions_were_held_to_measurements(row):
+    predicted, measured = row["predicted"], row["measured"]
+    assert predicted["peak_anon_bytes"] == pytest.approx(measured["peak_anon_bytes"], rel=0.15)
+    assert predicted["disk_bytes"] == pytest.approx(measured["disk_bytes"], rel=0.15, abs=5e6)
+    assert 0.5 < predicted["seconds"] / measured["cpu_seconds"] < 2
+    assert measured["peak_anon_bytes"] < 1e9
+
+
+@pytest.mark.parametrize("model", sorted({row["model"] for row in RECORD}))
+def test_the_record_says_what_is_predicted_today(tmp_path, model):
+    source = fullsize.build(model, tmp_path / model, hollow=True)
+    for row in RECORD:
+        if row["model"] == model:
+            today = plan(str(source), recipe(row["recipe"])).forecast(tmp_path)
+            assert today.peak_anon_bytes == row["predicted"]["peak_anon_bytes"]
+            assert today.disk_bytes == row["predicted"]["disk_bytes"]
