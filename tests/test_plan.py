@@ -97,6 +97,7 @@ def test_predictions_were_held_to_measurements(row):
     assert measured["peak_anon_bytes"] < 1e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", sorted({row["model"] for row in RECORD}))
 def test_the_record_says_what_is_predicted_today(tmp_path, model):
     source = fullsize.build(model, tmp_path / model, hollow=True)
