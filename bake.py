@@ -91,7 +91,7 @@ def plan(
     """
     if weights not in WEIGHT_MODES:
         raise UsageError(unknown("weights mode", weights, WEIGHT_MODES))
-    source = Source.open(model, revision, "controlnet" if controlnet else None, controlnet or "", config)
+    source = Source.open(model, revision, "controlnet" if controlnet else None, str(controlnet or ""), config)
     merged = tuple(Lora.open(text, source) for text in loras)
     parts = recipe.resolve(part.name for part in source.parts)
     for name, part_recipe in parts.items():

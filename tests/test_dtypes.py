@@ -102,6 +102,10 @@ def test_a_proof_holds_for_a_mixed_source(stored, tmp_path):
 
 
 def test_the_kinds_are_what_they_say(stored):
-    found = {kind: Source.open(str(stored(kind)[0])).checkpoint("unet").float_dtypes for kind in DTYPES}
+    def dtypes(kind):
+        entries = Source.open(str(stored(kind)[0])).checkpoint("unet").entries.values()
+        return {entry.dtype for entry in entries} & {"F16", "BF16", "F32"}
+
+    found = {kind: dtypes(kind) for kind in DTYPES}
     assert found["mixed in each part"] == {"F16", "BF16", "F32"}
     assert found["a dtype a part"] == {"F16"}

@@ -57,6 +57,7 @@ def test_a_baked_shape_fails_the_export_and_names_the_part(tmp_path, monkeypatch
     """Captured with fixed sizes, the decoder can't run at the proof's other shapes."""
     from bakeoff import bake
     from bakeoff.components.modules.autoencoder_kl import VaeDecoder
+    from bakeoff.exporters import capture as capturing
     from bakeoff.recipe import parse
 
     ports = VaeDecoder.inputs
@@ -65,7 +66,7 @@ def test_a_baked_shape_fails_the_export_and_names_the_part(tmp_path, monkeypatch
         (port,) = ports(self, config)
         return (type(port)(port.name, port.dtype, (2, port.dims[1], 16, 24)),)
 
-    real = bake.capture
+    real = capturing.capture
 
     def capture(name, component, *rest):
         if name == "vae_decoder":
@@ -74,7 +75,7 @@ def test_a_baked_shape_fails_the_export_and_names_the_part(tmp_path, monkeypatch
         monkeypatch.setattr(VaeDecoder, "inputs", ports)
         return program
 
-    monkeypatch.setattr(bake, "capture", capture)
+    monkeypatch.setattr(capturing, "capture", capture)
     with pytest.raises(ParityError, match="vae_decoder can't run at the shapes"):
         bake.export("shapes", tmp_path / "out", parse("torch:fp32,vae_decoder=onnx:fp32")[0])
     assert list(tmp_path.iterdir()) == []
