@@ -35,7 +35,7 @@ def _lines(planned: Plan, forecast: Forecast, free: int) -> list[str]:
     lines = [f"{planned.source.family.name} from {planned.source.id}"]
     lines.append(f"  {'part':16} {'recipe':16} {'source':>9} {'writes':>9} {'about':>7}   held when run")
     for name, cost in forecast.parts.items():
-        source = planned.source.checkpoint(planned.source.family.part(name).module).nbytes
+        source = forecast.checkpoints[name].nbytes
         lines.append(
             f"  {name:16} {planned.parts[name]!s:16} {_size(source):>9} {_size(cost.disk_bytes):>9} "
             f"{_time(cost.seconds):>7}   {_size(held[name])}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import PickleError, SourceError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -83,10 +83,6 @@ class Checkpoint:
     def bytes_in(self, dtype: str) -> int:
         """Return the bytes of all tensors, once the floating-point ones are of a dtype."""
         return sum(entry.bytes_in(dtype) for entry in self.entries.values())
-
-    @property
-    def largest_bytes(self) -> int:
-        return max((entry.length for entry in self.entries.values()), default=0)
 
     @property
     def matrices(self) -> int:
@@ -200,26 +196,39 @@ def write_entries(
 
     Where `changed` returns bytes for an entry, those are written instead of its own: as many, in its own dtype.
     """
-    header: dict[str, object] = {}
     entries = list(entries)
-    end = 0
-    for entry in entries:
-        target = _target_dtype(entry, dtype)
-        begin, end = end, end + _converted_length(entry, target)
-        header[entry.name] = {"dtype": target, "shape": entry.shape, "data_offsets": [begin, end]}
+    targets = [_target_dtype(entry, dtype) for entry in entries]
+    header, _ = safetensors_header(
+        (entry.name, target, entry.shape, _converted_length(entry, target))
+        for entry, target in zip(entries, targets, strict=True)
+    )
     with file.open("wb") as stream:
-        stream.write(safetensors_header(header))
-        for entry in entries:
-            for chunk in changed(entry) or read_chunks(entry, _target_dtype(entry, dtype)):
+        stream.write(header)
+        for entry, target in zip(entries, targets, strict=True):
+            for chunk in changed(entry) or read_chunks(entry, target):
                 stream.write(chunk)
     return {entry.name: entry for entry in read_header(file)}
 
 
-def safetensors_header(tensors: Mapping[str, object]) -> bytes:
-    """Return what a file of these tensors begins with; its length is a multiple of 8."""
-    text = json.dumps({"__metadata__": {"format": "pt"}, **tensors}, separators=(",", ":")).encode()
+def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> tuple[bytes, list[int]]:
+    """Lay tensors out one after another.
+
+    Args:
+        tensors: name, dtype as safetensors spells it, shape, and bytes of each.
+
+    Returns:
+        What the file begins with, whose length is a multiple of 8; and where each tensor begins in the file, the end of
+        the last one behind them.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    ends = [0]
+    for name, dtype, shape, length in tensors:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [ends[-1], ends[-1] + length]}
+        ends.append(ends[-1] + length)
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    start = len(text).to_bytes(8, "little") + text
+    return start, [len(start) + end for end in ends]
 
 
 def _target_dtype(entry: Entry, dtype: str | None) -> str:

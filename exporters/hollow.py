@@ -137,24 +137,18 @@ def _write(checkpoint: Checkpoint, folder: Path, solid: frozenset[str]) -> dict[
 
 def _write_shard(entries: list[Entry], file: Path, solid: frozenset[str], marks: dict[bytes, Entry]) -> None:
     """Write one sparse file, and note the marks in it."""
-    header, begins = {}, []
-    end = 0
-    for entry in entries:
-        begin, end = end, end + _width(entry)
-        begins.append(begin)
-        header[entry.name] = {"dtype": _dtype(entry), "shape": entry.shape, "data_offsets": [begin, end]}
-    text = safetensors_header(header)
+    header, offsets = safetensors_header((each.name, _dtype(each), each.shape, _width(each)) for each in entries)
     with file.open("wb") as stream:
-        stream.write(text)
-        for entry, begin in zip(entries, begins, strict=True):
-            stream.seek(len(text) + begin)
+        stream.write(header)
+        for entry, offset in zip(entries, offsets[:-1], strict=True):
+            stream.seek(offset)
             if _is_hollow(entry) and entry.name not in solid:
                 mark = _mark(len(marks))
                 marks[mark] = entry
                 stream.write(mark)
             else:
                 stream.writelines(read_chunks(entry, _dtype(entry)))
-        stream.truncate(len(text) + end)
+        stream.truncate(offsets[-1])
 
 
 def _is_hollow(entry: Entry) -> bool:

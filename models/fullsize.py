@@ -138,16 +138,13 @@ def _write_shard(
     from ..weights import SAFETENSORS_DTYPES, as_bytes, safetensors_header
 
     short = SAFETENSORS_DTYPES[str(dtype).removeprefix("torch.")]
-    header: dict[str, Any] = {}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * dtype.itemsize
-        header[name] = {"dtype": short, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = safetensors_header(header)
+    header, offsets = safetensors_header(
+        (name, short, tensor.shape, tensor.numel() * dtype.itemsize) for name, tensor in tensors.items()
+    )
     with file.open("wb") as stream:
-        stream.write(text)
+        stream.write(header)
         if generator is None:
-            stream.truncate(len(text) + end)
+            stream.truncate(offsets[-1])
             return
         for name, tensor in tensors.items():
             stream.writelines(as_bytes(chunk.to(dtype)) for chunk in _values(name, tensor, generator))
