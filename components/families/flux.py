@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..family import Family, Part, Variant
-from ..latents import VAE
+from ..latents import VAE, packed_latent_shape
 from ..modules import autoencoder_kl, clip_text, flux_controlnet, flux_transformer_2d, t5_text
 from ..modules.autoencoder_kl import scale_factor
 from ..modules.clip_text import ClipText
@@ -22,9 +22,7 @@ _DEFAULT_LATENTS = 128
 
 
 def _latent_shape(configs: Configs, batch: int, height: int, width: int) -> tuple[int, ...]:
-    """Return the shape of packed latents: 2x2 of them a token."""
-    side = _size_multiple(configs)
-    return (batch, (height // side) * (width // side), configs["transformer"]["in_channels"])
+    return packed_latent_shape(_size_multiple(configs), configs, batch, height, width)
 
 
 def _size_multiple(configs: Configs) -> int:

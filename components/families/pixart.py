@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ..family import Family, Part
-from ..latents import VAE, latent_shape
+from ..latents import VAE, latent_shape, patch_pixels, sample_size
 from ..modules import autoencoder_kl, pixart_transformer_2d, t5_text
-from ..modules.autoencoder_kl import scale_factor
 from ..modules.pixart_transformer_2d import PixArtTransformer2D
 from ..modules.t5_text import T5TextMasked
-
-if TYPE_CHECKING:
-    from ..family import Configs
-
-
-def _size_multiple(configs: Configs) -> int:
-    patch: int = configs["transformer"]["patch_size"]
-    return scale_factor(configs["vae"]) * patch
-
-
-def _default_size(configs: Configs) -> tuple[int, int]:
-    side = configs["transformer"]["sample_size"] * scale_factor(configs["vae"])
-    return side, side
-
 
 PIXART_SIGMA = Family(
     name="pixart-sigma",
@@ -35,8 +19,8 @@ PIXART_SIGMA = Family(
         *VAE,
     ),
     latent_shape=latent_shape,
-    size_multiple=_size_multiple,
-    default_size=_default_size,
+    size_multiple=patch_pixels,
+    default_size=sample_size,
     row_guidance=True,
     unguided_at_most=1.0,
     tiny={

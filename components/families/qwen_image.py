@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..family import Family, Part
+from ..latents import packed_latent_shape
 from ..modules import autoencoder_kl_qwen_image, qwen2_5_vl_text, qwen_image_transformer_2d
 from ..modules.autoencoder_kl_qwen_image import FrameVaeDecoder, FrameVaeEncoder, scale_factor
 from ..modules.qwen2_5_vl_text import Qwen25VLText
@@ -17,9 +18,7 @@ _DEFAULT_LATENTS = 128
 
 
 def _latent_shape(configs: Configs, batch: int, height: int, width: int) -> tuple[int, ...]:
-    """Return the shape of packed latents: 2x2 of them a token."""
-    side = _size_multiple(configs)
-    return (batch, (height // side) * (width // side), configs["transformer"]["in_channels"])
+    return packed_latent_shape(_size_multiple(configs), configs, batch, height, width)
 
 
 def _size_multiple(configs: Configs) -> int:

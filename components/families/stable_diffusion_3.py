@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..family import Family, Part
-from ..latents import VAE, latent_shape
+from ..latents import VAE, latent_shape, patch_pixels, sample_size
 from ..modules import autoencoder_kl, clip_text, sd3_transformer_2d, t5_text
-from ..modules.autoencoder_kl import scale_factor
 from ..modules.clip_text import ClipTextProjection
 from ..modules.sd3_transformer_2d import SD3Transformer2D
 from ..modules.t5_text import T5Text
@@ -16,19 +15,9 @@ if TYPE_CHECKING:
     from ..family import Configs
 
 
-def _size_multiple(configs: Configs) -> int:
-    patch: int = configs["transformer"]["patch_size"]
-    return scale_factor(configs["vae"]) * patch
-
-
-def _default_size(configs: Configs) -> tuple[int, int]:
-    side = configs["transformer"]["sample_size"] * scale_factor(configs["vae"])
-    return side, side
-
-
 def _largest_size(configs: Configs) -> int:
     positions: int = configs["transformer"]["pos_embed_max_size"]
-    return positions * _size_multiple(configs)
+    return positions * patch_pixels(configs)
 
 
 STABLE_DIFFUSION_3 = Family(
@@ -46,8 +35,8 @@ STABLE_DIFFUSION_3 = Family(
         *VAE,
     ),
     latent_shape=latent_shape,
-    size_multiple=_size_multiple,
-    default_size=_default_size,
+    size_multiple=patch_pixels,
+    default_size=sample_size,
     row_guidance=True,
     unguided_at_most=1.0,
     largest_size=_largest_size,
