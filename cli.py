@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .artifact import Artifact
+    from .bake import Plan
     from .recipe import Placement, Recipe
 
 EXIT_CODES = """\
@@ -146,10 +147,16 @@ def _add_plan(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
 
 def _plan(options: argparse.Namespace) -> None:
     _quiet_libraries()
-    from .bake import plan
     from .plan import show
 
-    planned = plan(
+    show(_planned(options), options.output, as_json=options.json)
+
+
+def _planned(options: argparse.Namespace) -> Plan:
+    """Plan the export that `_add_source`'s options describe."""
+    from .bake import plan
+
+    return plan(
         options.model,
         _recipe(options)[0],
         revision=options.revision,
@@ -158,7 +165,6 @@ def _plan(options: argparse.Namespace) -> None:
         loras=options.lora,
         controlnet=options.controlnet,
     )
-    show(planned, options.output, as_json=options.json)
 
 
 def _add_source(command: argparse.ArgumentParser) -> None:
@@ -335,28 +341,16 @@ def _add_why_rebuild(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
         "why-rebuild", help="say which fields of an artifact's key an export would change"
     )
     command.add_argument("folder", type=Path)
-    command.add_argument("model", help="the model, as for export")
-    _add_recipe(command)
-    command.add_argument("--weights", default="auto")
-    _add_lora(command)
+    _add_source(command)
     command.set_defaults(run=_why_rebuild)
     return command
 
 
 def _why_rebuild(options: argparse.Namespace) -> None:
     from .artifact import Artifact
-    from .bake import plan, why_rebuild
+    from .bake import why_rebuild
 
-    artifact = Artifact.open(options.folder)
-    planned = plan(
-        options.model,
-        _recipe(options)[0],
-        revision=options.revision,
-        config=options.config,
-        weights=options.weights,
-        loras=options.lora,
-    )
-    reasons = why_rebuild(artifact, planned)
+    reasons = why_rebuild(Artifact.open(options.folder), _planned(options))
     if options.json:
         _print_json({"rebuild": bool(reasons), "fields": reasons})
         return

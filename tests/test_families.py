@@ -12,6 +12,7 @@ import torch
 
 from bakeoff import plugins
 from bakeoff.bake import export
+from bakeoff.cli import main
 from bakeoff.components.component import Sizes
 from bakeoff.errors import InputError, UsageError
 from bakeoff.models.tiny import build
@@ -389,6 +390,15 @@ def test_what_a_controlnet_cannot_follow_is_an_error(controlled, arguments, mess
             engine.generate("a circle", steps=1, **arguments)
         resized = engine.generate("a circle", steps=1, size=SIZE, control_image=picture().resize((60, 60)))
     assert resized.images.shape == (1, *SIZE, 3)
+
+
+def test_an_artifact_with_a_controlnet_is_up_to_date(controlled, tiny, capsys):
+    folder, target = controlled("stable-diffusion", "torch")
+    asked = ["why-rebuild", str(target), str(tiny("stable-diffusion")), "--recipe", "torch:fp32"]
+    assert main([*asked, "--controlnet", str(folder / "controlnet")]) == 0
+    assert "is up to date" in capsys.readouterr().out
+    assert main(asked) == 0
+    assert "up to date" not in capsys.readouterr().out
 
 
 def test_a_controlnet_is_refused_where_there_is_none(tiny, artifacts, tmp_path):

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from ..component import Component, Port, Sizes
-from ..examples import right_padded
 from ..loading import load_transformers
-from ..standin import StandIn, refuse
+from ..masked_text import MaskedText
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
-    from ..component import Config, Runner
+    import torch
+    from torch import nn
+
+    from ..component import Config
 
 TINY: dict[str, Any] = {
     "text_config": {
@@ -41,74 +38,26 @@ TINY: dict[str, Any] = {
     },
 }
 """A config of a tiny model for tests; its ids are those of the tiny Qwen tokenizer."""
-_OUTPUT = "last_hidden_state"
 
 
-class Qwen25VLText(Component):
+class Qwen25VLText(MaskedText):
     """`input_ids, attention_mask (batch, sequence) int64 -> last_hidden_state (batch, sequence, D)`."""
 
     name = "qwen2.5-vl-text"
     operations = 9
-
-    def inputs(self, config: Config) -> tuple[Port, ...]:  # noqa: ARG002
-        return (
-            Port("input_ids", "int64", ("batch", "sequence")),
-            Port("attention_mask", "int64", ("batch", "sequence")),
-        )
-
-    def outputs(self, config: Config) -> tuple[Port, ...]:
-        return (Port(_OUTPUT, "float32", ("batch", "sequence", _text_config(config)["hidden_size"])),)
+    config_class = "Qwen2_5_VLConfig"
 
     def load(self, folder: Path, dtype: torch.dtype) -> nn.Module:
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         return load_transformers(Qwen2_5_VLForConditionalGeneration, folder, dtype)
 
-    def flat(self, module: nn.Module) -> nn.Module:
-        return _FlatText(module)
+    def text_config(self, config: Config) -> Config:
+        """Return the text model's own config, which older files hold beside the vision's."""
+        found: Config = config.get("text_config") or config
+        return found
 
-    def example(self, config: Config, sizes: Sizes, seed: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        words = _text_config(config)["vocab_size"]
-        ids = torch.randint(words, (sizes.batch, sizes.sequence), generator=generator)
-        return {"input_ids": ids, "attention_mask": right_padded(sizes)}
-
-    def stand_in(self, runners: Mapping[str, Runner], config: Config) -> object:
-        from transformers import Qwen2_5_VLConfig
-
-        return _TextStandIn(next(iter(runners.values())), Qwen2_5_VLConfig(**config))
-
-
-def _text_config(config: Config) -> Config:
-    """Return the text model's own config, which older files hold beside the vision's."""
-    found: Config = config.get("text_config") or config
-    return found
-
-
-class _FlatText(nn.Module):
-    """Runs the language model alone: without pictures its positions are plain ones, and nobody reads the logits."""
-
-    def __init__(self, module: Any) -> None:  # noqa: ANN401 - a Qwen2_5_VLForConditionalGeneration
-        super().__init__()
-        self.module = module.model.language_model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
-        output = self.module(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return (output.last_hidden_state,)
-
-
-class _TextStandIn(StandIn):
-    def __call__(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        output_hidden_states: bool = False,  # noqa: FBT001, FBT002 - Transformers' own signature
-        **options: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
-        """Return a model output whose `hidden_states[-1]` is there, and no logits."""
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        options.pop("return_dict", None)
-        refuse("text encoder", {"logits (output_hidden_states=False)": not output_hidden_states, **options})
-        inputs = {"input_ids": input_ids.to(torch.int64), "attention_mask": attention_mask.to(torch.int64)}
-        return BaseModelOutputWithPast(hidden_states=(self._run(**inputs)[_OUTPUT],))
+    def text_model(self, module: Any) -> nn.Module:  # noqa: ANN401 - a Qwen2_5_VLForConditionalGeneration
+        """Return the language model: without pictures its positions are plain ones, and nobody reads the logits."""
+        found: nn.Module = module.model.language_model
+        return found
