@@ -38,6 +38,8 @@ class PartEntry:
     """`reflinked`, `linked`, `copied` or `written`."""
     weight_bytes: Mapping[str, int]
     tools: Mapping[str, str]
+    kept: Mapping[str, str] = field(default_factory=dict)
+    """Matrix or convolution that a low-bit recipe left in a wider dtype -> why."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ class Manifest:
         content = asdict(self)
         if self.variant is None:
             del content["variant"]
+        for part in content["parts"].values():
+            if not part["kept"]:
+                del part["kept"]
         content["sha256"] = hashlib.sha256(_canonical(content).encode()).hexdigest()
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 

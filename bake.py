@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import shutil
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from .artifact import (
     sweep,
 )
 from .errors import CorruptError, RecipeError, ResourceError, UnavailableError, UsageError, unknown
-from .exporters.capture import on_hollow
+from .exporters.capture import module_on_hollow, on_hollow
 from .exporters.exporter import Subject
 from .forecast import Forecast
 from .lora import Lora, merge
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
     from .components.component import Port
     from .components.family import Part
-    from .exporters.exporter import Exporter
+    from .exporters.exporter import Exporter, Lowered
 
     Progress = Callable[[str], None]
 
@@ -143,13 +144,16 @@ def _without_idle_options(source: Source, name: str, recipe: PartRecipe) -> Part
 
 def _part_fields(source: Source, part: Part, recipe: PartRecipe, loras: Sequence[Lora], weights: str) -> dict[str, Any]:
     own = [lora.fields for lora in loras if part.module in lora.deltas]
+    weight_format = plugins.weight_format(recipe.precision)
     return {
         "source": source.hashes(part.module),
         "component": f"{part.component.name}@{part.component.version}",
         "exporter": f"{recipe.backend}@{plugins.exporter(recipe.backend).version}",
         "recipe": recipe.as_dict(),
         "weights": "own" if weights == "copy" else "shared where possible",
-    } | ({"loras": own} if own else {})
+        **({"format": f"{weight_format.name}@{weight_format.version}"} if weight_format else {}),
+        **({"loras": own} if own else {}),
+    }
 
 
 def _merged_modules(planned: Plan) -> list[str]:
@@ -333,15 +337,18 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
     subject = Subject(
         part=name,
         precision=recipe.precision,
+        weight_format=plugins.weight_format(recipe.precision),
         inputs=inputs,
         outputs=outputs,
         source=origin,
         checkpoint=planned.source.checkpoint(part.module),
         capture=on_hollow(name, part.component, config, origin, work / part.module),
+        module=module_on_hollow(part.component, origin, work / part.module),
         weights=planned.weights,
     )
     shutil.copyfile(origin / "config.json", folder / "config.json")
     lowered = exporter.lower(subject, folder)
+    _refuse_unchanged(subject, lowered)
     return PartEntry(
         backend=recipe.backend,
         precision=recipe.precision,
@@ -351,8 +358,18 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
         outputs=[port_to_dict(port) for port in outputs],
         weights=lowered.weights,
         weight_bytes=lowered.weight_bytes,
+        kept=lowered.kept,
         tools=_versions(exporter),
     )
+
+
+def _refuse_unchanged(subject: Subject, lowered: Lowered) -> None:
+    """Raise if a low-bit recipe changed no weight of a part."""
+    if subject.weight_format and not lowered.weight_bytes.get(subject.weight_format.name):
+        reasons = Counter(lowered.kept.values()).most_common(3)
+        why = "; ".join(f"{count} × {reason}" for reason, count in reasons)
+        message = f"{subject.precision} changes no weight of {subject.part}: {why or 'it has none'}"
+        raise RecipeError(message, fix=f"give it another precision, such as --recipe …,{subject.part}=BACKEND:bf16")
 
 
 def _ports(part: Part, config: dict[str, Any], recipe: PartRecipe) -> tuple[Port, ...]:

@@ -55,7 +55,11 @@ class Forecast:
         for name, recipe in recipes.items():
             operations = round(components[name].operations * checkpoints[name].matrices)
             parts[name] = plugins.exporter(recipe.backend).cost(
-                checkpoints[name], recipe.precision, operations=operations, shared=shared
+                checkpoints[name],
+                recipe.precision,
+                plugins.weight_format(recipe.precision),
+                operations=operations,
+                shared=shared,
             )
         return cls(parts, recipes, checkpoints, sum(each.nbytes for each in merged))
 

@@ -1,7 +1,7 @@
 """Prove an artifact: each part computes what its source computes, within what the noise floor justifies.
 
 Floors, measured for the part on this machine: F0, eager fp32 against itself with another thread count and split
-batches; F1, eager bf16 against eager fp32, with weights rounded to int8 where the recipe says so. Errors are relative
+batches; F1, eager bf16 against eager fp32, with weights rounded where the recipe says so. Errors are relative
 root mean squares, `|got - expected| / |expected|`, and as SQNR, `-20 log10` of that, in dB.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import plugins
 from .artifact import Artifact, staged
 from .components.component import PROOF_SIZES
 from .errors import ParityError, SourceError, UnavailableError
@@ -186,8 +187,6 @@ def prove_here(folder: str, source: str | None, elsewhere: Mapping[str, str]) ->
 
 
 def _family_part(artifact: Artifact, name: str) -> Part:
-    from . import plugins
-
     family = next(family for family in plugins.families() if family.name == artifact.manifest.family)
     return family.variant(artifact.manifest.variant).part(name)
 
@@ -209,7 +208,8 @@ def _record(part: Part, precision: str, source: Source, folder: Path) -> None:
         tensors |= {f"{index}.out.{name}": value.contiguous() for name, value in expected.items()}
     floors = {"f0": f0}
     if precision != "fp32":
-        flat = (_rounded_to_int8(flat) if precision == "int8" else flat).to(torch.bfloat16)
+        weight_format = plugins.weight_format(precision)
+        flat = (weight_format.round_module(flat) if weight_format else flat).to(torch.bfloat16)
         for index in range(len(PROOF_SIZES)):
             inputs, expected = _case(tensors, index)
             f1 = max(f1, measure(_eager(part.component, flat, config, inputs, torch.bfloat16), expected, {}).error)
@@ -218,18 +218,6 @@ def _record(part: Part, precision: str, source: Source, folder: Path) -> None:
     file = folder / f"{part.name}.safetensors"
     file.unlink(missing_ok=True)  # it may be a link that shares its bytes
     save_file(tensors, file, metadata={k: repr(v) for k, v in floors.items()})
-
-
-def _rounded_to_int8(flat: Any) -> Any:  # noqa: ANN401 - a torch module
-    """Round each matrix and convolution to 255 steps an output channel, as weight-only int8 stores them."""
-    import torch
-
-    with torch.no_grad():
-        for parameter in flat.parameters():
-            if parameter.ndim > 1 and len(parameter) > 1:
-                step = parameter.abs().amax(tuple(range(1, parameter.ndim)), keepdim=True).clamp_min(1e-30) / 127
-                parameter.copy_((parameter / step).round() * step)
-    return flat
 
 
 def _eager(component: Component, flat: Any, config: Mapping[str, Any], inputs: Tensors, dtype: Any = None) -> Tensors:  # noqa: ANN401 - modules and dtypes of torch, imported late

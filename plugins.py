@@ -5,6 +5,7 @@
 | `bakeoff.families` | a `bakeoff.components.family.Family` |
 | `bakeoff.exporters` | a class like `bakeoff.exporters.exporter.Exporter`; its name is the backend's in recipes |
 | `bakeoff.runtimes` | a subclass of `bakeoff.runtimes.runtime.Runtime`, under the same name as its exporter |
+| `bakeoff.formats` | a subclass of `bakeoff.quantize.format.Format`; its name is a precision in recipes |
 | `bakeoff.hooks` | an object with any of `on_load(engine)`, `before(request)`, `after(request, result)` |
 """
 
@@ -19,6 +20,7 @@ from .errors import RecipeError, UnavailableError, unknown
 if TYPE_CHECKING:
     from .components.family import Family
     from .exporters.exporter import Exporter
+    from .quantize.format import Format
     from .runtimes.runtime import Runtime
 
 
@@ -55,6 +57,14 @@ def exporter(backend: str) -> Exporter:
 def runtime(backend: str) -> type[Runtime]:
     found: type[Runtime] = _load("runtimes", "runtime", backend)
     return found
+
+
+def weight_format(precision: str) -> Format | None:
+    """Return the format that weights have in a precision, if it is one of low-bit weights."""
+    if precision not in _points("formats"):
+        return None
+    made: Format = _load("formats", "weight format", precision)()
+    return made
 
 
 def hooks(event: str) -> list[Any]:

@@ -11,13 +11,13 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import PickleError, SourceError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -196,17 +196,39 @@ def write_entries(
 
     Where `changed` returns bytes for an entry, those are written instead of its own: as many, in its own dtype.
     """
-    entries = list(entries)
-    targets = [_target_dtype(entry, dtype) for entry in entries]
-    header, _ = safetensors_header(
-        (entry.name, target, entry.shape, _converted_length(entry, target))
-        for entry, target in zip(entries, targets, strict=True)
-    )
+
+    def chunks(entry: Entry) -> Iterator[bytes | memoryview]:
+        yield from changed(entry) or read_chunks(entry, _target_dtype(entry, dtype))
+
+    return write_streamed([replace(streamed(entry, dtype), chunks=chunks(entry)) for entry in entries], file)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor that is made as it is written; `length` bytes in all."""
+
+    name: str
+    dtype: str
+    """As safetensors spells it."""
+    shape: Sequence[int]
+    length: int
+    chunks: Iterable[bytes | memoryview]
+
+
+def streamed(entry: Entry, dtype: str | None = None) -> Streamed:
+    """Return an entry as it is written; floats as `dtype` if given."""
+    target = _target_dtype(entry, dtype)
+    length = _converted_length(entry, target)
+    return Streamed(entry.name, target, entry.shape, length, read_chunks(entry, target))
+
+
+def write_streamed(tensors: Sequence[Streamed], file: Path) -> dict[str, Entry]:
+    """Write a new safetensors file, one tensor's chunks after another's; return the tensors' places."""
+    header, _ = safetensors_header((each.name, each.dtype, each.shape, each.length) for each in tensors)
     with file.open("wb") as stream:
         stream.write(header)
-        for entry, target in zip(entries, targets, strict=True):
-            for chunk in changed(entry) or read_chunks(entry, target):
-                stream.write(chunk)
+        for tensor in tensors:
+            stream.writelines(tensor.chunks)
     return {entry.name: entry for entry in read_header(file)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SourceError
+from . import low_bit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,13 +24,21 @@ def load_diffusers(model_class: Any, folder: Path, dtype: torch.dtype, *, unused
 
     Raises:
         SourceError: the checkpoint lacks a tensor.
+        UnavailableError: its weights are bitsandbytes' codes, which isn't installed.
     """
     import torch
 
+    if low_bit.is_low_bit(folder):
+        return _complete(low_bit.load_diffusers(model_class, folder), folder, unused)
     with torch.device("meta"):
         module: nn.Module = model_class.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
         )
+    return _complete(module, folder, unused)
+
+
+def _complete(module: nn.Module, folder: Path, unused: Sequence[str]) -> nn.Module:
+    """Drop what is unused, and refuse a module that lacks anything else."""
     for name in unused:
         owner, _, buffer = name.rpartition(".")
         setattr(module.get_submodule(owner), buffer, None)
@@ -44,9 +53,12 @@ def load_transformers(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.
 
     Raises:
         SourceError: the checkpoint lacks a tensor, which Transformers would fill with new values.
+        UnavailableError: its weights are bitsandbytes' codes, which isn't installed.
     """
     from transformers.utils import logging
 
+    if low_bit.is_low_bit(folder):
+        low_bit.require()
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -58,6 +70,7 @@ def load_transformers(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.
             logging.enable_progress_bar()
     _refuse_missing(folder, sorted(found["missing_keys"]))
     opened: nn.Module = module.eval()
+    low_bit.keep_codes(opened)
     return opened
 
 

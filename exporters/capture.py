@@ -32,6 +32,17 @@ def on_hollow(
     return captured
 
 
+def module_on_hollow(component: Component, source: Path, work: Path) -> Callable[[], nn.Module]:
+    """Return what `Subject.module` is: it builds the module on a stand-in for its weights, made in the folder `work`."""
+
+    def built() -> nn.Module:
+        import torch
+
+        return component.load(Hollow.make(source, work).folder, torch.float32)
+
+    return built
+
+
 def capture(part: str, component: Component, config: Config, folder: Path) -> ExportedProgram:
     """Capture a part in float32, whose weights stay mapped from `folder`.
 

@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from torch import nn
     from torch.export import ExportedProgram
 
     from ..components.component import Port
+    from ..quantize.format import Format
     from ..weights import Checkpoint
     from .hollow import Hollow
 
@@ -22,6 +24,8 @@ class Subject:
 
     part: str
     precision: str
+    weight_format: Format | None
+    """What weights are rounded to, where the precision is one of low-bit weights."""
     inputs: tuple[Port, ...]
     """Ports as the files shall have them; dtype and rank may differ from the program's (a convention of the backend)."""
     outputs: tuple[Port, ...]
@@ -30,6 +34,8 @@ class Subject:
     checkpoint: Checkpoint
     capture: Callable[[frozenset[str]], tuple[ExportedProgram, Hollow]]
     """Capture in float32 on hollow weights; those named shall have their values."""
+    module: Callable[[], nn.Module]
+    """Build the module as its library does, on hollow weights."""
     weights: str
     """`auto`, `link` or `copy`: how bytes that needn't change come into the folder."""
 
@@ -54,7 +60,9 @@ class Lowered:
     weights: str
     """`reflinked`, `linked`, `copied` or `written`."""
     weight_bytes: Mapping[str, int] = field(default_factory=dict)
-    """dtype -> bytes of weights in it."""
+    """dtype -> bytes of weights in it; codes of a low-bit format under its name."""
+    kept: Mapping[str, str] = field(default_factory=dict)
+    """Matrix or convolution that a low-bit recipe left in a wider dtype -> why."""
 
 
 class Exporter(Protocol):
@@ -66,12 +74,21 @@ class Exporter(Protocol):
     options: ClassVar[Mapping[str, tuple[str, ...]]]
     """Option of a recipe -> the values it may have. One named after an input asks for the dtype of that input's port."""
 
-    def cost(self, checkpoint: Checkpoint, precision: str, *, operations: int, shared: bool) -> Cost:
+    def cost(
+        self,
+        checkpoint: Checkpoint,
+        precision: str,
+        weight_format: Format | None,
+        *,
+        operations: int,
+        shared: bool,
+    ) -> Cost:
         """Predict what `lower` takes.
 
         Args:
             checkpoint: of the part's module.
             precision: of the recipe.
+            weight_format: what weights are rounded to in that precision, if they are.
             operations: of the captured graph, about.
             shared: whether bytes that needn't change come into the folder without being copied.
         """

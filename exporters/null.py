@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from ..quantize.format import Format
     from ..weights import Checkpoint
     from .exporter import Subject
 
@@ -19,7 +20,15 @@ class NullExporter:
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
-    def cost(self, checkpoint: Checkpoint, precision: str, *, operations: int, shared: bool) -> Cost:  # noqa: ARG002
+    def cost(
+        self,
+        checkpoint: Checkpoint,  # noqa: ARG002
+        precision: str,  # noqa: ARG002
+        weight_format: Format | None,  # noqa: ARG002
+        *,
+        operations: int,  # noqa: ARG002
+        shared: bool,  # noqa: ARG002
+    ) -> Cost:
         return Cost(0, 0, 0.0, {})
 
     def packages(self) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ from ..errors import LoweringError
 from .exporter import Cost, Lowered
 from .hollow import lower_hollow
 from .layers import write_layers
-from .openvino_weights import STORAGE, TENSOR, stored_bytes, write_weights
+from .openvino_weights import TENSOR, storage, write_weights
+from .packing import stored_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from ..components.component import Port
+    from ..quantize.format import Format
     from ..weights import Checkpoint, Entry
     from .exporter import Subject
     from .hollow import Hollow
 
 FILE = "openvino_model.xml"
 _BASE_BYTES, _OPERATION_BYTES, _OPERATION_S = 400_000_000, 80_000, 0.032
-_BYTES_PER_S = {"fp32": 4e8, "bf16": 4e8, "int8": 1e8}
-"""Memory and time of an export: with no tensors, for each tensor, and to write; measured by `make bench-full-size`."""
+_BYTES_PER_S, _PACKED_TIMES = 4e8, 4
 _LEAST_BYTES = 1024
 """Memory and time of an export: of a small graph, for each operation, and to write; see `make bench-full-size`."""
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32", "boolean": "bool"}
@@ -34,24 +35,32 @@ _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64
 class OpenVINOExporter:
     """`openvino_model.xml` and `.bin`: the graph straight from the captured program, the weights from the checkpoint.
 
-    Weights are stored as the recipe says: fp32; bf16; int8, symmetric with a scale for each output channel. What the
-    runtime computes in is decided by the recipe when the part is loaded, never by OpenVINO's default.
+    Weights are stored as the recipe says: fp32, bf16, or codes of a low-bit format beside their scales. What the runtime
+    computes in is decided by the recipe when the part is loaded, never by OpenVINO's default.
     """
 
     version: ClassVar[int] = 4
-    precisions: ClassVar[tuple[str, ...]] = tuple(STORAGE)
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8", "int4", "nf4")
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"timestep": ("f32",)}
 
     def packages(self) -> tuple[str, ...]:
         return ("torch", "openvino")
 
-    def cost(self, checkpoint: Checkpoint, precision: str, *, operations: int, shared: bool) -> Cost:  # noqa: ARG002
-        weights = stored_bytes(checkpoint, precision)
+    def cost(
+        self,
+        checkpoint: Checkpoint,
+        precision: str,
+        weight_format: Format | None,
+        *,
+        operations: int,
+        shared: bool,  # noqa: ARG002
+    ) -> Cost:
+        weights = stored_bytes(checkpoint, storage(precision), weight_format)
         written = sum(weights.values())
         return Cost(
             anon_bytes=_BASE_BYTES + _OPERATION_BYTES * operations,
             disk_bytes=written,
-            seconds=_OPERATION_S * operations + written / _BYTES_PER_S[precision],
+            seconds=_OPERATION_S * operations + written / (_BYTES_PER_S / (_PACKED_TIMES if weight_format else 1)),
             weight_bytes=weights,
         )
 
@@ -69,7 +78,8 @@ class OpenVINOExporter:
         model, entries = lower_hollow(subject.part, subject.capture, translate)
         openvino.save_model(model, folder / FILE, compress_to_fp16=False)
         del model
-        return Lowered(weights="written", weight_bytes=write_weights(folder / FILE, entries, subject.precision))
+        written = write_weights(folder / FILE, entries, subject.precision, subject.weight_format)
+        return Lowered("written", written.weight_bytes, written.kept)
 
 
 def _spell_sizes(program: ExportedProgram) -> None:

@@ -2,78 +2,91 @@
 
 from __future__ import annotations
 
-import math
+import struct
 import xml.etree.ElementTree as ET
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
-from ..weights import SAFETENSORS_DTYPES, TORCH_DTYPES, as_bytes, read_chunks, read_rows
+from ..weights import SAFETENSORS_DTYPES, TORCH_DTYPES, read_chunks
+from .packing import Packing, nibbles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from ..weights import Checkpoint, Entry
+    from ..quantize.format import Format
+    from ..weights import Entry
 
 TENSOR = "checkpoint tensor "
 """Parameters of this name, with a number, stand where the graph has tensors of the checkpoint."""
-STORAGE = {"fp32": "float32", "bf16": "bfloat16", "int8": "bfloat16"}
-"""Precision -> torch dtype of the weights, but of those that are quantized."""
 _ELEMENTS = {"F32": "f32", "BF16": "bf16"}
+_CODES = {"int8": "i8", "int4": "i4", "nf4": "nf4"}
+"""Weight format -> OpenVINO's element type of its codes."""
 _ALIGNMENT = 64
-_LEAST_QUANTIZED = 4096
-"""Elements of the smallest matrix that int8 is worth its scales."""
 
 
-def is_quantized(shape: Sequence[int], precision: str) -> bool:
-    """Say whether a weight becomes int8: matrices and convolutions do, all but the smallest."""
-    return precision == "int8" and len(shape) > 1 and shape[0] > 1 and math.prod(shape) >= _LEAST_QUANTIZED
+def storage(precision: str) -> str:
+    """Return the torch dtype of the weights that aren't codes."""
+    return "float32" if precision == "fp32" else "bfloat16"
 
 
-def stored_bytes(checkpoint: Checkpoint, precision: str) -> dict[str, int]:
-    """Return dtype -> bytes that a checkpoint takes in the IR's weights."""
-    totals: dict[str, int] = defaultdict(int)
-    for entry in checkpoint.entries.values():
-        if is_quantized(entry.shape, precision):
-            totals["int8"] += math.prod(entry.shape)
-            totals["float32"] += 4 * entry.shape[0]
-        else:
-            totals[STORAGE[precision]] += entry.bytes_in(STORAGE[precision])
-    return dict(totals)
+@dataclass(frozen=True)
+class Written:
+    """What an IR's constants are."""
+
+    weight_bytes: dict[str, int]
+    """dtype, or weight format -> bytes."""
+    kept: dict[str, str]
+    """Weight that the format left as it is -> why."""
 
 
-def write_weights(file: Path, entries: Sequence[Entry], precision: str) -> dict[str, int]:
+def write_weights(file: Path, entries: Sequence[Entry], precision: str, weight_format: Format | None) -> Written:
     """Turn an IR's stand-in parameters into constants, and stream the tensors behind those that are already there.
 
     Args:
         file: the IR, whose parameter `TENSOR` + N stands for `entries[N]`.
         entries: of the checkpoint.
-        precision: `fp32`, `bf16` or `int8`.
-
-    Returns:
-        Bytes of all constants by torch dtype.
+        precision: of the recipe.
+        weight_format: what weights are rounded to, if they are.
     """
     tree = ET.parse(file)  # noqa: S314 - the file is our own, just written
     graph = _Graph(tree.getroot())
+    dtype = SAFETENSORS_DTYPES[storage(precision)]
+    kept: dict[str, str] = {}
     places: dict[tuple[str, bool], list[tuple[int, int]]] = {}
     with file.with_suffix(".bin").open("ab") as stream:
         for layer in graph.stand_ins():
             entry = entries[int(layer.attrib["name"].removeprefix(TENSOR))]
-            quantized = is_quantized(entry.shape, precision) and _dims(layer) == list(entry.shape)
-            place = (entry.name, quantized)
+            obstacle = _obstacle(layer, entry, weight_format) if weight_format else ""
+            packed = obstacle is None
+            place = (entry.name, packed)
             layer.attrib["name"] = entry.name if place not in places else f"{entry.name} again {layer.attrib['id']}"
             if place not in places:
-                dtype = SAFETENSORS_DTYPES[STORAGE[precision]]
-                places[place] = _write_int8(entry, stream) if quantized else [_write(read_chunks(entry, dtype), stream)]
-            if quantized:
-                graph.dequantize(layer, *places[place])
+                places[place] = (
+                    _write_codes(entry, weight_format, stream)
+                    if packed and weight_format
+                    else [_write(read_chunks(entry, dtype), stream)]
+                )
+            if packed and weight_format:
+                groups = weight_format.groups(entry.shape) if weight_format.group else None
+                graph.dequantize(layer, _CODES[weight_format.name], groups, *places[place])
             else:
-                graph.hold(layer, SAFETENSORS_DTYPES[STORAGE[precision]], *places[place])
+                graph.hold(layer, dtype, *places[place])
+                if obstacle and len(entry.shape) > 1:
+                    kept[entry.name] = obstacle
+        graph.write_shapes(stream)
     if precision != "fp32":
         graph.keep_angles_precise()
     graph.rewire()
     tree.write(file, encoding="utf-8", xml_declaration=True)
-    return graph.constant_bytes()
+    return Written(graph.constant_bytes(), kept)
+
+
+def _obstacle(layer: ET.Element, entry: Entry, weight_format: Format) -> str | None:
+    if _dims(layer) != list(entry.shape):
+        return "of another shape in the graph"
+    return weight_format.obstacle(entry.shape)
 
 
 def _write(chunks: Iterable[bytes | memoryview], stream: BinaryIO) -> tuple[int, int]:
@@ -84,21 +97,11 @@ def _write(chunks: Iterable[bytes | memoryview], stream: BinaryIO) -> tuple[int,
     return start, stream.tell() - start
 
 
-def _write_int8(entry: Entry, stream: BinaryIO) -> list[tuple[int, int]]:
-    """Write a weight as int8, and a float32 scale for each output channel: its largest magnitude becomes 127."""
-    import torch
-
-    scales = []
-
-    def quantized() -> Iterator[memoryview]:
-        for rows in read_rows(entry):
-            flat = rows.float().flatten(1)
-            scale = flat.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-            scales.append(scale)
-            yield as_bytes((flat / scale[:, None]).round().to(torch.int8))
-
-    weight = _write(quantized(), stream)
-    return [weight, _write([as_bytes(torch.cat(scales))], stream)]
+def _write_codes(entry: Entry, weight_format: Format, stream: BinaryIO) -> list[tuple[int, int]]:
+    """Write a weight's codes, and its float32 scales."""
+    packing = Packing(weight_format, entry)
+    encode = (lambda codes: codes) if weight_format.bits == 8 else (lambda codes: nibbles(codes & 15))  # noqa: PLR2004
+    return [_write(packing.codes(encode), stream), _write(packing.scales(), stream)]
 
 
 class _Graph:
@@ -111,6 +114,7 @@ class _Graph:
         self._next_id = max(int(layer.attrib["id"]) for layer in layers) + 1
         self._added: list[ET.Element] = []
         self._links: list[tuple[str, str, str]] = []
+        self._shapes: list[tuple[ET.Element, list[int]]] = []
         self._successors: dict[str, str] = {}
 
     def stand_ins(self) -> list[ET.Element]:
@@ -131,12 +135,19 @@ class _Graph:
             self._links.append((layer.attrib["id"], widened.attrib["id"], "0"))
             self._successors[layer.attrib["id"]] = widened.attrib["id"]
 
-    def dequantize(self, layer: ET.Element, weight: tuple[int, int], scales: tuple[int, int]) -> None:
-        """Make a stand-in an int8 constant, widened and multiplied by its scales: the form that runtimes recognise."""
-        _become_constant(layer, "i8", weight)
-        widened = self._widening(layer)
-        dims = _dims(layer)
-        by_channel = [dims[0], *[1] * (len(dims) - 1)]
+    def dequantize(
+        self, layer: ET.Element, element: str, groups: int | None, codes: tuple[int, int], scales: tuple[int, int]
+    ) -> None:
+        """Make a stand-in a constant of codes, widened and multiplied by its scales: the form that runtimes recognise.
+
+        With groups, the inputs of an output channel are cut into so many, each with a scale of its own.
+        """
+        wanted = _dims(layer)
+        if groups:
+            _set_dims(layer, [wanted[0], groups, wanted[1] // groups])
+        _become_constant(layer, element, codes)
+        widened, dims = self._widening(layer), _dims(layer)
+        by_channel = [dims[0], groups, 1] if groups else [dims[0], *[1] * (len(dims) - 1)]
         scale = self._add("Const", f"{layer.attrib['name']}/scale", [], by_channel)
         scale.insert(0, ET.Element("data", _constant("f32", by_channel, scales)))
         product = self._add("Multiply", f"{layer.attrib['name']}/dequantized", [dims, by_channel], dims)
@@ -146,7 +157,28 @@ class _Graph:
             (widened.attrib["id"], product.attrib["id"], "0"),
             (scale.attrib["id"], product.attrib["id"], "1"),
         ]
-        self._successors[layer.attrib["id"]] = product.attrib["id"]
+        last = self._reshaped(product, wanted, layer.attrib["name"]) if groups else product
+        self._successors[layer.attrib["id"]] = last.attrib["id"]
+
+    def _reshaped(self, layer: ET.Element, dims: list[int], name: str) -> ET.Element:
+        shape = self._add("Const", f"{name}/shape", [], [len(dims)])
+        for port in shape.iterfind("output/port"):
+            port.attrib["precision"] = "I64"
+        self._shapes.append((shape, dims))
+        reshaped = self._add("Reshape", f"{name}/matrix", [_dims(layer), [len(dims)]], dims)
+        list(reshaped.iterfind("input/port"))[1].attrib["precision"] = "I64"
+        reshaped.insert(0, ET.Element("data", {"special_zero": "false"}))
+        self._links += [
+            (layer.attrib["id"], reshaped.attrib["id"], "0"),
+            (shape.attrib["id"], reshaped.attrib["id"], "1"),
+        ]
+        return reshaped
+
+    def write_shapes(self, stream: BinaryIO) -> None:
+        """Write the int64 shapes that reshapes behind grouped codes ask for."""
+        for layer, dims in self._shapes:
+            place = _write([struct.pack(f"<{len(dims)}q", *dims)], stream)
+            layer.insert(0, ET.Element("data", _constant("i64", [len(dims)], place)))
 
     def _widening(self, layer: ET.Element) -> ET.Element:
         """Add the conversion to float32 behind a constant."""
@@ -207,7 +239,8 @@ class _Graph:
 
     def constant_bytes(self) -> dict[str, int]:
         totals: dict[str, int] = defaultdict(int)
-        names = {**{short: TORCH_DTYPES[long] for long, short in _ELEMENTS.items()}, "i8": "int8"}
+        names = {short: TORCH_DTYPES[long] for long, short in _ELEMENTS.items()}
+        names |= {element: name for name, element in _CODES.items()}
         for data in self._layers.iterfind("layer[@type='Const']/data"):
             element = data.attrib["element_type"]
             totals[names.get(element, element)] += int(data.attrib["size"])
@@ -225,6 +258,15 @@ def _become_constant(layer: ET.Element, element: str, place: tuple[int, int]) ->
     data.attrib.update(_constant(element, _dims(layer), place))
 
 
+def _set_dims(layer: ET.Element, dims: list[int]) -> None:
+    port = layer.find("output/port")
+    assert port is not None  # noqa: S101 - a parameter has one
+    for old in list(port):
+        port.remove(old)
+    for dim in dims:
+        ET.SubElement(port, "dim").text = str(dim)
+
+
 def _dims(layer: ET.Element) -> list[int]:
     return [int(dim.text or 0) for dim in layer.iterfind("output/port/dim")]
 
@@ -235,7 +277,7 @@ def _constant(element: str, dims: list[int], place: tuple[int, int]) -> dict[str
 
 
 def _precision(element: str) -> str:
-    return {"f32": "FP32", "bf16": "BF16", "i8": "I8"}[element]
+    return {"f32": "FP32"}.get(element, element.upper())
 
 
 def _port(number: int, precision: str, dims: list[int]) -> ET.Element:

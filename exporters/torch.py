@@ -5,45 +5,67 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, ClassVar
 
-from ..weights import TORCH_DTYPES, Checkpoint, convert, place
+from ..weights import Checkpoint, convert, place
+from . import bitsandbytes
 from .exporter import Cost, Lowered
+from .packing import stored_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from ..quantize.format import Format
     from .exporter import Subject
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
-_BASE_BYTES = 155_000_000
-_BYTES_PER_S = 4e8
+_BASE_BYTES, _PACKING_BYTES = 155_000_000, 400_000_000
+_BYTES_PER_S, _PACKED_TIMES = 4e8, 4
 
 
 class TorchExporter:
     version: ClassVar[int] = 1
-    precisions: ClassVar[tuple[str, ...]] = tuple(_DTYPES)
+    precisions: ClassVar[tuple[str, ...]] = (*_DTYPES, *bitsandbytes.PRECISIONS)
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def packages(self) -> tuple[str, ...]:
         return ("torch", "diffusers", "transformers")
 
-    def cost(self, checkpoint: Checkpoint, precision: str, *, operations: int, shared: bool) -> Cost:  # noqa: ARG002
-        dtype = _DTYPES[precision]
-        weights = checkpoint.bytes_in(dtype)
-        written = 0 if shared and checkpoint.is_in(dtype) else weights
-        return Cost(_BASE_BYTES, written, written / _BYTES_PER_S, {dtype: weights})
+    def cost(
+        self,
+        checkpoint: Checkpoint,
+        precision: str,
+        weight_format: Format | None,
+        *,
+        operations: int,  # noqa: ARG002
+        shared: bool,
+    ) -> Cost:
+        dtype = _DTYPES.get(precision, "bfloat16")
+        weights = stored_bytes(checkpoint, dtype, weight_format, matrices_alone=True)
+        if weight_format:
+            written = sum(weights.values())
+            return Cost(_PACKING_BYTES, written, written / _BYTES_PER_S * _PACKED_TIMES, weights)
+        written = 0 if shared and checkpoint.is_in(dtype) else sum(weights.values())
+        return Cost(_BASE_BYTES, written, written / _BYTES_PER_S, weights)
 
     def lower(self, subject: Subject, folder: Path) -> Lowered:
-        dtype = _DTYPES[subject.precision]
-        if subject.checkpoint.is_in(dtype):
-            how = min(place(file, folder / file.name, subject.weights) for file in subject.checkpoint.files)
-            for index in subject.source.glob("*.safetensors.index.json"):
-                place(index, folder / index.name, "copy")
-        else:
+        kept: dict[str, str] = {}
+        if subject.weight_format:
             how = "written"
-            convert(subject.checkpoint, folder / subject.checkpoint.single_file, dtype)
+            kept = bitsandbytes.write(subject.checkpoint, subject.module(), subject.weight_format, folder)
+        else:
+            how = _write(subject, _DTYPES[subject.precision], folder)
         totals: dict[str, int] = defaultdict(int)
-        for entry in Checkpoint.open(folder).entries.values():
-            totals[TORCH_DTYPES.get(entry.dtype, entry.dtype.lower())] += entry.length
-        return Lowered(weights=how, weight_bytes=dict(totals))
+        for label, entry in bitsandbytes.weights_of(Checkpoint.open(folder)):
+            totals[label] += entry.length
+        return Lowered(how, dict(totals), kept)
+
+
+def _write(subject: Subject, dtype: str, folder: Path) -> str:
+    """Bring the checkpoint into the folder as it is, or converted; return how."""
+    if subject.checkpoint.is_in(dtype):
+        for index in subject.source.glob("*.safetensors.index.json"):
+            place(index, folder / index.name, "copy")
+        return min(place(file, folder / file.name, subject.weights) for file in subject.checkpoint.files)
+    convert(subject.checkpoint, folder / subject.checkpoint.single_file, dtype)
+    return "written"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..errors import InputError
 from ..lora import added
 from ..weights import TORCH_DTYPES, read_header, read_tensor
 
@@ -15,6 +16,23 @@ if TYPE_CHECKING:
 
     from ..lora import Delta
     from ..weights import Entry
+
+
+_CODES = ".codes"
+"""What the names of low-bit weights end in."""
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights that LoRAs can be added to, by their names in the checkpoint.
+
+    Raises:
+        InputError: the weights are codes.
+    """
+    found = tensors(folder)
+    if any(name.endswith(_CODES) for name in found):
+        message = f"LoRAs can't be added to {folder}: its weights are codes of a few bits, which ONNX Runtime multiplies as they are"
+        raise InputError(message, fix="bake it in: bakeoff export MODEL -o DIR --recipe … --lora FILE:SCALE")
+    return {entry.name: entry.shape for entry in found.values()}
 
 
 def tensors(folder: Path) -> dict[str, Entry]:
@@ -31,7 +49,7 @@ def tensors(folder: Path) -> dict[str, Entry]:
             if file not in files:
                 files[file] = {entry.offset: entry for entry in read_header(folder / file)}
             entry = files[file].get(int(place["offset"]))
-            if entry is not None and entry.dtype in TORCH_DTYPES:
+            if entry is not None and (entry.dtype in TORCH_DTYPES or entry.name.endswith(_CODES)):
                 found[initializer.name] = entry
     return found
 

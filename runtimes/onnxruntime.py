@@ -28,7 +28,8 @@ _PROVIDERS = {
 _DEVICES = {provider: device for device, provider in _PROVIDERS.items()}
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 _ERRORS_ONLY = 3
-_FLOAT_PRODUCTS = ("Conv", "Gemm", "MatMul")
+_FLOAT_PRODUCTS = ("Conv", "Gemm", "MatMul", "MatMulBnb4", "MatMulNBits")
+"""The last two have low-bit weights, which they widen as they go."""
 _INT8_PRODUCTS = ("ConvInteger", "MatMulInteger", "QGemm", "QLinearConv", "QLinearMatMul")
 
 
@@ -57,7 +58,7 @@ class OnnxRuntime(Runtime):
 
     @classmethod
     def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:
-        return {entry.name: entry.shape for entry in onnx_weights.tensors(folder).values()}
+        return onnx_weights.shapes(folder)
 
     @classmethod
     def device_for(cls, placement: Placement) -> str:
@@ -150,10 +151,10 @@ def _nodes_by_provider(session: Any) -> dict[str, int]:  # noqa: ANN401 - onnxru
 def _precisions(operators: Counter[str]) -> dict[str, int]:
     """Count the matrix products and convolutions by the precision that they run in: integer ones are operators apart.
 
-    Where weights are stored in bfloat16 they are widened: what runs is float32.
+    Where weights are stored in less than float32 they are widened: what runs is float32.
     """
     counts = {"float32": sum(operators[name] for name in _FLOAT_PRODUCTS)}
-    counts |= {"int8": sum(operators[name] for name in _INT8_PRODUCTS), "int4": operators["MatMulNBits"]}
+    counts |= {"int8": sum(operators[name] for name in _INT8_PRODUCTS)}
     return {name: count for name, count in counts.items() if count}
 
 

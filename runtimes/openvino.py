@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from ..recipe import Placement
 
-_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "bf16"}
-"""Precision -> what is computed in: int8 is what weights are stored in."""
+_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "bf16", "int4": "bf16", "nf4": "bf16"}
+"""Precision -> what is computed in: the last three are what weights are stored in."""
 _PRODUCTS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 

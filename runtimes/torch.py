@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..errors import InputError
 from ..hardware import Availability, choose_device, usable_cores
 from ..lora import added
 from ..weights import Checkpoint
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
     from ..lora import Delta
     from ..recipe import Placement
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "bfloat16", "nf4": "bfloat16"}
+"""Precision -> what is computed in: the last two are what the weights of Linear layers are stored in."""
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _TORCH_NAMES = {"rocm": "cuda"}
+_CODED = (".SCB", ".absmax")
+"""What the names of the scales end in that bitsandbytes keeps beside codes."""
 _WRAPPER = "module."
 """What a component's wrapper puts before the names of the module that it wraps."""
 
@@ -49,7 +53,11 @@ class TorchRuntime(Runtime):
 
     @classmethod
     def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:
-        return {name: entry.shape for name, entry in Checkpoint.open(folder).entries.items()}
+        entries = Checkpoint.open(folder).entries
+        if any(name.endswith(_CODED) for name in entries):
+            message = f"LoRAs can't be added to {folder}: its weights are codes of a few bits, which bitsandbytes keeps"
+            raise InputError(message, fix="bake it in: bakeoff export MODEL -o DIR --recipe … --lora FILE:SCALE")
+        return {name: entry.shape for name, entry in entries.items()}
 
     @classmethod
     def held_bytes(
@@ -70,7 +78,7 @@ class TorchRuntime(Runtime):
             if dtype != target and dtype in _WIDTHS
         ]
         laid_out = 0
-        if precision == "bf16" and not mapped:
+        if precision != "fp32" and not mapped:
             laid_out = kept if convolution_bytes is None else min(kept, convolution_bytes)
         return super().held_bytes(precision, {"": total}, mapped=mapped) + laid_out + sum(converted)
 
@@ -91,7 +99,7 @@ class TorchRuntime(Runtime):
         self._dtype: torch.dtype = getattr(torch, _DTYPES[part.precision])
         self._device = torch.device(_TORCH_NAMES.get(device, device))
         mapped = placement.offload == "mapped"
-        self._channels_last = part.precision == "bf16" and not mapped
+        self._channels_last = part.precision != "fp32" and not mapped
         module = part.build(_DTYPES[part.precision]).to(self._device)
         _adapt(module, part.deltas)
         merged = attention.merge_tokens(module, placement.token_merging)

@@ -68,7 +68,7 @@ def lower_here(component: str, source: str, output: str, exporter: str, precisio
     import importlib
 
     from bakeoff import plugins
-    from bakeoff.exporters.capture import on_hollow
+    from bakeoff.exporters.capture import module_on_hollow, on_hollow
     from bakeoff.exporters.exporter import Subject
     from bakeoff.weights import Checkpoint
 
@@ -80,11 +80,13 @@ def lower_here(component: str, source: str, output: str, exporter: str, precisio
         subject = Subject(
             part=made.name,
             precision=precision,
+            weight_format=plugins.weight_format(precision),
             inputs=made.inputs(config),
             outputs=made.outputs(config),
             source=folder,
             checkpoint=Checkpoint.open(folder),
             capture=on_hollow(made.name, made, config, folder, Path(work) / "hollow"),
+            module=module_on_hollow(made, folder, Path(work) / "hollow"),
             weights="auto",
         )
         plugins.exporter(exporter).lower(subject, Path(output))

@@ -1,0 +1,62 @@
+"""A weight on its way into a file as codes and scales of a low-bit format, a few MB at a time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from ..weights import as_bytes, read_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+    from ..quantize.format import Format
+    from ..weights import Checkpoint, Entry
+
+
+def stored_bytes(
+    checkpoint: Checkpoint, dtype: str, weight_format: Format | None, *, matrices_alone: bool = False
+) -> dict[str, int]:
+    """Return dtype -> bytes that a checkpoint takes, with codes wherever the format has them and the rest as `dtype`."""
+    totals: dict[str, int] = defaultdict(int)
+    for entry in checkpoint.entries.values():
+        left = matrices_alone and len(entry.shape) > 2  # noqa: PLR2004 - a convolution
+        if left or weight_format is None or weight_format.obstacle(entry.shape):
+            totals[dtype] += entry.bytes_in(dtype)
+        else:
+            codes, scales = weight_format.stored_bytes(entry.shape)
+            totals[weight_format.name] += codes
+            totals["float32"] += scales
+    return dict(totals)
+
+
+class Packing:
+    """Codes are made as they are written; the scales that came with them are written behind."""
+
+    def __init__(self, weight_format: Format, entry: Entry) -> None:
+        self._format = weight_format
+        self._entry = entry
+        self._scales: list[Tensor] = []
+
+    def codes(self, encode: Callable[[Tensor], Tensor]) -> Iterator[memoryview]:
+        """Yield the bytes of codes (N, K) int8, after `encode` has laid them out as the backend wants them."""
+        for rows in read_rows(self._entry):
+            codes, scales = self._format.pack(rows.float().flatten(1))
+            self._scales.append(scales)
+            yield as_bytes(encode(codes).contiguous())
+
+    def scales(self, repeats: int = 1) -> Iterator[memoryview]:
+        """Yield the bytes of the scales (N, K / group) float32, each so many times in a row, once all codes are made."""
+        for scales in self._scales:
+            yield as_bytes(scales.repeat_interleave(repeats, 1).contiguous())
+
+
+def nibbles(codes: Tensor, *, high_first: bool = False) -> Tensor:
+    """Put two codes (…, 2 n) from 0 to 15 into each byte (…, n) uint8; the first one low, or high."""
+    import torch
+
+    pairs = codes.to(torch.uint8).unflatten(-1, (-1, 2))
+    first, second = pairs[..., 0], pairs[..., 1]
+    return (first << 4) | second if high_first else first | (second << 4)

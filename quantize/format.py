@@ -1,0 +1,72 @@
+"""The seam of a weight format: a weight in, codes and scales out, which every backend stores in its own encoding."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+LEAST_ELEMENTS = 4096
+"""Elements of the smallest weight that is worth its scales."""
+
+
+class Format(ABC):
+    """A weight-only format. Registered under the entry points `bakeoff.formats`; its name is a precision in recipes."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    """Raised when a change here changes codes or scales: part of an artifact's key."""
+    bits: ClassVar[int]
+    """Bits of a code."""
+    group: ClassVar[int | None]
+    """Weights of one output channel that share a scale; None: all of them."""
+
+    @abstractmethod
+    def obstacle(self, shape: Sequence[int]) -> str | None:
+        """Say why a weight of this shape, output channels first, is left as it is; None where it becomes codes."""
+
+    @abstractmethod
+    def pack(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Round weights.
+
+        Args:
+            rows: (N, K) float32, some or all output channels of a weight, each with its K inputs.
+
+        Returns:
+            Codes (N, K) int8 and scales (N, K / group) float32.
+        """
+
+    @abstractmethod
+    def unpack(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """Return the float32 weights (N, K) that codes and scales stand for."""
+
+    def groups(self, shape: Sequence[int]) -> int:
+        """Return how many scales an output channel has."""
+        return math.prod(shape[1:]) // self.group if self.group else 1
+
+    def stored_bytes(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Return the bytes of a weight's codes and of its float32 scales."""
+        return math.prod(shape) * self.bits // 8, 4 * shape[0] * self.groups(shape)
+
+    def round_module(self, module: nn.Module) -> nn.Module:
+        """Give a module's weights the values that they will have, in place; it is returned."""
+        import torch
+
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if self.obstacle(parameter.shape) is None:
+                    rows = parameter.float().flatten(1)
+                    parameter.copy_(self.unpack(*self.pack(rows)).reshape(parameter.shape))
+        return module
+
+
+def too_small(shape: Sequence[int]) -> str | None:
+    """Say that a tensor is no weight worth codes: a bias, a norm, a table of one row, a tiny matrix."""
+    if len(shape) < 2 or shape[0] == 1:  # noqa: PLR2004 - a matrix
+        return "not a matrix"
+    return f"under {LEAST_ELEMENTS} elements" if math.prod(shape) < LEAST_ELEMENTS else None

@@ -1,0 +1,313 @@
+"""Low-bit weights: what a format does to numbers, and that every backend computes with exactly those."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bakeoff import plugins
+from bakeoff.bake import export
+from bakeoff.components.component import Component, Port, Sizes
+from bakeoff.errors import InputError, RecipeError, UnavailableError
+from bakeoff.exporters.capture import module_on_hollow, on_hollow
+from bakeoff.exporters.exporter import Subject
+from bakeoff.lora import Delta
+from bakeoff.parity import relative_error
+from bakeoff.quantize.nf4 import LEVELS
+from bakeoff.recipe import Placement, parse
+from bakeoff.runtimes.engine import load
+from bakeoff.runtimes.opening import open_part, read_folder
+from bakeoff.runtimes.runtime import PartFiles
+from bakeoff.weights import Checkpoint
+
+FORMATS = plugins.names("formats")
+BACKENDS = {"onnx": 1e-5, "openvino": 1e-2}
+"""Backend -> distance to eager float32 with rounded weights: OpenVINO computes in bfloat16."""
+LEAST_DB = {"int8": 40, "int4": 19, "nf4": 20}
+"""What a normal distribution keeps in each format."""
+
+
+def rows(count=64, width=256, seed=0, scale=1.0):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), scale=st.floats(1e-6, 1e6))
+def test_a_format_keeps_what_its_bits_can(name, seed, scale):
+    weight_format, weights = plugins.weight_format(name), rows(seed=seed, scale=scale)
+    codes, scales = weight_format.pack(weights)
+    assert codes.dtype == torch.int8
+    assert codes.shape == weights.shape
+    assert scales.numel() * 4 == weight_format.stored_bytes(weights.shape)[1]
+    error = relative_error(weight_format.unpack(codes, scales), weights)
+    assert -20 * math.log10(error) > LEAST_DB[name]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_was_rounded_stays(name):
+    weight_format = plugins.weight_format(name)
+    once = weight_format.unpack(*weight_format.pack(rows()))
+    again = weight_format.unpack(*weight_format.pack(once))
+    assert relative_error(again, once) < (1e-6 if name != "int4" else 0.05)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_zeros_and_single_outliers(name):
+    weight_format, weights = plugins.weight_format(name), rows()
+    weights[3], weights[5, 7] = 0.0, 1000.0
+    rounded = weight_format.unpack(*weight_format.pack(weights))
+    assert torch.equal(rounded[3], weights[3])
+    assert rounded[5, 7] == pytest.approx(1000.0, rel=0.26)
+    assert relative_error(rounded[10:], weights[10:]) < 0.12
+
+
+def test_nf4_is_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight_format, weights = plugins.weight_format("nf4"), rows()
+    codes, scales = weight_format.pack(weights)
+    packed, state = functional.quantize_4bit(weights, blocksize=64, quant_type="nf4")
+    pairs = codes.flatten().unflatten(0, (-1, 2)).to(torch.uint8)
+    assert torch.equal(packed.flatten(), (pairs[:, 0] << 4) | pairs[:, 1])
+    assert torch.equal(state.absmax, scales.flatten())
+    assert torch.equal(state.code, torch.tensor(LEVELS))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        ("int8", (320,), "not a matrix"),
+        ("int8", (1, 4096), "not a matrix"),
+        ("int8", (8, 8), "under 4096"),
+        ("int8", (320, 4, 3, 3), None),
+        ("int4", (320, 320, 3, 3), "not convolutions"),
+        ("nf4", (320, 100), "100 inputs"),
+        ("nf4", (320, 320), None),
+    ],
+)
+def test_what_is_left_as_it_is_and_why(name, shape, reason):
+    found = plugins.weight_format(name).obstacle(shape)
+    assert (found is None) if reason is None else (reason in found)
+
+
+class Mixed(Component):
+    """A table, a matrix on rows, one on a single vector with a bias, and a convolution."""
+
+    name = "mixed"
+    operations = 4
+
+    def inputs(self, config):
+        return (
+            Port("ids", "int64", ("batch", "sequence")),
+            Port("time", "float32", ("batch", 128)),
+            Port("picture", "float32", ("batch", 16, "height", "width")),
+        )
+
+    def outputs(self, config):
+        return (
+            Port("tokens", "float32", ("batch", "sequence", 192)),
+            Port("mixed", "float32", ("batch", 64, "height", "width")),
+        )
+
+    def load(self, folder, dtype):
+        module = Layers().to(dtype)
+        module.load_state_dict(load_file(Checkpoint.open(folder).files[0]), assign=True)
+        return module.to(dtype).eval()
+
+    def flat(self, module):
+        return Flat(module)
+
+    def example(self, config, sizes, seed):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {port.name: port.shape(sizes.as_dict()) for port in self.inputs(config)}
+        made = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items() if name != "ids"}
+        return {"ids": torch.randint(256, shapes["ids"], generator=generator), **made}
+
+    def stand_in(self, runners, config):
+        raise NotImplementedError
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(256, 128)
+        self.matrix = nn.Linear(128, 192, bias=False)
+        self.vector = nn.Linear(128, 64)
+        self.take = nn.Conv2d(16, 64, 3, padding=1)
+
+
+class Flat(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, ids, time, picture):
+        tokens = self.module.matrix(torch.tanh(self.module.table(ids)))
+        return tokens, self.module.take(picture) + self.module.vector(time)[:, :, None, None]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A module folder whose weights are bfloat16, so that nothing but the format rounds them."""
+    folder = tmp_path_factory.mktemp("mixed")
+    torch.manual_seed(0)
+    save_file(Layers().to(torch.bfloat16).state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_computes_with_the_formats_weights(source, tmp_path, backend, name):
+    made, weight_format = Mixed(), plugins.weight_format(name)
+    files, lowered = lower(made, source, tmp_path, backend, name)
+    inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
+    eager = made.load(source, torch.float32)
+    kept = {key.removesuffix(".weight") for key in lowered.kept}
+    for path, layer in eager.named_children():
+        if path not in kept:
+            weight_format.round_module(layer)
+    expected = dict(zip(("tokens", "mixed"), made.flat(eager)(*inputs.values()), strict=True))
+    with plugins.runtime(backend)(files, Placement(device="cpu", threads=1)) as runtime:
+        got = runtime.run(inputs)
+    for key, tensor in expected.items():
+        assert relative_error(got[key], tensor.detach()) < BACKENDS[backend], key
+    if name == "int8":
+        assert not kept
+    assert lowered.weight_bytes[name] == sum(
+        weight_format.stored_bytes(entry.shape)[0]
+        for entry in Checkpoint.open(source).entries.values()
+        if len(entry.shape) > 1 and entry.name not in lowered.kept
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_openvino_adds_loras_to_codes(source, tmp_path, name):
+    made, weight_format = Mixed(), plugins.weight_format(name)
+    files, _ = lower(made, source, tmp_path, "openvino", name)
+    delta = Delta(rows(192, 4, seed=1), rows(4, 128, seed=2), 0.1)
+    inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
+    eager = weight_format.round_module(made.load(source, torch.float32))
+    with torch.no_grad():
+        eager.matrix.weight += delta.tensor((192, 128))
+    expected = made.flat(eager)(*inputs.values())[0].detach()
+    assert plugins.runtime("openvino").shapes(files.folder)["matrix.weight"][0] == 192
+    with plugins.runtime("openvino")(replace(files, deltas={"matrix.weight": [delta]}), Placement()) as runtime:
+        assert relative_error(runtime.run(inputs)["tokens"], expected) < 1e-2
+
+
+def lower(made, source, folder, backend, precision):
+    (folder / "out").mkdir()
+    subject = Subject(
+        part=made.name,
+        precision=precision,
+        weight_format=plugins.weight_format(precision),
+        inputs=made.inputs({}),
+        outputs=made.outputs({}),
+        source=source,
+        checkpoint=Checkpoint.open(source),
+        capture=on_hollow(made.name, made, {}, source, folder / "hollow"),
+        module=module_on_hollow(made, source, folder / "hollow"),
+        weights="auto",
+    )
+    lowered = plugins.exporter(backend).lower(subject, folder / "out")
+    files = PartFiles(
+        name=made.name,
+        folder=folder / "out",
+        precision=precision,
+        inputs=made.inputs({}),
+        outputs=made.outputs({}),
+        build=lambda dtype: made.flat(made.load(source, getattr(torch, dtype))),
+    )
+    return files, lowered
+
+
+def test_a_recipe_that_changes_nothing_is_an_error(tiny, tmp_path):
+    with pytest.raises(RecipeError, match="int4 changes no weight of vae_encoder: .* not convolutions"):
+        export(str(tiny("flux")), tmp_path / "out", parse("torch:fp32,vae_encoder=onnx:int4")[0], prove=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_manifest_says_what_was_kept_and_why(baked):
+    folder = baked("torch:fp32,text_encoder=onnx:nf4")
+    part = json.loads((folder / "bakeoff.json").read_text())["parts"]["text_encoder"]
+    assert part["kept"]["text_model.embeddings.token_embedding.weight"] == "ONNX Runtime has no nf4 weights for Gather"
+    assert part["weight_bytes"]["nf4"] > part["weight_bytes"]["bfloat16"]
+
+
+def test_codes_take_no_loras(baked, tmp_path):
+    save_file(
+        {
+            "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": torch.ones(2, 128),
+            "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_B.weight": torch.ones(512, 2),
+        },
+        tmp_path / "some.safetensors",
+    )
+    with pytest.raises(InputError, match="weights are codes"):
+        load(baked("torch:fp32,text_encoder=onnx:nf4"), loras=[str(tmp_path / "some.safetensors")])
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+class TestBitsandbytes:
+    def test_the_file_is_what_bitsandbytes_saves(self, baked, shapes, name):
+        layers = pytest.importorskip("bitsandbytes.nn")
+        folder = baked(f"torch:fp32,text_encoder=torch:{name}") / "text_encoder"
+        written, wide = (load_file(at / "model.safetensors") for at in (folder, shapes / "text_encoder"))
+        path = "text_model.encoder.layers.0.mlp.fc1"
+        weight = wide[f"{path}.weight"].float()
+        if name == "int8":
+            theirs = layers.Linear8bitLt(*weight.T.shape, bias=False, has_fp16_weights=False)
+            theirs.weight = layers.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        else:
+            theirs = layers.Linear4bit(*weight.T.shape, bias=False, quant_type="nf4", compress_statistics=False)
+            theirs.weight = layers.Params4bit(weight, requires_grad=False, compress_statistics=False, quant_type="nf4")
+        saved = theirs.to("cpu").state_dict()
+        ours = {key.removeprefix(f"{path}."): value for key, value in written.items() if key.startswith(f"{path}.")}
+        ours.pop("bias")
+        assert set(ours) == set(saved)
+        for key in set(saved) - {"weight.quant_state.bitsandbytes__nf4"}:
+            assert ours[key].shape == saved[key].shape, key
+            assert ours[key].dtype == saved[key].dtype, key
+            torch.testing.assert_close(
+                ours[key].float(), saved[key].float(), rtol=1e-3, atol=1.0 if name == "int8" else 0
+            )
+
+    def test_transformers_opens_it(self, baked, name):
+        from transformers import CLIPTextModel
+
+        pytest.importorskip("bitsandbytes")
+        folder = baked(f"torch:fp32,text_encoder=torch:{name}")
+        theirs = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True, dtype=torch.bfloat16)
+        opened = read_folder(folder)
+        part = opened.family.part("text_encoder")
+        inputs = part.component.example(opened.config("text_encoder"), Sizes(2, 8, 8, 12), seed=0)
+        with open_part(opened.folders[part.name], part, opened.parts[part.name], Placement(device="cpu")) as runtime:
+            got = runtime.run(inputs)["last_hidden_state"]
+        with torch.no_grad():
+            expected = theirs(inputs["input_ids"]).last_hidden_state
+        assert relative_error(got, expected.float()) < 1e-2
+
+    def test_a_denoiser_is_proved_and_takes_no_loras(self, baked, name):
+        pytest.importorskip("bitsandbytes")
+        folder = baked(f"torch:fp32,unet=torch:{name}")
+        manifest = json.loads((folder / "bakeoff.json").read_text())
+        assert manifest["proof"]["status"] == "proved"
+        assert manifest["parts"]["unet"]["weight_bytes"][name] > 0
+        assert "convolutions" in " ".join(manifest["parts"]["unet"]["kept"].values()) or name == "int8"
+        with pytest.raises(InputError, match="its weights are codes"):
+            read_folder(folder).shapes("unet")
+
+
+def test_without_bitsandbytes_the_error_says_what_to_install(baked, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    folder = baked("torch:fp32,unet=torch:nf4")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UnavailableError, match="bitsandbytes, which is not installed"), load(folder) as engine:
+        engine.generate("a circle", steps=1)
