@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 STORAGE = {"fp32": "float32"}
 """Precision -> torch dtype of the weights that aren't codes; bfloat16 unless said."""
 FILE = "model.safetensors"
+DYNAMIC = "w8a8-dynamic"
+"""The precision whose products are of integers: activations are rounded as they come."""
 _INLINE_BYTES = 1024
 """Smaller constants stay in the graph."""
 _WIDENED = ("BF16", "F16")
@@ -84,7 +86,8 @@ def bring(model: onnx_ir.Model, weights: Weights, subject: Subject, folder: Path
         how, moved = _place(weights.found, subject, folder)
         brought = Brought(how)
     else:
-        brought, moved = _pack(model, weights.found, subject.weight_format, folder)
+        dynamic = subject.precision == DYNAMIC
+        brought, moved = _pack(model, weights.found, subject.weight_format, folder, dynamic=dynamic)
     for name, entry in moved.items():
         value = model.graph.initializers[name]
         _point(value, entry, folder)
@@ -171,7 +174,7 @@ def _write_made(model: onnx_ir.Model, made: dict[str, Tensor], folder: Path) -> 
 
 
 def _pack(
-    model: onnx_ir.Model, found: dict[str, Entry], weight_format: Format, folder: Path
+    model: onnx_ir.Model, found: dict[str, Entry], weight_format: Format, folder: Path, *, dynamic: bool
 ) -> tuple[Brought, dict[str, Entry]]:
     """Write codes for what the format and the graph allow, the rest in bfloat16; return where the rest lies."""
     model.opset_imports[_CONTRIB] = 1
@@ -181,6 +184,8 @@ def _pack(
     for name, entry in found.items():
         value = model.graph.initializers[name]
         use = _use(value, entry, weight_format)
+        if dynamic and use is _pack_products:
+            use = _pack_integer_products
         if isinstance(use, str):
             plain[name] = entry
             if len(entry.shape) > 1:
@@ -263,13 +268,68 @@ def _pack_products(
             name=node.name,
             metadata_props=dict(node.metadata_props),
         )
-        added = [product]
-        if node.op_type == "Gemm" and len(node.inputs) > 2:  # noqa: PLR2004 - its third is the bias
-            added.append(onnx_ir.Node("", "Add", [product.outputs[0], node.inputs[2]], name=f"{node.name}.bias"))
-        _replace(model, node, added)
+        _replace(model, node, [product, *_bias(node, product)])
     for node, _ in value.uses():
         model.graph.remove(node, safe=True)
     return streams
+
+
+def _pack_integer_products(
+    model: onnx_ir.Model, value: onnx_ir.Value, entry: Entry, weight_format: Format
+) -> tuple[Streamed, Streamed]:
+    """Put MatMulInteger in the place of the products, with one scale for all of an activation, found as it comes.
+
+    ONNX Runtime fuses these nodes to DynamicQuantizeMatMul.
+    """
+    import onnx_ir
+
+    packing = Packing(weight_format, entry)
+    streams = (
+        Streamed(f"{value.name}.codes", "I8", entry.shape, math.prod(entry.shape), packing.codes(lambda codes: codes)),
+        Streamed(f"{value.name}.scales", "F32", [entry.shape[0]], 4 * entry.shape[0], packing.scales()),
+    )
+    codes, scales = (_initializer(model, tensor) for tensor in streams)
+    turned = onnx_ir.Node("", "Transpose", [codes], [onnx_ir.AttrInt64s("perm", [1, 0])], name=f"{value.name}.turned")
+    model.graph.insert_before(model.graph[0], turned)
+    float32 = [onnx_ir.AttrInt64("to", onnx_ir.DataType.FLOAT)]
+    for node in _products(value) or []:
+        taken = node.inputs[0]
+        assert taken is not None  # noqa: S101 - a product has two factors
+        rounded = _rounded(model, taken, node)
+        product = onnx_ir.Node(
+            "",
+            "MatMulInteger",
+            [rounded.outputs[0], turned.outputs[0], rounded.outputs[2]],
+            name=node.name,
+            metadata_props=dict(node.metadata_props),
+        )
+        wide = onnx_ir.Node("", "Cast", [product.outputs[0]], float32, name=f"{node.name}.float32")
+        scale = onnx_ir.Node("", "Mul", [rounded.outputs[1], scales], name=f"{node.name}.scale")
+        scaled = onnx_ir.Node("", "Mul", [wide.outputs[0], scale.outputs[0]], name=f"{node.name}.scaled")
+        _replace(model, node, [product, wide, scale, scaled, *_bias(node, scaled)])
+    for node, _ in value.uses():
+        model.graph.remove(node, safe=True)
+    return streams
+
+
+def _rounded(model: onnx_ir.Model, value: onnx_ir.Value, before: onnx_ir.Node) -> onnx_ir.Node:
+    """Return the node that rounds an activation to 8 bits: one for all products that take it."""
+    import onnx_ir
+
+    found = next((user for user, _ in value.uses() if user.op_type == "DynamicQuantizeLinear"), None)
+    if found is None:
+        found = onnx_ir.Node("", "DynamicQuantizeLinear", [value], num_outputs=3, name=f"{value.name}.rounded")
+        model.graph.insert_before(before, found)
+    return found
+
+
+def _bias(gemm: onnx_ir.Node, product: onnx_ir.Node) -> list[onnx_ir.Node]:
+    """Return the addition of a Gemm's bias to what its product became."""
+    import onnx_ir
+
+    if gemm.op_type != "Gemm" or len(gemm.inputs) < 3:  # noqa: PLR2004 - its third is the bias
+        return []
+    return [onnx_ir.Node("", "Add", [product.outputs[0], gemm.inputs[2]], name=f"{gemm.name}.bias")]
 
 
 def _pack_convolutions(

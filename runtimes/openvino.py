@@ -17,8 +17,18 @@ if TYPE_CHECKING:
 
     from ..recipe import Placement
 
-_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "bf16", "int4": "bf16", "nf4": "bf16"}
-"""Precision -> what is computed in: the last three are what weights are stored in."""
+_HINTS = {
+    "fp32": "f32",
+    "bf16": "bf16",
+    "fp16": "f16",
+    "int8": "bf16",
+    "int4": "bf16",
+    "nf4": "bf16",
+    "w8a8-dynamic": "bf16",
+}
+"""Precision -> what is computed in; of the last four, what their products give."""
+_ROUNDED = {"w8a8-dynamic": "128"}
+"""Precision -> how many activations in a row the products round with one scale, as they come."""
 _PRODUCTS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 
@@ -30,7 +40,7 @@ _MOST_SHAPES = 2
 class OpenVINORuntime(Runtime):
     options: ClassVar[frozenset[str]] = frozenset({"static"})
     reads_ports: ClassVar[bool] = True
-    held: ClassVar[Mapping[str, float]] = {"fp32": 1.1, "bf16": 1.2, "int8": 1.4}
+    held: ClassVar[Mapping[str, float]] = {"fp32": 1.1, "bf16": 1.2, "int8": 1.4, "w8a8-dynamic": 1.4}
     live_maps: ClassVar[Mapping[str, float]] = {"fp32": 17, "bf16": 12}
     devices: ClassVar[tuple[str, ...]] = ("gpu", "cpu", "npu")
 
@@ -66,7 +76,7 @@ class OpenVINORuntime(Runtime):
         }
         if device == "cpu":
             settings["INFERENCE_NUM_THREADS"] = placement.threads or usable_cores()
-            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
+            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _ROUNDED.get(part.precision, "0")
         self._model, self._device, self._settings = model, device.upper(), settings
         self._requests: dict[Any, Any] = {}
         """Shapes of the inputs, or None for any -> a compiled model's request, the one used last at the end."""

@@ -1,0 +1,34 @@
+"""w8a8-dynamic: int8 weights, and activations that products round to 8 bits as they come."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .int8 import Int8
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_STEPS = 255
+
+
+class Int8Dynamic(Int8):
+    """Weights are `Int8`'s. How many activations share a scale is the backend's: all of a tensor, or some in a row."""
+
+    def round_module(self, module: nn.Module) -> nn.Module:
+        """Round weights, and let each Linear layer round what it is given with one scale, as ONNX Runtime does."""
+        from torch import nn
+
+        for layer in super().round_module(module).modules():
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_pre_hook(lambda _, given: (rounded(given[0]), *given[1:]))
+        return module
+
+
+def rounded(values: Tensor) -> Tensor:
+    """Round to 256 numbers from the smallest to the largest value, nought among them (ONNX, DynamicQuantizeLinear)."""
+    least, most = values.float().min().clamp(max=0), values.float().max().clamp(min=0)
+    scale = ((most - least) / _STEPS).clamp_min(1e-30)
+    zero = (-least / scale).round()
+    codes = ((values.float() / scale).round() + zero).clamp(0, _STEPS)
+    return ((codes - zero) * scale).to(values.dtype)
