@@ -59,6 +59,9 @@ ARMS = [
     ("openvino", "fp32", False),
     ("openvino", "bf16", False),
     ("openvino", "int8", False),
+    ("onnx", "int8", False),
+    ("onnx", "nf4", False),
+    ("openvino", "nf4", False),
 ]
 """Backend, precision, and whether weights are to stay mapped."""
 
