@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from .errors import BakeoffError
@@ -22,6 +23,9 @@ _LATE = {
     "load": ("runtimes.engine", "load"),
     "parse": ("recipe", "parse"),
 }
+
+# Diffusers imports bitsandbytes, which then advises to let it download kernels from the hub: code that nobody asked for.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for

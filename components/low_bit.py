@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnavailableError
@@ -53,21 +52,16 @@ def load_diffusers(model_class: Any, folder: Path) -> nn.Module:  # noqa: ANN401
 
 
 def require() -> Any:  # noqa: ANN401 - a module without types
-    """Import bitsandbytes' layers, without its advice to let it download kernels.
+    """Import bitsandbytes' layers.
 
     Raises:
         UnavailableError: it isn't installed.
     """
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
         from bitsandbytes import nn as layers
     except ImportError as error:
         message = "these weights are codes of bitsandbytes, which is not installed"
         raise UnavailableError(message, fix="pip install 'bakeoff[bitsandbytes]'") from error
-    finally:
-        logger.setLevel(level)
     return layers
 
 
