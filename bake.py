@@ -338,6 +338,7 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
         part=name,
         precision=recipe.precision,
         weight_format=plugins.weight_format(recipe.precision),
+        activations={},
         inputs=inputs,
         outputs=outputs,
         source=origin,

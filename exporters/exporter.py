@@ -26,6 +26,8 @@ class Subject:
     precision: str
     weight_format: Format | None
     """What weights are rounded to, where the precision is one of low-bit weights."""
+    activations: Mapping[str, tuple[float, float]]
+    """Layer -> scales of its input and its output, where the recipe rounds activations with calibrated ones."""
     inputs: tuple[Port, ...]
     """Ports as the files shall have them; dtype and rank may differ from the program's (a convention of the backend)."""
     outputs: tuple[Port, ...]

@@ -223,12 +223,13 @@ def test_openvino_adds_loras_to_codes(source, tmp_path, name):
         assert relative_error(runtime.run(inputs)["tokens"], expected) < 1e-2
 
 
-def lower(made, source, folder, backend, precision):
+def lower(made, source, folder, backend, precision, activations=None):
     (folder / "out").mkdir()
     subject = Subject(
         part=made.name,
         precision=precision,
         weight_format=plugins.weight_format(precision),
+        activations=activations or {},
         inputs=made.inputs({}),
         outputs=made.outputs({}),
         source=source,

@@ -84,6 +84,7 @@ def lower_here(component: str, source: str, output: str, exporter: str, precisio
             part=made.name,
             precision=precision,
             weight_format=plugins.weight_format(precision),
+            activations={},
             inputs=made.inputs(config),
             outputs=made.outputs(config),
             source=folder,

@@ -1,0 +1,355 @@
+"""Codes of a low-bit format in an ONNX graph: which operators take them, and how they are laid out for each."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ..weights import Streamed
+from .packing import Packing, nibbles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import onnx_ir
+    from torch import Tensor
+
+    from ..quantize.format import Format
+    from ..weights import Entry
+
+DTYPES = {
+    "F32": "FLOAT",
+    "F16": "FLOAT16",
+    "BF16": "BFLOAT16",
+    "I64": "INT64",
+    "I32": "INT32",
+    "U8": "UINT8",
+    "I8": "INT8",
+}
+"""safetensors' dtype -> ONNX's."""
+DYNAMIC, STATIC = "w8a8-dynamic", "w8a8"
+"""Precisions whose products are of integers: activations are rounded as they come, or with scales that were calibrated."""
+_CONTRIB = "com.microsoft"
+_LARGEST_BLOCK, _LEAST_BLOCK = 256, 16
+"""What ONNX Runtime's block-wise operators take; blocks are powers of two."""
+_NF4, _FLOAT = 1, 1
+"""Numbers of ONNX Runtime's kind of codes, and of ONNX's dtype."""
+
+
+class Encoder:
+    """Replaces the operators that use a weight by such as take its codes."""
+
+    def __init__(
+        self,
+        model: onnx_ir.Model,
+        weight_format: Format,
+        precision: str,
+        activations: Mapping[str, tuple[float, float]],
+    ) -> None:
+        """Prepare a graph.
+
+        Args:
+            model: is changed.
+            weight_format: of the codes.
+            precision: of the recipe: whether products are of integers.
+            activations: layer -> scales of its input and output, for those that were calibrated.
+        """
+        self._model, self._format, self._precision, self._activations = model, weight_format, precision, activations
+        self._codes: dict[tuple[onnx_ir.Value, float, str], onnx_ir.Value] = {}
+        model.opset_imports[_CONTRIB] = 1
+
+    def encode(self, value: onnx_ir.Value, entry: Entry) -> list[Streamed] | str:
+        """Give a weight's users its codes, which are to be written; or say why none take them."""
+        obstacle = self._format.obstacle(entry.shape)
+        if obstacle:
+            return obstacle
+        assert value.shape is not None  # noqa: S101 - an initializer has one
+        if tuple(value.shape) != entry.shape:
+            return "of another shape in the graph"
+        users = {user.op_type for user, _ in value.uses()}
+        scales = self._activations.get(entry.name.removesuffix(".weight"))
+        if _products_of(value) is not None:
+            return self._products(value, entry, scales)
+        if users == {"Conv"} and self._format.name == "int8":
+            return self._convolutions(value, entry, scales)
+        if users == {"Gather"} and self._format.name != "nf4":
+            return self._table(value, entry)
+        return f"ONNX Runtime has no {self._format.name} weights for {', '.join(sorted(users))}"
+
+    def _products(self, value: onnx_ir.Value, entry: Entry, scales: tuple[float, float] | None) -> list[Streamed] | str:
+        if self._precision == DYNAMIC:
+            return self._dynamic_products(value, entry)
+        if self._precision == STATIC and scales:
+            return self._static_products(value, entry, scales[0])
+        if math.gcd(entry.shape[1], _LARGEST_BLOCK) < _LEAST_BLOCK:
+            return f"{entry.shape[1]} inputs, not a multiple of {_LEAST_BLOCK}"
+        return self._wide_products(value, entry)
+
+    def _wide_products(self, value: onnx_ir.Value, entry: Entry) -> list[Streamed]:
+        """Put MatMulNBits or MatMulBnb4 in the place of the products: both widen codes as they go."""
+        outputs, inputs = entry.shape
+        block = self._format.group or math.gcd(inputs, _LARGEST_BLOCK)
+        attributes = {"K": inputs, "N": outputs, "block_size": block}
+        if self._format.name == "nf4":
+            kind, shape, scales_shape = "MatMulBnb4", [outputs * inputs // 2], [outputs * inputs // block]
+            attributes["quant_type"] = _NF4
+        else:
+            bits = self._format.bits
+            kind, shape = "MatMulNBits", [outputs, inputs // block, block * bits // 8]
+            scales_shape = [outputs, inputs // block]
+            attributes |= {"bits": bits, "accuracy_level": 0}
+        streams = self._blocks(value, entry, shape, scales_shape)
+        codes, scales = (self._initializer(tensor) for tensor in streams)
+        for node in _products_of(value) or []:
+            product = _node(kind, [node.inputs[0], codes, scales], attributes, like=node, domain=_CONTRIB)
+            self._replace(node, [product, *_bias(node, product)])
+        self._drop_users(value)
+        return streams
+
+    def _dynamic_products(self, value: onnx_ir.Value, entry: Entry) -> list[Streamed]:
+        """Put MatMulInteger in the place of the products, with one scale for all of an activation, found as it comes.
+
+        ONNX Runtime fuses these nodes to DynamicQuantizeMatMul.
+        """
+        streams = self._rows(value, entry)
+        codes, scales = (self._initializer(tensor) for tensor in streams)
+        turned = self._turned(value, codes)
+        for node in _products_of(value) or []:
+            taken = node.inputs[0]
+            assert taken is not None  # noqa: S101 - a product has two factors
+            rounding = next((user for user, _ in taken.uses() if user.op_type == "DynamicQuantizeLinear"), None)
+            if rounding is None:
+                rounding = _node("DynamicQuantizeLinear", [taken], name=f"{taken.name}.rounded", outputs=3)
+                self._model.graph.insert_before(node, rounding)
+            values, scale, zero = rounding.outputs
+            product = _node("MatMulInteger", [values, turned, zero], like=node)
+            wide = _node("Cast", product.outputs, {"to": _FLOAT}, name=f"{node.name}.float32")
+            both = _node("Mul", [scale, scales], name=f"{node.name}.scale")
+            scaled = _node("Mul", [wide.outputs[0], both.outputs[0]], name=f"{node.name}.scaled")
+            self._replace(node, [product, wide, both, scaled, *_bias(node, scaled)])
+        self._drop_users(value)
+        return streams
+
+    def _static_products(self, value: onnx_ir.Value, entry: Entry, scale: float) -> list[Streamed]:
+        """Put MatMulIntegerToFloat in the place of the products, between activations rounded with a calibrated scale.
+
+        Not Q/DQ: ONNX Runtime makes a float Gemm of a product with a bias between them. Activations are of unsigned bytes
+        around 128: for signed ones its kernel is slower than float32's.
+        """
+        streams = self._rows(value, entry)
+        codes, scales = (self._initializer(tensor) for tensor in streams)
+        turned = self._turned(value, codes)
+        for node in _products_of(value) or []:
+            taken = node.inputs[0]
+            assert taken is not None  # noqa: S101 - a product has two factors
+            step, zero = self._constant(scale), self._constant(128)
+            values = self._round(taken, scale, step, zero, node)
+            inputs = [values, turned, step, scales, zero]
+            product = _node("MatMulIntegerToFloat", inputs, like=node, domain=_CONTRIB)
+            self._replace(node, [product, *_bias(node, product)])
+        self._drop_users(value)
+        return streams
+
+    def _convolutions(
+        self, value: onnx_ir.Value, entry: Entry, activations: tuple[float, float] | None
+    ) -> list[Streamed]:
+        """Widen codes as they run; between roundings of what goes in and out ONNX Runtime makes QLinearConv of it."""
+        packing = Packing(self._format, entry)
+        count = math.prod(entry.shape)
+        streams = [
+            Streamed(f"{value.name}.codes", "I8", entry.shape, count, packing.codes(lambda codes: codes)),
+            Streamed(f"{value.name}.scales", "F32", [entry.shape[0]], 4 * entry.shape[0], packing.scales()),
+        ]
+        inputs = [self._initializer(tensor) for tensor in streams]
+        wide = _node("DequantizeLinear", inputs, {"axis": 0}, name=f"{value.name}.float32")
+        users = [user for user, _ in value.uses()]
+        _replace_uses(value, wide.outputs[0])
+        self._model.graph.insert_before(self._model.graph[0], wide)
+        if self._precision == STATIC and activations:
+            for user in users:
+                self._between(user, *activations)
+        return streams
+
+    def _between(self, node: onnx_ir.Node, before: float, after: float) -> None:
+        """Round what a node takes first, and what it gives, with these scales."""
+        import onnx_ir
+
+        taken, given = node.inputs[0], node.outputs[0]
+        assert taken is not None  # noqa: S101 - a convolution has an input
+        step, zero = self._constant(before), self._constant(0)
+        values = self._round(taken, before, step, zero, node)
+        wide = _node("DequantizeLinear", [values, step, zero], name=f"{node.name}.given")
+        self._model.graph.insert_before(node, wide)
+        node.replace_input_with(0, wide.outputs[0])
+        step = self._constant(after)
+        rounded = onnx_ir.Node("", "QuantizeLinear", [given, step, zero], name=f"{node.name}.rounded")
+        back = onnx_ir.Node("", "DequantizeLinear", [rounded.outputs[0], step, zero], name=f"{node.name}.made")
+        back.outputs[0].shape, back.outputs[0].type = given.shape, given.type
+        _replace_uses(given, back.outputs[0], but=rounded)
+        self._model.graph.insert_after(node, [rounded, back])
+
+    def _round(
+        self, value: onnx_ir.Value, scale: float, step: onnx_ir.Value, zero: onnx_ir.Value, before: onnx_ir.Node
+    ) -> onnx_ir.Value:
+        """Return an activation's codes: rounded once for all that take it with this scale and kind of bytes."""
+        key = (value, scale, str(zero.name))
+        if key not in self._codes:
+            node = _node("QuantizeLinear", [value, step, zero], name=f"{before.name}.taken")
+            self._model.graph.insert_before(before, node)
+            self._codes[key] = node.outputs[0]
+        return self._codes[key]
+
+    def _table(self, value: onnx_ir.Value, entry: Entry) -> list[Streamed] | str:
+        """Look rows up in codes: GatherBlockQuantized."""
+        rows, width = entry.shape
+        block = self._format.group or math.gcd(width, _LARGEST_BLOCK)
+        if block < _LEAST_BLOCK:
+            return f"rows of {width}, not a multiple of {_LEAST_BLOCK}"
+        bits = self._format.bits
+        streams = self._blocks(value, entry, [rows, width * bits // 8], [rows, width // block])
+        codes, scales = (self._initializer(tensor) for tensor in streams)
+        attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": block, "bits": bits}
+        for node, _ in list(value.uses()):
+            inputs = [codes, node.inputs[1], scales]
+            self._replace(node, [_node("GatherBlockQuantized", inputs, attributes, like=node, domain=_CONTRIB)])
+        return streams
+
+    def _rows(self, value: onnx_ir.Value, entry: Entry) -> list[Streamed]:
+        """Return codes as signed bytes (N, K), and a scale for each output channel."""
+        packing = Packing(self._format, entry)
+        count = math.prod(entry.shape)
+        return [
+            Streamed(f"{value.name}.codes", "I8", entry.shape, count, packing.codes(lambda codes: codes)),
+            Streamed(f"{value.name}.scales", "F32", [entry.shape[0]], 4 * entry.shape[0], packing.scales()),
+        ]
+
+    def _blocks(
+        self, value: onnx_ir.Value, entry: Entry, shape: Sequence[int], scales_shape: Sequence[int]
+    ) -> list[Streamed]:
+        """Return codes as unsigned bytes in the layout of ONNX Runtime's block-wise operators, and their scales."""
+        packing = Packing(self._format, entry)
+        groups = math.prod(scales_shape)
+        repeats = groups // (entry.shape[0] * self._format.groups(entry.shape))
+        encode = _ENCODE[self._format.name]
+        return [
+            Streamed(f"{value.name}.codes", "U8", shape, math.prod(shape), packing.codes(encode)),
+            Streamed(f"{value.name}.scales", "F32", scales_shape, 4 * groups, packing.scales(repeats)),
+        ]
+
+    def _turned(self, value: onnx_ir.Value, codes: onnx_ir.Value) -> onnx_ir.Value:
+        """Return codes (N, K) as (K, N): ONNX Runtime does it once, when it loads."""
+        import onnx_ir
+
+        perm = [onnx_ir.AttrInt64s("perm", [1, 0])]
+        turned = onnx_ir.Node("", "Transpose", [codes], perm, name=f"{value.name}.turned")
+        self._model.graph.insert_before(self._model.graph[0], turned)
+        return turned.outputs[0]
+
+    def _initializer(self, tensor: Streamed) -> onnx_ir.Value:
+        """Add an initializer whose bytes are to come."""
+        import onnx_ir
+
+        dtype = onnx_ir.DataType[DTYPES[tensor.dtype]]
+        value = onnx_ir.Value(name=tensor.name, shape=onnx_ir.Shape(tensor.shape), type=onnx_ir.TensorType(dtype))
+        self._model.graph.initializers[tensor.name] = value
+        return value
+
+    def _constant(self, number: float) -> onnx_ir.Value:
+        """Return a scale, or one of the two numbers that stand for nought: 0 for signed bytes, 128 for unsigned ones."""
+        import numpy as np
+        import onnx_ir
+
+        array = {0: np.int8(0), 128: np.uint8(128)}[number] if isinstance(number, int) else np.float32(number)
+        name = f"bakeoff.{array.dtype}.{array!s}"
+        if name not in self._model.graph.initializers:
+            tensor = onnx_ir.tensor(np.asarray(array), name=name)
+            value = onnx_ir.Value(
+                name=name, shape=onnx_ir.Shape([]), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
+            )
+            self._model.graph.initializers[name] = value
+        return self._model.graph.initializers[name]
+
+    def _replace(self, node: onnx_ir.Node, new: list[onnx_ir.Node]) -> None:
+        import onnx_ir
+
+        output, made = node.outputs[0], new[-1].outputs[0]
+        made.shape, made.type = output.shape, output.type
+        onnx_ir.convenience.replace_nodes_and_values(self._model.graph, node, [node], new, [output], [made])
+
+    def _drop_users(self, value: onnx_ir.Value) -> None:
+        """Drop the transposition that nothing takes any more."""
+        for node, _ in list(value.uses()):
+            self._model.graph.remove(node, safe=True)
+
+
+def _node(
+    kind: str,
+    inputs: Sequence[onnx_ir.Value | None],
+    attributes: Mapping[str, int] | None = None,
+    *,
+    name: str | None = None,
+    like: onnx_ir.Node | None = None,
+    domain: str = "",
+    outputs: int = 1,
+) -> onnx_ir.Node:
+    """Make a node; `like` is the one whose name, and whose place among the modules, it takes over."""
+    import onnx_ir
+
+    return onnx_ir.Node(
+        domain,
+        kind,
+        inputs,
+        [onnx_ir.AttrInt64(key, number) for key, number in (attributes or {}).items()],
+        num_outputs=outputs,
+        name=like.name if like else name,
+        metadata_props=dict(like.metadata_props) if like else None,
+    )
+
+
+def _replace_uses(old: onnx_ir.Value, new: onnx_ir.Value, but: onnx_ir.Node | None = None) -> None:
+    for user, index in list(old.uses()):
+        if user is not but:
+            user.replace_input_with(index, new)
+
+
+def _products_of(value: onnx_ir.Value) -> list[onnx_ir.Node] | None:
+    """Return the matrix products that an initializer (N, K) is the transposed second factor of; None if it does more."""
+    products: list[onnx_ir.Node] = []
+    for user, index in value.uses():
+        if user.op_type == "Gemm" and index == 1 and _is_plain_gemm(user):
+            products.append(user)
+        elif user.op_type == "Transpose" and all(
+            inner.op_type == "MatMul" and place == 1 for inner, place in user.outputs[0].uses()
+        ):
+            products.extend(inner for inner, _ in user.outputs[0].uses())
+        else:
+            return None
+    return products
+
+
+def _is_plain_gemm(node: onnx_ir.Node) -> bool:
+    wanted = {"transB": 1, "transA": 0, "alpha": 1.0, "beta": 1.0}
+    defaults = {"transB": 0, "transA": 0, "alpha": 1.0, "beta": 1.0}
+    return {**defaults, **{name: attribute.value for name, attribute in node.attributes.items()}} == wanted
+
+
+def _bias(gemm: onnx_ir.Node, product: onnx_ir.Node) -> list[onnx_ir.Node]:
+    """Return the addition of a Gemm's bias to what its product became."""
+    import onnx_ir
+
+    if gemm.op_type != "Gemm" or len(gemm.inputs) < 3:  # noqa: PLR2004 - its third is the bias
+        return []
+    return [onnx_ir.Node("", "Add", [product.outputs[0], gemm.inputs[2]], name=f"{gemm.name}.bias")]
+
+
+def _biased(codes: Tensor) -> Tensor:
+    import torch
+
+    return (codes.int() + 128).to(torch.uint8)
+
+
+_ENCODE: dict[str, Callable[[Tensor], Tensor]] = {
+    "int8": _biased,
+    "int4": lambda codes: nibbles(codes + 8),
+    "nf4": lambda codes: nibbles(codes, high_first=True),
+}
