@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MANIFEST = "bakeoff.json"
+ACTIVATIONS = "activations.json"
+"""In a part's folder: layer -> scales of its input and output, where these were calibrated."""
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import plugins
 from .artifact import (
+    ACTIVATIONS,
     MANIFEST,
     SCHEMA,
     Artifact,
@@ -31,13 +32,14 @@ from .exporters.exporter import Subject
 from .forecast import Forecast
 from .lora import Lora, merge
 from .memory import available_bytes, give_back
+from .quantize.calibration import Calibration
 from .recipe import PartRecipe, Recipe, to_dict
 from .runtimes.opening import port_to_dict
 from .source import Source
-from .weights import WEIGHT_MODES, place, sha256
+from .weights import WEIGHT_MODES, layer_names, place, sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from .components.component import Port
     from .components.family import Part
@@ -55,6 +57,7 @@ class Plan:
     parts: dict[str, PartRecipe]
     loras: tuple[Lora, ...]
     weights: str
+    calibration: Calibration | None
     key_fields: dict[str, Any]
     part_fields: dict[str, dict[str, Any]]
 
@@ -81,6 +84,7 @@ def plan(
     weights: str = "auto",
     loras: Sequence[str] = (),
     controlnet: str | None = None,
+    calibration: str | Path | None = None,
 ) -> Plan:
     """Resolve model and recipe, hash what decides the result, and predict memory and disk.
 
@@ -98,7 +102,10 @@ def plan(
     for name, part_recipe in parts.items():
         _check_backend(name, part_recipe)
     parts = {name: _without_idle_options(source, name, part_recipe) for name, part_recipe in parts.items()}
-    fields = {name: _part_fields(source, source.family.part(name), parts[name], merged, weights) for name in parts}
+    calibrated = _open_calibration(calibration, source, parts)
+    fields = {
+        name: _part_fields(source, source.family.part(name), parts[name], merged, weights, calibrated) for name in parts
+    }
     host = {str(file.relative_to(source.folder)): sha256(file) for file in source.host_files}
     return Plan(
         source=source,
@@ -106,6 +113,7 @@ def plan(
         parts=parts,
         loras=merged,
         weights=weights,
+        calibration=calibrated,
         key_fields={"parts": {name: key_of(part) for name, part in fields.items()}, "host": host},
         part_fields=fields,
     )
@@ -142,7 +150,38 @@ def _without_idle_options(source: Source, name: str, recipe: PartRecipe) -> Part
     return replace(recipe, options={key: value for key, value in recipe.options.items() if key not in idle})
 
 
-def _part_fields(source: Source, part: Part, recipe: PartRecipe, loras: Sequence[Lora], weights: str) -> dict[str, Any]:
+def _open_calibration(file: str | Path | None, source: Source, parts: Mapping[str, PartRecipe]) -> Calibration | None:
+    """Read the calibration that a recipe needs.
+
+    Raises:
+        UsageError: it needs one and there is none, or one of another model.
+    """
+    needed = [name for name, part in parts.items() if _is_calibrated(part)]
+    if not needed:
+        return None
+    if file is None:
+        message = f"{parts[needed[0]]} of {needed[0]} rounds activations with scales that were calibrated"
+        raise UsageError(message, fix="bakeoff calibrate MODEL -o calibration.safetensors, then --calibration FILE")
+    found = Calibration.open(Path(file))
+    if found.info.get("model") != source.id:
+        message = f"{file} was calibrated on {found.info.get('model')}, not on {source.id}"
+        raise UsageError(message, fix=f"bakeoff calibrate {source.id} -o {file}")
+    return found
+
+
+def _is_calibrated(recipe: PartRecipe) -> bool:
+    weight_format = plugins.weight_format(recipe.precision)
+    return weight_format is not None and weight_format.calibrated
+
+
+def _part_fields(
+    source: Source,
+    part: Part,
+    recipe: PartRecipe,
+    loras: Sequence[Lora],
+    weights: str,
+    calibration: Calibration | None,
+) -> dict[str, Any]:
     own = [lora.fields for lora in loras if part.module in lora.deltas]
     weight_format = plugins.weight_format(recipe.precision)
     return {
@@ -152,6 +191,7 @@ def _part_fields(source: Source, part: Part, recipe: PartRecipe, loras: Sequence
         "recipe": recipe.as_dict(),
         "weights": "own" if weights == "copy" else "shared where possible",
         **({"format": f"{weight_format.name}@{weight_format.version}"} if weight_format else {}),
+        **({"calibration": calibration.info["sha256"]} if calibration and _is_calibrated(recipe) else {}),
         **({"loras": own} if own else {}),
     }
 
@@ -208,6 +248,7 @@ def export(
     force: bool = False,
     loras: Sequence[str] = (),
     controlnet: str | None = None,
+    calibration: str | Path | None = None,
     progress: Progress = lambda _: None,
     reuse: Sequence[str | Path] = (),
 ) -> Artifact:
@@ -227,6 +268,7 @@ def export(
         force: replace what is at `output`.
         loras: LoRA files to bake in, each as `FILE.safetensors` or `FILE.safetensors:SCALE`.
         controlnet: folder or hub id of a ControlNet to bake beside the pipeline, whose UNet then takes its residuals.
+        calibration: what `bakeoff calibrate` wrote, for precisions that round activations with calibrated scales.
         progress: called with a line at each step.
         reuse: other artifacts to take unchanged parts from.
 
@@ -234,7 +276,16 @@ def export(
         BakeoffError: with the fix; nothing is left at `output` then.
     """
     target = Path(output)
-    planned = plan(model, recipe, revision=revision, config=config, weights=weights, loras=loras, controlnet=controlnet)
+    planned = plan(
+        model,
+        recipe,
+        revision=revision,
+        config=config,
+        weights=weights,
+        loras=loras,
+        controlnet=controlnet,
+        calibration=calibration,
+    )
     sweep(target)
     present = None if force else _present(target, planned.key)
     if present is not None:
@@ -338,7 +389,7 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
         part=name,
         precision=recipe.precision,
         weight_format=plugins.weight_format(recipe.precision),
-        activations={},
+        activations=_activations(planned, part),
         inputs=inputs,
         outputs=outputs,
         source=origin,
@@ -348,6 +399,8 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
         weights=planned.weights,
     )
     shutil.copyfile(origin / "config.json", folder / "config.json")
+    if subject.activations:
+        (folder / ACTIVATIONS).write_text(json.dumps(subject.activations, indent=1) + "\n")
     lowered = exporter.lower(subject, folder)
     _refuse_unchanged(subject, lowered)
     return PartEntry(
@@ -362,6 +415,18 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
         kept=lowered.kept,
         tools=_versions(exporter),
     )
+
+
+def _activations(planned: Plan, part: Part) -> dict[str, tuple[float, float]]:
+    """Return the calibrated scales of a part's layers, under their names in the checkpoint."""
+    if planned.calibration is None or not _is_calibrated(planned.parts[part.name]):
+        return {}
+    scales = planned.calibration.scales(part.name)
+    if not scales:
+        message = f"the calibration says nothing of {part.name}"
+        raise UsageError(message, fix=f"give it another precision, such as --recipe …,{part.name}=BACKEND:bf16")
+    names = layer_names(scales, planned.source.checkpoint(part.module))
+    return {names[path]: both for path, both in scales.items() if path in names}
 
 
 def _refuse_unchanged(subject: Subject, lowered: Lowered) -> None:
@@ -412,7 +477,8 @@ def _write_manifest(planned: Plan, folder: Path, entries: dict[str, PartEntry]) 
         pipeline=source.index["_class_name"],
         variant=source.variant,
         source={"id": source.id, "revision": source.revision, **source.origins}
-        | ({"loras": [{"file": lora.file.name, **lora.fields} for lora in planned.loras]} if planned.loras else {}),
+        | ({"loras": [{"file": lora.file.name, **lora.fields} for lora in planned.loras]} if planned.loras else {})
+        | ({"calibration": planned.calibration.info} if planned.calibration else {}),
         recipe={"asked": to_dict(planned.recipe), "resolved": {n: r.as_dict() for n, r in planned.parts.items()}},
         hardware=None,
         parts=entries,

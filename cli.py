@@ -14,6 +14,7 @@ if not __package__:
     sys.exit("type bakeoff, not python cli.py: run as a script, the folder's modules would load twice")
 
 from .bench.command import add_bench
+from .calibrate import add_calibrate
 from .doctor import add_doctor
 from .errors import ArtifactError, BakeoffError, InputError, ResourceError, UsageError
 from .pictures import check_output, save
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_verify,
         _add_why_rebuild,
         _add_generate,
+        add_calibrate,
         add_bench,
         add_report,
         add_compare,
@@ -164,6 +166,7 @@ def _planned(options: argparse.Namespace) -> Plan:
         weights=options.weights,
         loras=options.lora,
         controlnet=options.controlnet,
+        calibration=options.calibration,
     )
 
 
@@ -180,6 +183,9 @@ def _add_source(command: argparse.ArgumentParser) -> None:
     _add_lora(command)
     command.add_argument(
         "--controlnet", metavar="DIR", help="a ControlNet's folder or hub id, to bake beside the pipeline"
+    )
+    command.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="what bakeoff calibrate wrote, for recipes such as onnx:w8a8"
     )
 
 
@@ -245,6 +251,7 @@ def _export(options: argparse.Namespace) -> None:
             force=options.force,
             loras=options.lora,
             controlnet=options.controlnet,
+            calibration=options.calibration,
             progress=progress,
             reuse=options.reuse,
         )

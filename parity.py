@@ -8,6 +8,7 @@ root mean squares, `|got - expected| / |expected|`, and as SQNR, `-20 log10` of 
 from __future__ import annotations
 
 import gc
+import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import plugins
-from .artifact import Artifact, staged
-from .components.component import PROOF_SIZES
+from .artifact import ACTIVATIONS, Artifact, staged
+from .components.component import PROOF_SIZES, WRAPPER
 from .errors import ParityError, SourceError, UnavailableError
 from .memory import available_bytes, in_child
 from .recipe import Placement
 from .source import Source
+from .weights import layer_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from .components.component import Component
     from .components.family import Part
     from .runtimes.runtime import Runtime
+    from .weights import Checkpoint
 
 Tensors = dict[str, "Tensor"]
 
@@ -209,7 +212,11 @@ def _record(part: Part, precision: str, source: Source, folder: Path) -> None:
     floors = {"f0": f0}
     if precision != "fp32":
         weight_format = plugins.weight_format(precision)
-        flat = (weight_format.round_module(flat) if weight_format else flat).to(torch.bfloat16)
+        if weight_format:
+            weight_format.round_module(
+                flat, _calibrated(flat, source.checkpoint(part.module), folder.parent / part.name)
+            )
+        flat = flat.to(torch.bfloat16)
         for index in range(len(PROOF_SIZES)):
             inputs, expected = _case(tensors, index)
             f1 = max(f1, measure(_eager(part.component, flat, config, inputs, torch.bfloat16), expected, {}).error)
@@ -218,6 +225,17 @@ def _record(part: Part, precision: str, source: Source, folder: Path) -> None:
     file = folder / f"{part.name}.safetensors"
     file.unlink(missing_ok=True)  # it may be a link that shares its bytes
     save_file(tensors, file, metadata={k: repr(v) for k, v in floors.items()})
+
+
+def _calibrated(flat: Any, checkpoint: Checkpoint, folder: Path) -> dict[str, tuple[float, float]]:  # noqa: ANN401 - a torch module
+    """Return path of a layer -> scales of its input and output, where the artifact has calibrated ones."""
+    file = folder / ACTIVATIONS
+    if not file.is_file():
+        return {}
+    scales = json.loads(file.read_text())
+    paths = {path.removeprefix(WRAPPER): path for path, _ in flat.named_modules()}
+    names = layer_names(paths, checkpoint)
+    return {paths[own]: tuple(scales[name]) for own, name in names.items() if name in scales}
 
 
 def _eager(component: Component, flat: Any, config: Mapping[str, Any], inputs: Tensors, dtype: Any = None) -> Tensors:  # noqa: ANN401 - modules and dtypes of torch, imported late

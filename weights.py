@@ -222,6 +222,18 @@ def streamed(entry: Entry, dtype: str | None = None) -> Streamed:
     return Streamed(entry.name, target, entry.shape, length, read_chunks(entry, target))
 
 
+def layer_names(paths: Iterable[str], checkpoint: Checkpoint) -> dict[str, str]:
+    """Return path in a module -> the layer's name in the checkpoint, which may have more or less before it."""
+    known = {name.removesuffix(".weight") for name in checkpoint.entries if name.endswith(".weight")}
+    found: dict[str, str] = {}
+    for path in paths:
+        own = path if path in known else next((name for name in known if name.endswith(f".{path}")), None)
+        own = own or next((name for name in known if path.endswith(f".{name}")), None)
+        if own:
+            found[path] = own
+    return found
+
+
 def write_streamed(tensors: Sequence[Streamed], file: Path) -> dict[str, Entry]:
     """Write a new safetensors file, one tensor's chunks after another's; return the tensors' places."""
     header, _ = safetensors_header((each.name, each.dtype, each.shape, each.length) for each in tensors)

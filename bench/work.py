@@ -6,8 +6,6 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
-
 if TYPE_CHECKING:
     from ..artifact import Manifest
 
@@ -25,20 +23,10 @@ def prompts(name: str, count: int) -> list[tuple[str, str]]:
     Raises:
         UsageError: there is no such set or file, or it has too few prompts.
     """
-    if name.endswith(".txt"):
-        if not Path(name).is_file():
-            message = f"no prompt file {name}"
-            raise UsageError(message)
-        lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
-        found = [(hashlib.sha256(line.encode()).hexdigest()[:16], line) for line in lines]
-    else:
-        from ..models.prompts import prompt_set
+    from ..models.prompts import read_prompts
 
-        found = [(prompt.id, prompt.text) for prompt in prompt_set(DEFAULT if name == "default" else name)]
-    if len(found) < count:
-        message = f"got {len(found)} prompts in {name}, expected at least {count}"
-        raise UsageError(message, fix=f"--quality-prompts {len(found)}")
-    return found[:count]
+    found = read_prompts(DEFAULT if name == "default" else name, count)
+    return [(prompt.id, prompt.text) for prompt in found]
 
 
 def write_latents(

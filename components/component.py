@@ -110,6 +110,8 @@ class Activations:
     score_elements: int = 0
 
 
+WRAPPER = "module."
+"""What the names of a module's layers have before them in what `Component.flat` makes of it."""
 CAPTURE_SIZES = Sizes(batch=2, height=16, width=24, sequence=12)
 PROOF_SIZES = (Sizes(2, 8, 16, 12), Sizes(1, 16, 8, 77), Sizes(3, 8, 8, 5))
 """Another batch, a non-square picture, another length of text; never 1 where the capture could bake it."""

@@ -9,7 +9,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from ..weights import Streamed, as_bytes, streamed, write_streamed
+from ..weights import Streamed, as_bytes, layer_names, streamed, write_streamed
 from .packing import Packing, nibbles
 
 if TYPE_CHECKING:
@@ -73,14 +73,7 @@ def _linear_layers(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     from torch import nn
 
     paths = [path for path, layer in module.named_modules() if type(layer) is nn.Linear]
-    found: dict[str, str] = {}
-    for path in paths:
-        name = f"{path}.weight"
-        own = next((key for key in checkpoint.entries if key == name or key.endswith(f".{name}")), None)
-        own = own or next((key for key in checkpoint.entries if name.endswith(f".{key}")), None)
-        if own:
-            found[own] = path
-    return found
+    return {f"{name}.weight": path for path, name in layer_names(paths, checkpoint).items()}
 
 
 def _int8(entry: Entry, weight_format: Format) -> list[Streamed]:

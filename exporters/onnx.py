@@ -45,7 +45,7 @@ class OnnxExporter:
     """
 
     version: ClassVar[int] = 4
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8", "int4", "nf4", "w8a8-dynamic")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic")
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def cost(

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -23,6 +23,8 @@ class Format(ABC):
     """Raised when a change here changes codes or scales: part of an artifact's key."""
     bits: ClassVar[int]
     """Bits of a code."""
+    calibrated: ClassVar[bool] = False
+    """Whether activations are rounded, too, with scales that were calibrated."""
     group: ClassVar[int | None]
     """Weights of one output channel that share a scale; None: all of them."""
 
@@ -53,8 +55,17 @@ class Format(ABC):
         """Return the bytes of a weight's codes and of its float32 scales."""
         return math.prod(shape) * self.bits // 8, 4 * shape[0] * self.groups(shape)
 
-    def round_module(self, module: nn.Module) -> nn.Module:
-        """Give a module's weights the values that they will have, in place; it is returned."""
+    def round_module(
+        self,
+        module: nn.Module,
+        activations: Mapping[str, tuple[float, float]] | None = None,  # noqa: ARG002 - for what is calibrated
+    ) -> nn.Module:
+        """Give a module's weights the values that they will have, in place; it is returned.
+
+        Args:
+            module: any.
+            activations: path of a layer in it -> scales of the layer's input and output, where they are calibrated.
+        """
         import torch
 
         with torch.no_grad():

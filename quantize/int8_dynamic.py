@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from .int8 import Int8
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
 _STEPS = 255
@@ -15,11 +17,13 @@ _STEPS = 255
 class Int8Dynamic(Int8):
     """Weights are `Int8`'s. How many activations share a scale is the backend's: all of a tensor, or some in a row."""
 
-    def round_module(self, module: nn.Module) -> nn.Module:
+    def round_module(
+        self, module: nn.Module, activations: Mapping[str, tuple[float, float]] | None = None
+    ) -> nn.Module:
         """Round weights, and let each Linear layer round what it is given with one scale, as ONNX Runtime does."""
         from torch import nn
 
-        for layer in super().round_module(module).modules():
+        for layer in super().round_module(module, activations).modules():
             if isinstance(layer, nn.Linear):
                 layer.register_forward_pre_hook(lambda _, given: (rounded(given[0]), *given[1:]))
         return module

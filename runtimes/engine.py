@@ -131,6 +131,12 @@ class Engine:
         for station in self._stations.values():
             station.adapt(deltas_of(opened, station.part.module))
 
+    def observe(self, observer: Callable[[str, str, Tensor, Tensor], None]) -> None:
+        """Call `observer(part, layer, given, made)` at each run of a matrix or convolution of a torch part."""
+        self.close()
+        for station in self._stations.values():
+            station.observer = observer
+
     def close(self) -> None:
         """Release the runtimes. Opening them again is a matter of the next `generate`."""
         for station in self._stations.values():

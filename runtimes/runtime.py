@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..components.component import solve_sizes
-from ..errors import ArtifactError, InputError
+from ..errors import ArtifactError, InputError, UsageError
 from ..hardware import choose_device
 
 if TYPE_CHECKING:
@@ -126,6 +126,15 @@ class Runtime(ABC):
         fed = {port.name: _as_port(self.part.name, port, inputs[port.name]) for port in self.inputs}
         results = self._run(fed, {port.name: port.shape(sizes) for port in self.outputs})
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in results.items()}
+
+    def observe(self, observer: Callable[[str, Tensor, Tensor], None]) -> None:  # noqa: ARG002
+        """Call `observer(layer, given, made)` at each run of a matrix or convolution, under its path in the module.
+
+        Raises:
+            UsageError: the runtime has no layers of its own to look at.
+        """
+        message = f"{type(self).__name__} runs a graph: layers can be observed in torch alone"
+        raise UsageError(message, fix="observe an artifact of torch:fp32, or the model itself")
 
     def synchronize(self) -> None:  # noqa: B027 - most have nothing to do
         """Wait until the device has finished; nothing to do where `run` returns finished tensors."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..components.component import WRAPPER
 from ..errors import InputError
 from ..hardware import Availability, choose_device, usable_cores
 from ..lora import added
@@ -13,7 +14,7 @@ from . import attention
 from .runtime import PartFiles, Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -27,8 +28,6 @@ _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _TORCH_NAMES = {"rocm": "cuda"}
 _CODED = (".SCB", ".absmax")
 """What the names of the scales end in that bitsandbytes keeps beside codes."""
-_WRAPPER = "module."
-"""What a component's wrapper puts before the names of the module that it wraps."""
 
 
 class TorchRuntime(Runtime):
@@ -139,6 +138,16 @@ class TorchRuntime(Runtime):
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         return tensor
 
+    def observe(self, observer: Callable[[str, Tensor, Tensor], None]) -> None:
+        from torch import nn
+
+        def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            return lambda _, given, made: observer(path, given[0], made)
+
+        for path, layer in self._module.named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.register_forward_hook(hook(path.removeprefix(WRAPPER)))
+
     def synchronize(self) -> None:
         import torch
 
@@ -151,7 +160,7 @@ class TorchRuntime(Runtime):
 
 def _adapt(module: nn.Module, deltas: Mapping[str, Sequence[Delta]]) -> None:
     """Add LoRAs to weights; these become tensors of their own, what is mapped from the file stays as it is."""
-    parameters = {name.removeprefix(_WRAPPER): parameter for name, parameter in module.named_parameters()}
+    parameters = {name.removeprefix(WRAPPER): parameter for name, parameter in module.named_parameters()}
     for name, additions in deltas.items():
         own = next(own for own in parameters if own == name or name.endswith(f".{own}") or own.endswith(f".{name}"))
         parameters[own].data = added(parameters[own].data, additions)

@@ -25,7 +25,7 @@ LAYERS = [
     {"exporters", "runtimes", "models", "quantize"},
     {"parity"},
     {"bake"},
-    {"bench", "doctor", "plan"},
+    {"bench", "calibrate", "doctor", "plan"},
     {"demo"},
     {"cli"},
 ]

@@ -6,7 +6,7 @@ from bakeoff.models.scenes import is_held_out
 from bakeoff.models.scorer import parse_caption
 
 
-@pytest.mark.parametrize(("name", "count"), [("shapes-256", 256), ("shapes-1024", 1024)])
+@pytest.mark.parametrize(("name", "count"), [("shapes-64", 64), ("shapes-256", 256), ("shapes-1024", 1024)])
 def test_sets_are_what_their_seed_draws(name, count):
     prompts = prompt_set(name)
     assert [prompt.text for prompt in prompts] == draw_prompt_set(name)

@@ -1,0 +1,128 @@
+"""`bakeoff calibrate`: run a model on prompts, and keep what its activations take on, for recipes that round them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError
+from .models.prompts import read_prompts
+from .progress import Steps
+from .quantize.calibration import Calibration
+from .runtimes.engine import load
+from .source import EMBEDDED, Source
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
+
+    from .models.prompts import Prompt
+
+FEWEST_PROMPTS = 4
+DEFAULT_PROMPTS, DEFAULT_STEPS = 16, 10
+_BATCH = 4
+_SEED = 1
+_PICTURE_TASK = "image-to-image"
+
+
+def calibrate(
+    model: str,
+    prompts: Sequence[Prompt],
+    *,
+    steps: int = DEFAULT_STEPS,
+    guidance_scale: float | None = None,
+    size: tuple[int, int] | None = None,
+    revision: str | None = None,
+    config: str | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Calibration:
+    """Draw each prompt in float32 with torch, watching every matrix and convolution at every step.
+
+    Guided and unguided halves are seen alike. Where the family has image-to-image, the first pictures are drawn on from,
+    so that the VAE's encoder is seen, too. Memory: the model's, and 8 KB for each side of a layer.
+
+    Args:
+        model: a Diffusers folder, a hub id, a single-file checkpoint, or `shapes`.
+        prompts: what to draw.
+        steps: denoising steps of each picture.
+        guidance_scale: by default the pipeline's own.
+        size: height and width in pixels; by default the model's own.
+        revision: of a hub model.
+        config: of a single-file checkpoint.
+        progress: called with a line at each batch.
+
+    Raises:
+        UsageError: too few prompts to tell anything.
+        InputError: activations that aren't finite.
+    """
+    if len(prompts) < FEWEST_PROMPTS:
+        message = f"got {len(prompts)} prompts to calibrate with, expected at least {FEWEST_PROMPTS}"
+        raise UsageError(message, fix=f"give more: {DEFAULT_PROMPTS} are usual")
+    source = Source.open(model, revision, config=config)
+    texts = [prompt.text for prompt in prompts]
+    made = Calibration(
+        {
+            "model": source.id,
+            "revision": source.revision,
+            "prompts": [prompt.id for prompt in prompts],
+            "prompts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+        }
+    )
+    with load(source.folder, device="cpu") as engine:
+        engine.observe(made.see)
+        options: dict[str, Any] = {"guidance_scale": guidance_scale}
+        for start in range(0, len(texts), _BATCH):
+            progress(f"[{start // _BATCH + 1}/{-(-len(texts) // _BATCH)}] drawing {_BATCH} prompts at a time")
+            batch = texts[start : start + _BATCH]
+            drawn = engine.generate(batch, seeds=_SEED + start, steps=steps, size=size, **options)
+            if start == 0 and _PICTURE_TASK in source.family.pipelines:
+                engine.generate(batch, seeds=_SEED, steps=2, image=list(drawn.images), strength=0.5, **options)
+    return made
+
+
+def add_calibrate(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argparse's subparsers have no public type
+    command: argparse.ArgumentParser = commands.add_parser(
+        "calibrate",
+        help="find out what a model's activations take on, for recipes such as onnx:w8a8",
+        description="Draw prompts in float32 and keep a histogram of each layer's activations.",
+    )
+    command.add_argument("model", help="a Diffusers folder, a hub id, a .safetensors checkpoint, or: shapes")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="calibration.safetensors")
+    command.add_argument("--prompts", help="a prompt set, or a .txt file with one a line")
+    command.add_argument("--count", type=int, default=DEFAULT_PROMPTS, help=f"how many of them ({DEFAULT_PROMPTS})")
+    command.add_argument("--steps", type=int, default=DEFAULT_STEPS, help=f"of each picture ({DEFAULT_STEPS})")
+    command.add_argument("--guidance-scale", type=float)
+    command.add_argument("--height", type=int)
+    command.add_argument("--width", type=int)
+    command.add_argument("--revision", help="of a hub model")
+    command.add_argument("--config", metavar="DIR", help="of a .safetensors checkpoint, as for export")
+    command.set_defaults(run=_run)
+    return command
+
+
+def _run(options: argparse.Namespace) -> None:
+    if (options.height is None) != (options.width is None):
+        message = "got one of --height and --width, expected both or neither"
+        raise UsageError(message)
+    name = options.prompts or ("shapes-64" if options.model in EMBEDDED else "everyday-32")
+    with Steps() as progress:
+        made = calibrate(
+            options.model,
+            read_prompts(name, options.count),
+            steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            size=None if options.height is None else (options.height, options.width),
+            revision=options.revision,
+            config=options.config,
+            progress=progress,
+        )
+    made.save(options.output)
+    layers = {part: len(layers) for part, layers in made.parts.items()}
+    if options.json:
+        print(json.dumps({"file": str(options.output), **made.info, "layers": layers}, indent=2))
+        return
+    print(f"{options.output}: {', '.join(f'{count} layers of {part}' for part, count in layers.items())}")

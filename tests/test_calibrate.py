@@ -1,0 +1,116 @@
+"""Calibration: what activations take on, the scales that follow, and files that can't be trusted."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bakeoff.bake import plan
+from bakeoff.calibrate import calibrate
+from bakeoff.cli import main
+from bakeoff.errors import CorruptError, InputError, UsageError
+from bakeoff.models.prompts import read_prompts
+from bakeoff.parity import relative_error
+from bakeoff.quantize.calibration import METHODS, Calibration, Magnitudes
+from bakeoff.quantize.int8_static import rounded
+from bakeoff.recipe import parse
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A calibration of `shapes`: four prompts, two steps."""
+    target = tmp_path_factory.mktemp("calibration") / "calibration.safetensors"
+    calibrate("shapes", read_prompts("shapes-64", 4), steps=2).save(target)
+    return target
+
+
+def seen(*batches):
+    magnitudes = Magnitudes()
+    for batch in batches:
+        magnitudes.see(batch)
+    return magnitudes
+
+
+def test_counts_do_not_depend_on_the_order():
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(1000, generator=generator) * 2.0**power for power in (0, 3, 1)]
+    counts = [seen(*order) for order in (batches, batches[::-1])]
+    assert all(int(each.counts.sum()) == 3000 for each in counts)
+    assert counts[0].scale("max") == pytest.approx(counts[1].scale("max"), rel=2e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_scale_is_near_the_best(method):
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    values[:3] = 40.0
+    chosen = relative_error(rounded(values, seen(values).scale(method)), values)
+    best = min(relative_error(rounded(values, end / 127), values) for end in torch.arange(2.0, 41.0, 0.5).tolist())
+    assert best <= chosen < {"mse": 1.05 * best, "percentile": 30 * best, "max": 30 * best}[method]
+
+
+def test_the_largest_is_kept_where_all_is_kept():
+    assert seen(torch.tensor([0.0, -3.0, 1.0])).scale("max") == pytest.approx(3 / 127, rel=1e-3)
+    assert seen(torch.zeros(10), torch.zeros(5)).scale() > 0
+
+
+def test_every_layer_of_every_part_is_seen(file, shapes):
+    found = Calibration.open(file)
+    assert set(found.parts) == {"text_encoder", "unet", "vae_encoder", "vae_decoder"}
+    weights = load_file(shapes / "unet" / "diffusion_pytorch_model.safetensors")
+    wanted = {name.removesuffix(".weight") for name, tensor in weights.items() if tensor.ndim > 1}
+    assert set(found.parts["unet"]) == wanted
+    assert found.info["prompts"] == [f"shapes-64/{number:04}" for number in range(4)]
+    assert all(before > 0 and after > 0 for before, after in found.scales("unet").values())
+
+
+def test_a_recipe_that_needs_it_asks_for_it(file, tiny, tmp_path):
+    recipe = parse("torch:fp32,unet=onnx:w8a8")[0]
+    with pytest.raises(UsageError, match="scales that were calibrated"):
+        plan("shapes", recipe)
+    with pytest.raises(UsageError, match="was calibrated on shapes"):
+        plan(str(tiny("stable-diffusion")), recipe, calibration=file)
+    with pytest.raises(InputError, match="no calibration"):
+        plan("shapes", recipe, calibration=tmp_path / "none.safetensors")
+    assert plan("shapes", parse("torch:fp32")[0]).key == plan("shapes", parse("torch:fp32")[0], calibration=file).key
+
+
+def test_another_calibration_is_another_key(file, tmp_path):
+    other = Calibration.open(file)
+    next(iter(other.parts["unet"].values()))[0].top *= 2
+    other.save(tmp_path / "other.safetensors")
+    recipe = parse("torch:fp32,unet=onnx:w8a8")[0]
+    assert (
+        plan("shapes", recipe, calibration=file).key
+        != plan("shapes", recipe, calibration=tmp_path / "other.safetensors").key
+    )
+
+
+@pytest.mark.parametrize("damage", ["cut", "noughts", "nan", "foreign"])
+def test_a_damaged_file_is_refused(file, tmp_path, damage):
+    target = tmp_path / "damaged.safetensors"
+    if damage == "cut":
+        target.write_bytes(file.read_bytes()[:-100])
+    elif damage == "foreign":
+        save_file({"a": torch.ones(1)}, target)
+    else:
+        tensors = load_file(file)
+        first = next(iter(tensors))
+        tensors[first] = torch.zeros_like(tensors[first]) if damage == "noughts" else tensors[first] * torch.nan
+        save_file(tensors, target, metadata={"bakeoff": "{}"})
+    with pytest.raises(CorruptError, match="is not a calibration"):
+        Calibration.open(target)
+
+
+def test_activations_that_are_not_finite_name_their_layer():
+    with pytest.raises(InputError, match="conv_in of unet: activations are NaN"):
+        Calibration().see("unet", "conv_in", torch.tensor([1.0, torch.nan]), torch.ones(1))
+
+
+def test_too_few_prompts_are_refused(tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    arguments = ["calibrate", "shapes", "-o", str(tmp_path / "c.safetensors"), "--prompts", str(prompts)]
+    assert main(arguments) == 2
+    assert "got 2 prompts" in capsys.readouterr().err
+    assert main([*arguments, "--count", "2"]) == 2
+    assert "got 2 prompts to calibrate with, expected at least 4" in capsys.readouterr().err
+    assert not (tmp_path / "c.safetensors").exists()
