@@ -40,8 +40,8 @@ class OnnxRuntime(Runtime):
     """
 
     reads_ports: ClassVar[bool] = True
-    held: ClassVar[Mapping[str, float]] = {"fp32": 1.1, "bf16": 3.9}
-    held_mapped: ClassVar[Mapping[str, float] | None] = {"fp32": 0.02, "bf16": 0.7}
+    held: ClassVar[Mapping[str, float]] = {"float32": 1.1, "bfloat16": 3.9, "int8": 2.2, "int4": 4, "nf4": 4}
+    held_mapped: ClassVar[Mapping[str, float] | None] = {**held, "float32": 0.02, "bfloat16": 0.25}
     live_maps: ClassVar[Mapping[str, float]] = {"fp32": 25}
     options: ClassVar[frozenset[str]] = frozenset({"provider"})
     devices: ClassVar[tuple[str, ...]] = tuple(_PROVIDERS)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 
 _LIVE_MAPS = 16.0
+_SOURCE_WIDTH = 2
+"""Bytes of an element in the checkpoints that int8 is usually made from: bfloat16 or float16."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,12 @@ class Runtime(ABC):
     reads_ports: ClassVar[bool] = False
     """Whether a file of others may have other dtypes and ranks than the component declares: see `_adopt`."""
     held: ClassVar[Mapping[str, float]] = {}
-    """Precision -> bytes of anonymous memory that an opened part holds for a byte of its weights, on a CPU; 1 unless said."""
+    """Torch dtype, or weight format -> bytes of anonymous memory that an opened part holds for a byte of weights in it, at
+    the peak of opening on a CPU; 1 unless said."""
     held_mapped: ClassVar[Mapping[str, float] | None] = None
     """The same for `offload=mapped`, where weights stay in their files; None: the runtime always copies them."""
+    held_int8_convolutions: ClassVar[float | None] = None
+    """The same for int8 weights of convolutions, where these take another share."""
     live_maps: ClassVar[Mapping[str, float]] = {}
     """Precision -> bytes at the peak of a run for an element of a convolutional part's largest feature map; 16 unless said."""
     live_scores: ClassVar[float] = 8.0
@@ -83,15 +88,19 @@ class Runtime(ABC):
     @classmethod
     def held_bytes(
         cls,
-        precision: str,
+        precision: str,  # noqa: ARG003 - some compute in another dtype than weights have
         weight_bytes: Mapping[str, int],
         *,
         mapped: bool = False,
-        convolution_bytes: int | None = None,  # noqa: ARG003 - most treat all weights alike
+        convolution_bytes: int | None = None,
     ) -> int:
         """Predict the anonymous memory that an opened part holds; arguments as of `footprint.running_bytes`."""
         factors = cls.held_mapped if mapped and cls.held_mapped is not None else cls.held
-        return round(factors.get(precision, 1.0) * sum(weight_bytes.values()))
+        total = sum(factors.get(dtype, 1.0) * size for dtype, size in weight_bytes.items())
+        if cls.held_int8_convolutions is not None and convolution_bytes is not None:
+            codes = min(weight_bytes.get("int8", 0), convolution_bytes // _SOURCE_WIDTH)
+            total += (cls.held_int8_convolutions - factors.get("int8", 1.0)) * codes
+        return round(total)
 
     @classmethod
     def activation_bytes(cls, precision: str, activations: Activations) -> int:

@@ -38,7 +38,7 @@ class TorchRuntime(Runtime):
     """
 
     options: ClassVar[frozenset[str]] = frozenset({"compile", "attention_slicing"})
-    held: ClassVar[Mapping[str, float]] = {"fp32": 0.02, "bf16": 0.02}
+    held: ClassVar[Mapping[str, float]] = dict.fromkeys(("float32", "bfloat16", "float16"), 0.02)
     held_mapped: ClassVar[Mapping[str, float] | None] = held
     live_maps: ClassVar[Mapping[str, float]] = {"fp32": 16, "bf16": 10}
     live_scores: ClassVar[float] = 0
@@ -69,7 +69,6 @@ class TorchRuntime(Runtime):
     ) -> int:
         """Count what is copied: weights of another float dtype, and convolutions where they are laid out anew."""
         target = _DTYPES[precision]
-        total = sum(weight_bytes.values())
         kept = sum(size for dtype, size in weight_bytes.items() if dtype == target or dtype not in _WIDTHS)
         converted = [
             size * _WIDTHS[target] // _WIDTHS[dtype]
@@ -79,7 +78,7 @@ class TorchRuntime(Runtime):
         laid_out = 0
         if precision != "fp32" and not mapped:
             laid_out = kept if convolution_bytes is None else min(kept, convolution_bytes)
-        return super().held_bytes(precision, {"": total}, mapped=mapped) + laid_out + sum(converted)
+        return super().held_bytes(precision, weight_bytes, mapped=mapped) + laid_out + sum(converted)
 
     @classmethod
     def probe(cls) -> Availability:
