@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,214 +26,27 @@ from .artifact import (
     staged,
     sweep,
 )
-from .errors import CorruptError, RecipeError, ResourceError, UnavailableError, UsageError, unknown
+from .errors import CorruptError, RecipeError, UsageError
 from .exporters.capture import module_on_hollow, on_hollow
 from .exporters.exporter import Subject
-from .forecast import Forecast
-from .lora import Lora, merge
-from .memory import available_bytes, give_back
-from .quantize.calibration import Calibration
-from .recipe import PartRecipe, Recipe, to_dict
+from .lora import merge
+from .memory import give_back
+from .plan import check_room, is_calibrated, merged_modules, plan
+from .recipe import to_dict
 from .runtimes.opening import port_to_dict
-from .source import Source
-from .weights import WEIGHT_MODES, layer_names, place, sha256
+from .weights import layer_names, place, sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from .components.component import Port
     from .components.family import Part
     from .exporters.exporter import Exporter, Lowered
+    from .plan import Plan
+    from .recipe import PartRecipe, Recipe
+    from .source import Source
 
     Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an export will do and take, known before it starts."""
-
-    source: Source
-    recipe: Recipe
-    parts: dict[str, PartRecipe]
-    loras: tuple[Lora, ...]
-    weights: str
-    calibration: Calibration | None
-    key_fields: dict[str, Any]
-    part_fields: dict[str, dict[str, Any]]
-
-    @property
-    def key(self) -> str:
-        return key_of(self.key_fields)
-
-    def forecast(self, folder: Path) -> Forecast:
-        """Predict what the export into an existing folder takes."""
-        shared = self.weights != "copy" and self.source.folder.stat().st_dev == folder.stat().st_dev
-        parts = {name: self.source.family.part(name) for name in self.parts}
-        checkpoints = {name: self.source.checkpoint(part.module) for name, part in parts.items()}
-        components = {name: part.component for name, part in parts.items()}
-        merged = [self.source.checkpoint(module) for module in _merged_modules(self)]
-        return Forecast.of(checkpoints, self.parts, components, shared=shared, merged=merged)
-
-
-def plan(
-    model: str,
-    recipe: Recipe,
-    *,
-    revision: str | None = None,
-    config: str | None = None,
-    weights: str = "auto",
-    loras: Sequence[str] = (),
-    controlnet: str | None = None,
-    calibration: str | Path | None = None,
-) -> Plan:
-    """Resolve model and recipe, hash what decides the result, and predict memory and disk.
-
-    Writes nothing but the modules of a single-file checkpoint that wasn't converted before.
-
-    Raises:
-        SourceError: the model can't be had.
-        RecipeError: the recipe names something unknown, or what its backend can't do.
-    """
-    if weights not in WEIGHT_MODES:
-        raise UsageError(unknown("weights mode", weights, WEIGHT_MODES))
-    source = Source.open(model, revision, "controlnet" if controlnet else None, str(controlnet or ""), config)
-    merged = tuple(Lora.open(text, source) for text in loras)
-    parts = recipe.resolve(part.name for part in source.parts)
-    for name, part_recipe in parts.items():
-        _check_backend(name, part_recipe)
-    parts = {name: _without_idle_options(source, name, part_recipe) for name, part_recipe in parts.items()}
-    calibrated = _open_calibration(calibration, source, parts)
-    fields = {
-        name: _part_fields(source, source.family.part(name), parts[name], merged, weights, calibrated) for name in parts
-    }
-    host = {str(file.relative_to(source.folder)): sha256(file) for file in source.host_files}
-    return Plan(
-        source=source,
-        recipe=recipe,
-        parts=parts,
-        loras=merged,
-        weights=weights,
-        calibration=calibrated,
-        key_fields={"parts": {name: key_of(part) for name, part in fields.items()}, "host": host},
-        part_fields=fields,
-    )
-
-
-def _check_backend(part: str, recipe: PartRecipe) -> None:
-    exporter = plugins.exporter(recipe.backend)
-    missing = [package for package in exporter.packages() if not _is_installed(package)]
-    if missing:
-        message = f"{part}: to export to {recipe.backend} takes {', '.join(missing)}, which can't be found"
-        raise UnavailableError(message, fix=f"pip install 'bakeoff[{recipe.backend}]'")
-    if recipe.precision not in exporter.precisions:
-        message = f"{part}: {recipe.backend} can't bake {recipe.precision}; it bakes {', '.join(exporter.precisions)}"
-        raise RecipeError(message, fix=f"--recipe {recipe.backend}:{exporter.precisions[0]}")
-    for option, value in recipe.options.items():
-        if option not in exporter.options:
-            raise RecipeError(unknown(f"option of {recipe.backend}", option, exporter.options))
-        if value not in exporter.options[option]:
-            raise RecipeError(unknown(f"value of {recipe.backend}'s {option}", value, exporter.options[option]))
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _without_idle_options(source: Source, name: str, recipe: PartRecipe) -> PartRecipe:
-    """Drop options named after another part's input, so that `timestep=f32` changes the UNet's key alone."""
-    ports = {port for part in source.parts for port in part.component.conventions(recipe.backend)}
-    idle = ports - set(source.family.part(name).component.conventions(recipe.backend))
-    return replace(recipe, options={key: value for key, value in recipe.options.items() if key not in idle})
-
-
-def _open_calibration(file: str | Path | None, source: Source, parts: Mapping[str, PartRecipe]) -> Calibration | None:
-    """Read the calibration that a recipe needs.
-
-    Raises:
-        UsageError: it needs one and there is none, or one of another model.
-    """
-    needed = [name for name, part in parts.items() if _is_calibrated(part)]
-    if not needed:
-        return None
-    if file is None:
-        message = f"{parts[needed[0]]} of {needed[0]} rounds activations with scales that were calibrated"
-        raise UsageError(message, fix="bakeoff calibrate MODEL -o calibration.safetensors, then --calibration FILE")
-    found = Calibration.open(Path(file))
-    if found.info.get("model") != source.id:
-        message = f"{file} was calibrated on {found.info.get('model')}, not on {source.id}"
-        raise UsageError(message, fix=f"bakeoff calibrate {source.id} -o {file}")
-    return found
-
-
-def _is_calibrated(recipe: PartRecipe) -> bool:
-    weight_format = plugins.weight_format(recipe.precision)
-    return weight_format is not None and weight_format.calibrated
-
-
-def _part_fields(
-    source: Source,
-    part: Part,
-    recipe: PartRecipe,
-    loras: Sequence[Lora],
-    weights: str,
-    calibration: Calibration | None,
-) -> dict[str, Any]:
-    own = [lora.fields for lora in loras if part.module in lora.deltas]
-    weight_format = plugins.weight_format(recipe.precision)
-    return {
-        "source": source.hashes(part.module),
-        "component": f"{part.component.name}@{part.component.version}",
-        "exporter": f"{recipe.backend}@{plugins.exporter(recipe.backend).version}",
-        "recipe": recipe.as_dict(),
-        "weights": "own" if weights == "copy" else "shared where possible",
-        **({"format": f"{weight_format.name}@{weight_format.version}"} if weight_format else {}),
-        **({"calibration": calibration.info["sha256"]} if calibration and _is_calibrated(recipe) else {}),
-        **({"loras": own} if own else {}),
-    }
-
-
-def _merged_modules(planned: Plan) -> list[str]:
-    return sorted({module for lora in planned.loras for module in lora.deltas})
-
-
-def existing_parent(target: Path) -> Path:
-    """Return the folder that is there already in which `target` is or will be."""
-    return next(folder for folder in (target, *target.absolute().parents) if folder.exists())
-
-
-def check_room(planned: Plan, target: Path) -> None:
-    """Refuse an export that can't fit.
-
-    Raises:
-        ResourceError: with what it takes, what is free, and recipes that would fit.
-    """
-    parent = existing_parent(target)
-    memory, disk = available_bytes(), shutil.disk_usage(parent).free
-    obstacles = planned.forecast(parent).obstacles(memory, disk)
-    if obstacles:
-        fitting = [
-            str(recipe)
-            for recipe in _other_recipes()
-            if not replace(planned, recipe=recipe, parts=recipe.resolve(planned.parts))
-            .forecast(parent)
-            .obstacles(memory, disk)
-        ]
-        would = (
-            f"what would fit: --recipe {' or '.join(fitting)}"
-            if fitting
-            else f"free some space on the disk of {parent}"
-        )
-        raise ResourceError("; ".join(obstacles), fix=would)
-
-
-def _other_recipes() -> Iterator[Recipe]:
-    for backend in plugins.names("exporters"):
-        if backend != "null":
-            yield from (Recipe(PartRecipe(backend, precision)) for precision in plugins.exporter(backend).precisions)
 
 
 def export(
@@ -312,10 +125,10 @@ def _with_loras(planned: Plan, target: Path, progress: Progress) -> Iterator[Pla
         yield planned
         return
     with scratch(target) as work:
-        for module in _merged_modules(planned):
+        for module in merged_modules(planned):
             progress(f"merging {' and '.join(lora.file.name for lora in planned.loras)} into {module}")
             merge(planned.loras, planned.source, module, work / module)
-        merged = {module: work / module for module in _merged_modules(planned)}
+        merged = {module: work / module for module in merged_modules(planned)}
         yield replace(planned, source=replace(planned.source, elsewhere={**planned.source.elsewhere, **merged}))
 
 
@@ -419,7 +232,7 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
 
 def _activations(planned: Plan, part: Part) -> dict[str, tuple[float, float]]:
     """Return the calibrated scales of a part's layers, under their names in the checkpoint."""
-    if planned.calibration is None or not _is_calibrated(planned.parts[part.name]):
+    if planned.calibration is None or not is_calibrated(planned.parts[part.name]):
         return {}
     scales = planned.calibration.scales(part.name)
     if not scales:
@@ -485,23 +298,3 @@ def _write_manifest(planned: Plan, folder: Path, entries: dict[str, PartEntry]) 
         files=describe_files(folder),
     )
     Artifact(folder, manifest).write_manifest()
-
-
-def why_rebuild(artifact: Artifact, planned: Plan) -> list[str]:
-    """Say which fields of an artifact's key differ from what an export would have now; empty if none."""
-    return list(_differences(artifact.manifest.key_fields["host"], planned.key_fields["host"], "host")) + [
-        line
-        for name in sorted({*artifact.manifest.parts, *planned.part_fields})
-        for line in _differences(
-            artifact.manifest.parts[name].key_fields if name in artifact.manifest.parts else {},
-            planned.part_fields.get(name, {}),
-            name,
-        )
-    ]
-
-
-def _differences(old: Any, new: Any, path: str) -> list[str]:  # noqa: ANN401 - any JSON value
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted({*old, *new})
-        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}")]
-    return [] if old == new else [f"{path}: {old} -> {new}"]

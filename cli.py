@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .artifact import Artifact
-    from .bake import Plan
+    from .plan import Plan
     from .recipe import Placement, Recipe
 
 EXIT_CODES = """\
@@ -149,14 +149,22 @@ def _add_plan(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
 
 def _plan(options: argparse.Namespace) -> None:
     _quiet_libraries()
-    from .plan import show
+    from .forecast import running, table
+    from .memory import available_bytes
+    from .plan import check_room, existing_parent
 
-    show(_planned(options), options.output, as_json=options.json)
+    planned, free = _planned(options), available_bytes()
+    forecast = planned.forecast(existing_parent(options.output))
+    if options.json:
+        _print_json({**forecast.as_dict(), "available_bytes": free, "running": running(forecast, free)})
+    else:
+        print(f"{planned.source.family.name} from {planned.source.id}", *table(forecast, free), sep="\n")
+    check_room(planned, options.output)
 
 
 def _planned(options: argparse.Namespace) -> Plan:
     """Plan the export that `_add_source`'s options describe."""
-    from .bake import plan
+    from .plan import plan
 
     return plan(
         options.model,
@@ -355,7 +363,7 @@ def _add_why_rebuild(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
 
 def _why_rebuild(options: argparse.Namespace) -> None:
     from .artifact import Artifact
-    from .bake import why_rebuild
+    from .plan import why_rebuild
 
     reasons = why_rebuild(Artifact.open(options.folder), _planned(options))
     if options.json:

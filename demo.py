@@ -121,7 +121,7 @@ def bench(folder: Path, artifacts: dict[str, Artifact]) -> list[str]:
 
 def _outdated(target: Path, recipe: str) -> bool:
     from .artifact import Artifact
-    from .bake import plan
+    from .plan import plan
 
     return target.exists() and Artifact.open(target).manifest.key != plan("shapes", parse(recipe)[0]).key
 

@@ -1,74 +1,236 @@
-"""`bakeoff plan`: what an export takes and what running it will, before anything starts."""
+"""Plan an export: resolve model and recipe, hash what decides the result, refuse what can't be or can't fit."""
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING
+import importlib.metadata
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import plugins
+from .artifact import key_of
+from .errors import RecipeError, ResourceError, UnavailableError, UsageError, unknown
+from .forecast import Forecast
+from .lora import Lora
+from .memory import available_bytes
+from .quantize.calibration import Calibration
+from .recipe import PartRecipe, Recipe
+from .source import Source
+from .weights import WEIGHT_MODES, sha256
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from .bake import Plan
-    from .forecast import Forecast
+    from .artifact import Artifact
+    from .components.family import Part
 
 
-def show(planned: Plan, output: Path, *, as_json: bool) -> None:
-    """Print the forecast of an export into `output`.
+@dataclass(frozen=True)
+class Plan:
+    """What an export will do and take, known before it starts."""
+
+    source: Source
+    recipe: Recipe
+    parts: dict[str, PartRecipe]
+    loras: tuple[Lora, ...]
+    weights: str
+    calibration: Calibration | None
+    key_fields: dict[str, Any]
+    part_fields: dict[str, dict[str, Any]]
+
+    @property
+    def key(self) -> str:
+        return key_of(self.key_fields)
+
+    def forecast(self, folder: Path) -> Forecast:
+        """Predict what the export into an existing folder takes."""
+        shared = self.weights != "copy" and self.source.folder.stat().st_dev == folder.stat().st_dev
+        parts = {name: self.source.family.part(name) for name in self.parts}
+        checkpoints = {name: self.source.checkpoint(part.module) for name, part in parts.items()}
+        components = {name: part.component for name, part in parts.items()}
+        merged = [self.source.checkpoint(module) for module in merged_modules(self)]
+        return Forecast.of(checkpoints, self.parts, components, shared=shared, merged=merged)
+
+
+def plan(
+    model: str,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    config: str | None = None,
+    weights: str = "auto",
+    loras: Sequence[str] = (),
+    controlnet: str | None = None,
+    calibration: str | Path | None = None,
+) -> Plan:
+    """Resolve model and recipe, hash what decides the result, and predict memory and disk.
+
+    Writes nothing but the modules of a single-file checkpoint that wasn't converted before.
 
     Raises:
-        ResourceError: it doesn't fit; the fix names recipes that would.
+        SourceError: the model can't be had.
+        RecipeError: the recipe names something unknown, or what its backend can't do.
     """
-    from .bake import check_room, existing_parent
-    from .memory import available_bytes
+    if weights not in WEIGHT_MODES:
+        raise UsageError(unknown("weights mode", weights, WEIGHT_MODES))
+    source = Source.open(model, revision, "controlnet" if controlnet else None, str(controlnet or ""), config)
+    merged = tuple(Lora.open(text, source) for text in loras)
+    parts = recipe.resolve(part.name for part in source.parts)
+    for name, part_recipe in parts.items():
+        _check_backend(name, part_recipe)
+    parts = {name: _without_idle_options(source, name, part_recipe) for name, part_recipe in parts.items()}
+    calibrated = _open_calibration(calibration, source, parts)
+    fields = {
+        name: _part_fields(source, source.family.part(name), parts[name], merged, weights, calibrated) for name in parts
+    }
+    host = {str(file.relative_to(source.folder)): sha256(file) for file in source.host_files}
+    return Plan(
+        source=source,
+        recipe=recipe,
+        parts=parts,
+        loras=merged,
+        weights=weights,
+        calibration=calibrated,
+        key_fields={"parts": {name: key_of(part) for name, part in fields.items()}, "host": host},
+        part_fields=fields,
+    )
 
-    forecast = planned.forecast(existing_parent(output))
-    free = available_bytes()
-    if as_json:
-        print(json.dumps({**forecast.as_dict(), "available_bytes": free, "running": running(forecast, free)}, indent=2))
-    else:
-        print("\n".join(_lines(planned, forecast, free)))
-    check_room(planned, output)
+
+def _check_backend(part: str, recipe: PartRecipe) -> None:
+    exporter = plugins.exporter(recipe.backend)
+    missing = [package for package in exporter.packages() if not _is_installed(package)]
+    if missing:
+        message = f"{part}: to export to {recipe.backend} takes {', '.join(missing)}, which can't be found"
+        raise UnavailableError(message, fix=f"pip install 'bakeoff[{recipe.backend}]'")
+    if recipe.precision not in exporter.precisions:
+        message = f"{part}: {recipe.backend} can't bake {recipe.precision}; it bakes {', '.join(exporter.precisions)}"
+        raise RecipeError(message, fix=f"--recipe {recipe.backend}:{exporter.precisions[0]}")
+    for option, value in recipe.options.items():
+        if option not in exporter.options:
+            raise RecipeError(unknown(f"option of {recipe.backend}", option, exporter.options))
+        if value not in exporter.options[option]:
+            raise RecipeError(unknown(f"value of {recipe.backend}'s {option}", value, exporter.options[option]))
 
 
-def _lines(planned: Plan, forecast: Forecast, free: int) -> list[str]:
-    held = forecast.running_bytes()
-    lines = [f"{planned.source.family.name} from {planned.source.id}"]
-    lines.append(f"  {'part':16} {'recipe':16} {'source':>9} {'writes':>9} {'about':>7}   held when run")
-    for name, cost in forecast.parts.items():
-        source = forecast.checkpoints[name].nbytes
-        lines.append(
-            f"  {name:16} {planned.parts[name]!s:16} {_size(source):>9} {_size(cost.disk_bytes):>9} "
-            f"{_time(cost.seconds):>7}   {_size(held[name])}"
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _without_idle_options(source: Source, name: str, recipe: PartRecipe) -> PartRecipe:
+    """Drop options named after another part's input, so that `timestep=f32` changes the UNet's key alone."""
+    ports = {port for part in source.parts for port in part.component.conventions(recipe.backend)}
+    idle = ports - set(source.family.part(name).component.conventions(recipe.backend))
+    return replace(recipe, options={key: value for key, value in recipe.options.items() if key not in idle})
+
+
+def _open_calibration(file: str | Path | None, source: Source, parts: Mapping[str, PartRecipe]) -> Calibration | None:
+    """Read the calibration that a recipe needs.
+
+    Raises:
+        UsageError: it needs one and there is none, or one of another model.
+    """
+    needed = [name for name, part in parts.items() if is_calibrated(part)]
+    if not needed:
+        return None
+    if file is None:
+        message = f"{parts[needed[0]]} of {needed[0]} rounds activations with scales that were calibrated"
+        raise UsageError(message, fix="bakeoff calibrate MODEL -o calibration.safetensors, then --calibration FILE")
+    found = Calibration.open(Path(file))
+    if found.info.get("model") != source.id:
+        message = f"{file} was calibrated on {found.info.get('model')}, not on {source.id}"
+        raise UsageError(message, fix=f"bakeoff calibrate {source.id} -o {file}")
+    return found
+
+
+def is_calibrated(recipe: PartRecipe) -> bool:
+    """Say whether a recipe rounds activations with scales that were calibrated."""
+    weight_format = plugins.weight_format(recipe.precision)
+    return weight_format is not None and weight_format.calibrated
+
+
+def _part_fields(
+    source: Source,
+    part: Part,
+    recipe: PartRecipe,
+    loras: Sequence[Lora],
+    weights: str,
+    calibration: Calibration | None,
+) -> dict[str, Any]:
+    own = [lora.fields for lora in loras if part.module in lora.deltas]
+    weight_format = plugins.weight_format(recipe.precision)
+    return {
+        "source": source.hashes(part.module),
+        "component": f"{part.component.name}@{part.component.version}",
+        "exporter": f"{recipe.backend}@{plugins.exporter(recipe.backend).version}",
+        "recipe": recipe.as_dict(),
+        "weights": "own" if weights == "copy" else "shared where possible",
+        **({"format": f"{weight_format.name}@{weight_format.version}"} if weight_format else {}),
+        **({"calibration": calibration.info["sha256"]} if calibration and is_calibrated(recipe) else {}),
+        **({"loras": own} if own else {}),
+    }
+
+
+def merged_modules(planned: Plan) -> list[str]:
+    """Name the modules that LoRAs change."""
+    return sorted({module for lora in planned.loras for module in lora.deltas})
+
+
+def existing_parent(target: Path) -> Path:
+    """Return the folder that is there already in which `target` is or will be."""
+    return next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+
+
+def check_room(planned: Plan, target: Path) -> None:
+    """Refuse an export that can't fit.
+
+    Raises:
+        ResourceError: with what it takes, what is free, and recipes that would fit.
+    """
+    parent = existing_parent(target)
+    memory, disk = available_bytes(), shutil.disk_usage(parent).free
+    obstacles = planned.forecast(parent).obstacles(memory, disk)
+    if obstacles:
+        fitting = [
+            str(recipe)
+            for recipe in _other_recipes()
+            if not replace(planned, recipe=recipe, parts=recipe.resolve(planned.parts))
+            .forecast(parent)
+            .obstacles(memory, disk)
+        ]
+        would = (
+            f"what would fit: --recipe {' or '.join(fitting)}"
+            if fitting
+            else f"free some space on the disk of {parent}"
         )
-    memory, disk, time = _size(forecast.peak_anon_bytes), _size(forecast.disk_bytes), _time(forecast.seconds)
-    lines.append(f"export: peak memory {memory}, disk {disk}, about {time} (without the proof)")
-    lines.append(f"running: {running(forecast, free)}")
-    return lines
+        raise ResourceError("; ".join(obstacles), fix=would)
 
 
-def running(forecast: Forecast, free: int) -> str:
-    """Say how the artifact can run in so much free memory, in bytes."""
-    held = forecast.running_bytes()
-    total, largest = sum(held.values()), max(held, key=lambda name: held[name])
-    if total <= free:
-        return f"all parts at once take {_size(total)} for themselves; {_size(free)} are free"
-    if held[largest] <= free:
-        return (
-            f"all parts at once would take {_size(total)}, {_size(free)} are free: parts take turns, "
-            f"the largest ({largest}) with {_size(held[largest])}"
+def _other_recipes() -> Iterator[Recipe]:
+    for backend in plugins.names("exporters"):
+        if backend != "null":
+            yield from (Recipe(PartRecipe(backend, precision)) for precision in plugins.exporter(backend).precisions)
+
+
+def why_rebuild(artifact: Artifact, planned: Plan) -> list[str]:
+    """Say which fields of an artifact's key differ from what an export would have now; empty if none."""
+    return list(_differences(artifact.manifest.key_fields["host"], planned.key_fields["host"], "host")) + [
+        line
+        for name in sorted({*artifact.manifest.parts, *planned.part_fields})
+        for line in _differences(
+            artifact.manifest.parts[name].key_fields if name in artifact.manifest.parts else {},
+            planned.part_fields.get(name, {}),
+            name,
         )
-    mapped = forecast.running_bytes(mapped=True)
-    alone = f"{largest} alone takes {_size(held[largest])}, {_size(free)} are free"
-    if max(mapped.values()) <= free:
-        return (
-            f"{alone}: its weights stay in their file, {_size(mapped[largest])} are held; slower where they don't fit"
-        )
-    return f"not here: {alone}"
+    ]
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"  # noqa: PLR2004 - where GB reads better
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"  # noqa: PLR2004 - where minutes read better
+def _differences(old: Any, new: Any, path: str) -> list[str]:  # noqa: ANN401 - any JSON value
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted({*old, *new})
+        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}")]
+    return [] if old == new else [f"{path}: {old} -> {new}"]

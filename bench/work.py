@@ -83,8 +83,9 @@ def bake(model: str, recipe: str, config: str | None = None) -> dict[str, Any]:
     """Export a recipe into the home folder, by key, unless it is there; runs in a child process."""
     import time
 
-    from ..bake import export, plan
+    from ..bake import export
     from ..home import home
+    from ..plan import plan
     from ..recipe import read
 
     wanted, placement = read(recipe)

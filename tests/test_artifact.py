@@ -5,8 +5,9 @@ import random
 import pytest
 
 from bakeoff.artifact import MANIFEST, Artifact, inside, list_files, staged
-from bakeoff.bake import export, plan, why_rebuild
+from bakeoff.bake import export
 from bakeoff.errors import ArtifactError, CorruptError, ParityError, SourceError, UnavailableError
+from bakeoff.plan import plan, why_rebuild
 from bakeoff.recipe import parse
 from bakeoff.source import Source
 

@@ -75,7 +75,7 @@ def models(tmp_path):
     [
         (["export", "shapes", "-o", "{}/x", "--recipe", "onnx:fp31"], 2, "Did you mean 'fp32'?"),
         (["export", "shapes", "-o", "{}/x", "--recipe", "openvno:fp32"], 2, "Did you mean 'openvino'?"),
-        (["export", "shapes", "-o", "{}/x", "--recipe", "onnx:nf4"], 2, "onnx can't bake nf4"),
+        (["export", "shapes", "-o", "{}/x", "--recipe", "onnx:fp8"], 2, "onnx can't bake fp8"),
         (["export", "shapes", "-o", "{}/x", "--recipe", "onnx:fp32+fast"], 2, "unknown option of onnx"),
         (["export", "shapes", "-o", "{}/x", "--recipe", "onnx:fp32", "--weights", "lnk"], 2, "Did you mean 'link'?"),
         (["export", "shapes", "-o", "{}/x", "--recipe", "{}/none.toml"], 2, "no recipe file"),
@@ -115,14 +115,15 @@ def test_a_pickle_only_pipeline_is_refused_with_the_way_out(run_cli, shapes, tmp
 
 def test_too_little_room_is_said_with_figures(tmp_path, monkeypatch):
     from bakeoff import bake
+    from bakeoff import plan as planning
     from bakeoff.errors import ResourceError
     from bakeoff.recipe import parse
 
-    monkeypatch.setattr(bake, "available_bytes", lambda: 10_000_000)
+    monkeypatch.setattr(planning, "available_bytes", lambda: 10_000_000)
     with pytest.raises(ResourceError, match=r"GB of memory, 0.0 GB are free"):
         bake.export("shapes", tmp_path / "x", parse("onnx:fp32")[0])
     monkeypatch.undo()
-    monkeypatch.setattr(bake.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1})())
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1})())
     with pytest.raises(ResourceError, match=r"GB of disk"):
         bake.export("shapes", tmp_path / "x", parse("onnx:fp32")[0])
     assert list(tmp_path.iterdir()) == []
@@ -186,6 +187,7 @@ def test_a_missing_extra_is_named_with_the_fix(tmp_path, monkeypatch):
     import importlib.metadata
 
     from bakeoff import bake
+    from bakeoff import plan as planning
     from bakeoff.errors import UnavailableError
     from bakeoff.recipe import parse
 
@@ -196,7 +198,7 @@ def test_a_missing_extra_is_named_with_the_fix(tmp_path, monkeypatch):
             raise importlib.metadata.PackageNotFoundError
         return found(package)
 
-    monkeypatch.setattr(bake.importlib.metadata, "version", version)
+    monkeypatch.setattr(planning.importlib.metadata, "version", version)
     with pytest.raises(UnavailableError, match=r"onnxscript.*\n?.*bakeoff\[onnx\]"):
         bake.export("shapes", tmp_path / "x", parse("onnx:fp32")[0])
 

@@ -24,8 +24,9 @@ LAYERS = [
     {"forecast"},
     {"exporters", "runtimes", "models", "quantize"},
     {"parity"},
+    {"plan"},
     {"bake"},
-    {"bench", "calibrate", "doctor", "plan"},
+    {"bench", "calibrate", "doctor"},
     {"demo"},
     {"cli"},
 ]

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from bakeoff import bake, cli
-from bakeoff.bake import export, plan
+from bakeoff import cli
+from bakeoff import plan as planning
+from bakeoff.bake import export
 from bakeoff.errors import ResourceError
 from bakeoff.models import fullsize
+from bakeoff.plan import check_room, plan
 from bakeoff.recipe import parse
 from bakeoff.source import Source
 
@@ -39,7 +41,7 @@ def recipe(text):
 )
 def test_stand_ins_have_the_real_models_parameters(tmp_path, model, module, billions):
     fullsize.write_module(*fullsize.config(model, module), tmp_path / module, dtype="bfloat16", hollow=True)
-    checkpoint = bake.Source(model, None, tmp_path, None).checkpoint(module)
+    checkpoint = Source(model, None, tmp_path, None).checkpoint(module)
     assert checkpoint.nbytes / 2e9 == pytest.approx(billions, rel=0.005)
 
 
@@ -73,13 +75,13 @@ def test_the_command_shows_figures_and_writes_nothing(sdxl, tmp_path, capsys):
 
 def test_what_cannot_fit_is_refused_with_what_would(sdxl, tmp_path, monkeypatch):
     small = shutil._ntuple_diskusage(10**9, 0, 10**9)
-    monkeypatch.setattr(bake.shutil, "disk_usage", lambda _: small)
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: small)
     with pytest.raises(ResourceError, match=r"takes up to 7\.\d GB of disk, 1\.0 GB are free") as caught:
-        bake.check_room(plan(str(sdxl), recipe("openvino:bf16")), sdxl / "a")
+        check_room(plan(str(sdxl), recipe("openvino:bf16")), sdxl / "a")
     assert "onnx:bf16" in caught.value.fix
     assert "torch:bf16" in caught.value.fix
     assert "openvino" not in caught.value.fix
-    monkeypatch.setattr(bake, "available_bytes", lambda: 10**8)
+    monkeypatch.setattr(planning, "available_bytes", lambda: 10**8)
     with pytest.raises(ResourceError, match="of memory"):
         export(str(sdxl), tmp_path / "a", recipe("onnx:bf16"))
     assert not (tmp_path / "a").exists()

@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from bakeoff import single_file
 from bakeoff.artifact import Artifact
-from bakeoff.bake import export, plan, why_rebuild
+from bakeoff.bake import export
 from bakeoff.bench.work import bake, local, write_latents
 from bakeoff.cli import main
 from bakeoff.errors import PickleError, SourceError, UsageError
 from bakeoff.home import home
 from bakeoff.parity import source_of
+from bakeoff.plan import plan, why_rebuild
 from bakeoff.recipe import parse
 from bakeoff.runtimes.engine import load
 from bakeoff.source import Source

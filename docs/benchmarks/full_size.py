@@ -19,12 +19,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bakeoff.bake import export, plan
+from bakeoff.bake import export
 from bakeoff.components.component import Sizes
 from bakeoff.errors import ResourceError
 from bakeoff.hardware import describe
 from bakeoff.memory import available_bytes, in_child
 from bakeoff.models import fullsize
+from bakeoff.plan import plan
 from bakeoff.recipe import Placement, parse
 
 HERE = str(Path(__file__).parent)

@@ -4,7 +4,7 @@ import pytest
 
 from bakeoff import recipe
 from bakeoff.artifact import MANIFEST, Artifact, Manifest, describe_files
-from bakeoff.bake import plan, why_rebuild
+from bakeoff.plan import plan, why_rebuild
 from bakeoff.weights import sha256
 
 RECIPE = "onnx:fp32"
