@@ -9,11 +9,11 @@ import warnings
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import LoweringError
+from .costs import graph_cost, stored_bytes
 from .exporter import Cost, Lowered
 from .hollow import lower_hollow
 from .layers import write_layers
 from .onnx_weights import Weights, bring, storage, weight_bytes
-from .packing import stored_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 FILE = "model.onnx"
 _FOLD_ELEMENTS = 8192
 _FOLDS = 2
-_BASE_BYTES, _OPERATION_BYTES, _OPERATION_S, _BYTES_PER_S, _PACKED_TIMES = 400_000_000, 80_000, 0.032, 4e8, 4
-"""Memory and time of an export: of a small graph, for each operation, and to write; see `make bench-full-size`."""
 
 
 class OnnxExporter:
@@ -60,13 +58,7 @@ class OnnxExporter:
         dtype = storage(precision)
         weights = stored_bytes(checkpoint, dtype, weight_format)
         written = 0 if shared and not weight_format and checkpoint.is_in(dtype) else sum(weights.values())
-        speed = _BYTES_PER_S / (_PACKED_TIMES if weight_format else 1)
-        return Cost(
-            anon_bytes=_BASE_BYTES + _OPERATION_BYTES * operations,
-            disk_bytes=written,
-            seconds=_OPERATION_S * operations + written / speed,
-            weight_bytes=weights,
-        )
+        return graph_cost(weights, written, operations, weight_format)
 
     def packages(self) -> tuple[str, ...]:
         return ("torch", "onnx", "onnx-ir", "onnxscript")

@@ -6,11 +6,11 @@ import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import LoweringError
+from .costs import graph_cost, stored_bytes
 from .exporter import Cost, Lowered
 from .hollow import lower_hollow
 from .layers import write_layers
 from .openvino_weights import TENSOR, storage, write_weights
-from .packing import stored_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -25,10 +25,8 @@ if TYPE_CHECKING:
     from .hollow import Hollow
 
 FILE = "openvino_model.xml"
-_BASE_BYTES, _OPERATION_BYTES, _OPERATION_S = 400_000_000, 80_000, 0.032
-_BYTES_PER_S, _PACKED_TIMES = 4e8, 4
 _LEAST_BYTES = 1024
-"""Memory and time of an export: of a small graph, for each operation, and to write; see `make bench-full-size`."""
+"""Smaller constants are OpenVINO's to write."""
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32", "boolean": "bool"}
 
 
@@ -56,13 +54,7 @@ class OpenVINOExporter:
         shared: bool,  # noqa: ARG002
     ) -> Cost:
         weights = stored_bytes(checkpoint, storage(precision), weight_format)
-        written = sum(weights.values())
-        return Cost(
-            anon_bytes=_BASE_BYTES + _OPERATION_BYTES * operations,
-            disk_bytes=written,
-            seconds=_OPERATION_S * operations + written / (_BYTES_PER_S / (_PACKED_TIMES if weight_format else 1)),
-            weight_bytes=weights,
-        )
+        return graph_cost(weights, sum(weights.values()), operations, weight_format)
 
     def lower(self, subject: Subject, folder: Path) -> Lowered:
         import openvino

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from ..weights import as_bytes, read_rows
@@ -13,23 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..quantize.format import Format
-    from ..weights import Checkpoint, Entry
-
-
-def stored_bytes(
-    checkpoint: Checkpoint, dtype: str, weight_format: Format | None, *, matrices_alone: bool = False
-) -> dict[str, int]:
-    """Return dtype -> bytes that a checkpoint takes, with codes wherever the format has them and the rest as `dtype`."""
-    totals: dict[str, int] = defaultdict(int)
-    for entry in checkpoint.entries.values():
-        left = matrices_alone and len(entry.shape) > 2  # noqa: PLR2004 - a convolution
-        if left or weight_format is None or weight_format.obstacle(entry.shape):
-            totals[dtype] += entry.bytes_in(dtype)
-        else:
-            codes, scales = weight_format.stored_bytes(entry.shape)
-            totals[weight_format.name] += codes
-            totals["float32"] += scales
-    return dict(totals)
+    from ..weights import Entry
 
 
 class Packing:

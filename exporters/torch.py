@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..weights import Checkpoint, convert, place
 from . import bitsandbytes
+from .costs import BYTES_PER_S, PACKED_TIMES, stored_bytes
 from .exporter import Cost, Lowered
-from .packing import stored_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 _BASE_BYTES, _PACKING_BYTES = 155_000_000, 400_000_000
-_BYTES_PER_S, _PACKED_TIMES = 4e8, 4
 
 
 class TorchExporter:
@@ -44,9 +43,9 @@ class TorchExporter:
         weights = stored_bytes(checkpoint, dtype, weight_format, matrices_alone=True)
         if weight_format:
             written = sum(weights.values())
-            return Cost(_PACKING_BYTES, written, written / _BYTES_PER_S * _PACKED_TIMES, weights)
+            return Cost(_PACKING_BYTES, written, written / BYTES_PER_S * PACKED_TIMES, weights)
         written = 0 if shared and checkpoint.is_in(dtype) else sum(weights.values())
-        return Cost(_BASE_BYTES, written, written / _BYTES_PER_S, weights)
+        return Cost(_BASE_BYTES, written, written / BYTES_PER_S, weights)
 
     def lower(self, subject: Subject, folder: Path) -> Lowered:
         kept: dict[str, str] = {}

@@ -295,7 +295,7 @@ def test_codes_take_no_loras(baked, tmp_path):
         load(baked("torch:fp32,text_encoder=onnx:nf4"), loras=[str(tmp_path / "some.safetensors")])
 
 
-@pytest.mark.parametrize("name", ["int8", "nf4"])
+@pytest.mark.parametrize("name", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 class TestBitsandbytes:
     def test_the_file_is_what_bitsandbytes_saves(self, baked, shapes, name):
         layers = pytest.importorskip("bitsandbytes.nn")
