@@ -139,6 +139,7 @@ def with_table(page: str, rows: list[dict[str, Any]]) -> str:
 
 
 def _write(record: Path, rows: list[dict[str, Any]]) -> None:
+    rows.sort(key=lambda row: (MODELS.index(row["model"]), RECIPES.index(row["recipe"])))
     content = {"machine": describe(), "command": "make bench-full-size", "rows": rows}
     record.write_text(json.dumps(content, indent=1) + "\n")
 
