@@ -9,7 +9,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from ..weights import Streamed, as_bytes, layer_names, streamed, write_streamed
+from ..weights import TORCH_DTYPES, Streamed, as_bytes, layer_names, streamed, write_streamed
 from .packing import Packing, nibbles
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _linear_layers(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
 def _int8(entry: Entry, weight_format: Format) -> list[Streamed]:
     packing = Packing(weight_format, entry)
     layer = entry.name.removesuffix(".weight")
-    scales = (as_bytes(_floats(chunk) * _INT8_STEPS) for chunk in packing.scales())
+    scales = packing.scales(times=_INT8_STEPS)
     return [
         Streamed(entry.name, "I8", entry.shape, math.prod(entry.shape), packing.codes(lambda codes: codes)),
         Streamed(f"{layer}.SCB", "F32", [entry.shape[0]], 4 * entry.shape[0], scales),
@@ -110,12 +110,6 @@ def _levels(weight_format: Format) -> Tensor:
     return weight_format.unpack(codes, torch.ones(1, 1))[0, :16].contiguous()
 
 
-def _floats(chunk: memoryview) -> Tensor:
-    import torch
-
-    return torch.frombuffer(bytearray(chunk), dtype=torch.float32)
-
-
 def _config(weight_format: Format, skipped: list[str]) -> dict[str, Any]:
     """Return what Diffusers and Transformers read as `BitsAndBytesConfig`."""
     return {
@@ -131,8 +125,6 @@ def _config(weight_format: Format, skipped: list[str]) -> dict[str, Any]:
 
 def weights_of(checkpoint: Checkpoint) -> Iterator[tuple[str, Entry]]:
     """Yield each tensor of a written checkpoint with what its bytes count as: a format, or a torch dtype."""
-    from ..weights import TORCH_DTYPES
-
     coded = {stored_name(name) for name in checkpoint.entries} - {None}
     for name, entry in checkpoint.entries.items():
         label = {"I8": "int8", "U8": "nf4"}.get(entry.dtype) if name in coded else None

@@ -13,7 +13,8 @@ from .costs import graph_cost, stored_bytes
 from .exporter import Cost, Lowered
 from .hollow import lower_hollow
 from .layers import write_layers
-from .onnx_weights import Weights, bring, storage, weight_bytes
+from .onnx_weights import Weights, bring, weight_bytes
+from .packing import storage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -78,9 +78,9 @@ class Encoder:
 
     def _products(self, value: onnx_ir.Value, entry: Entry, scales: tuple[float, float] | None) -> list[Streamed] | str:
         if self._precision == DYNAMIC:
-            return self._dynamic_products(value, entry)
+            return self._integer_products(value, entry, None)
         if self._precision == STATIC and scales:
-            return self._static_products(value, entry, scales[0])
+            return self._integer_products(value, entry, scales[0])
         if math.gcd(entry.shape[1], _LARGEST_BLOCK) < _LEAST_BLOCK:
             return f"{entry.shape[1]} inputs, not a multiple of {_LEAST_BLOCK}"
         return self._wide_products(value, entry)
@@ -106,60 +106,54 @@ class Encoder:
         self._drop_users(value)
         return streams
 
-    def _dynamic_products(self, value: onnx_ir.Value, entry: Entry) -> list[Streamed]:
-        """Put MatMulInteger in the place of the products, with one scale for all of an activation, found as it comes.
-
-        ONNX Runtime fuses these nodes to DynamicQuantizeMatMul.
-        """
+    def _integer_products(self, value: onnx_ir.Value, entry: Entry, scale: float | None) -> list[Streamed]:
+        """Put products of integers in the place of the products; without a scale activations get one as they come."""
         streams = self._rows(value, entry)
         codes, scales = (self._initializer(tensor) for tensor in streams)
         turned = self._turned(value, codes)
         for node in _products_of(value) or []:
             taken = node.inputs[0]
             assert taken is not None  # noqa: S101 - a product has two factors
-            rounding = next((user for user, _ in taken.uses() if user.op_type == "DynamicQuantizeLinear"), None)
-            if rounding is None:
-                rounding = _node("DynamicQuantizeLinear", [taken], name=f"{taken.name}.rounded", outputs=3)
-                self._model.graph.insert_before(node, rounding)
-            values, scale, zero = rounding.outputs
-            product = _node("MatMulInteger", [values, turned, zero], like=node)
-            wide = _node("Cast", product.outputs, {"to": _FLOAT}, name=f"{node.name}.float32")
-            both = _node("Mul", [scale, scales], name=f"{node.name}.scale")
-            scaled = _node("Mul", [wide.outputs[0], both.outputs[0]], name=f"{node.name}.scaled")
-            self._replace(node, [product, wide, both, scaled, *_bias(node, scaled)])
+            new = (
+                self._dynamic_product(node, taken, turned, scales)
+                if scale is None
+                else self._static_product(node, taken, turned, scales, scale)
+            )
+            self._replace(node, [*new, *_bias(node, new[-1])])
         self._drop_users(value)
         return streams
 
-    def _static_products(self, value: onnx_ir.Value, entry: Entry, scale: float) -> list[Streamed]:
-        """Put MatMulIntegerToFloat in the place of the products, between activations rounded with a calibrated scale.
+    def _dynamic_product(
+        self, node: onnx_ir.Node, taken: onnx_ir.Value, turned: onnx_ir.Value, scales: onnx_ir.Value
+    ) -> list[onnx_ir.Node]:
+        """Return MatMulInteger, with one scale for all of an activation: ONNX Runtime fuses it to DynamicQuantizeMatMul."""
+        rounding = next((user for user, _ in taken.uses() if user.op_type == "DynamicQuantizeLinear"), None)
+        if rounding is None:
+            rounding = _node("DynamicQuantizeLinear", [taken], name=f"{taken.name}.rounded", outputs=3)
+            self._model.graph.insert_before(node, rounding)
+        values, scale, zero = rounding.outputs
+        product = _node("MatMulInteger", [values, turned, zero], like=node)
+        wide = _node("Cast", product.outputs, {"to": _FLOAT}, name=f"{node.name}.float32")
+        both = _node("Mul", [scale, scales], name=f"{node.name}.scale")
+        return [product, wide, both, _node("Mul", [wide.outputs[0], both.outputs[0]], name=f"{node.name}.scaled")]
+
+    def _static_product(
+        self, node: onnx_ir.Node, taken: onnx_ir.Value, turned: onnx_ir.Value, scales: onnx_ir.Value, scale: float
+    ) -> list[onnx_ir.Node]:
+        """Return MatMulIntegerToFloat, of an activation rounded with a calibrated scale.
 
         Not Q/DQ: ONNX Runtime makes a float Gemm of a product with a bias between them. Activations are of unsigned bytes
         around 128: for signed ones its kernel is slower than float32's.
         """
-        streams = self._rows(value, entry)
-        codes, scales = (self._initializer(tensor) for tensor in streams)
-        turned = self._turned(value, codes)
-        for node in _products_of(value) or []:
-            taken = node.inputs[0]
-            assert taken is not None  # noqa: S101 - a product has two factors
-            step, zero = self._constant(scale), self._constant(128)
-            values = self._round(taken, scale, step, zero, node)
-            inputs = [values, turned, step, scales, zero]
-            product = _node("MatMulIntegerToFloat", inputs, like=node, domain=_CONTRIB)
-            self._replace(node, [product, *_bias(node, product)])
-        self._drop_users(value)
-        return streams
+        step, zero = self._constant(scale), self._constant(128)
+        inputs = [self._round(taken, scale, step, zero, node), turned, step, scales, zero]
+        return [_node("MatMulIntegerToFloat", inputs, like=node, domain=_CONTRIB)]
 
     def _convolutions(
         self, value: onnx_ir.Value, entry: Entry, activations: tuple[float, float] | None
     ) -> list[Streamed]:
         """Widen codes as they run; between roundings of what goes in and out ONNX Runtime makes QLinearConv of it."""
-        packing = Packing(self._format, entry)
-        count = math.prod(entry.shape)
-        streams = [
-            Streamed(f"{value.name}.codes", "I8", entry.shape, count, packing.codes(lambda codes: codes)),
-            Streamed(f"{value.name}.scales", "F32", [entry.shape[0]], 4 * entry.shape[0], packing.scales()),
-        ]
+        streams = self._rows(value, entry)
         inputs = [self._initializer(tensor) for tensor in streams]
         wide = _node("DequantizeLinear", inputs, {"axis": 0}, name=f"{value.name}.float32")
         users = [user for user, _ in value.uses()]
@@ -215,7 +209,7 @@ class Encoder:
         return streams
 
     def _rows(self, value: onnx_ir.Value, entry: Entry) -> list[Streamed]:
-        """Return codes as signed bytes (N, K), and a scale for each output channel."""
+        """Return codes as signed bytes in the weight's shape, and a scale for each output channel."""
         packing = Packing(self._format, entry)
         count = math.prod(entry.shape)
         return [

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..weights import Streamed, as_bytes, place, read_header, streamed, write_entries, write_streamed
 from .onnx_codes import DTYPES, Encoder
+from .packing import storage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from .exporter import Subject
     from .hollow import Hollow
 
-STORAGE = {"fp32": "float32"}
-"""Precision -> torch dtype of the weights that aren't codes; bfloat16 unless said."""
 FILE = "model.safetensors"
 _INLINE_BYTES = 1024
 """Smaller constants stay in the graph."""
@@ -57,10 +56,6 @@ class Brought:
     how: str
     kept: dict[str, str] = field(default_factory=dict)
     """Weight that the recipe's low-bit format left as it is -> why."""
-
-
-def storage(precision: str) -> str:
-    return STORAGE.get(precision, "bfloat16")
 
 
 def bring(model: onnx_ir.Model, weights: Weights, subject: Subject, folder: Path) -> Brought:

@@ -10,7 +10,8 @@ from .costs import graph_cost, stored_bytes
 from .exporter import Cost, Lowered
 from .hollow import lower_hollow
 from .layers import write_layers
-from .openvino_weights import TENSOR, storage, write_weights
+from .openvino_weights import TENSOR, write_weights
+from .packing import storage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..weights import SAFETENSORS_DTYPES, TORCH_DTYPES, read_chunks
-from .packing import Packing, nibbles
+from .packing import Packing, nibbles, storage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -24,11 +24,6 @@ _ELEMENTS = {"F32": "f32", "BF16": "bf16"}
 _CODES = {"int8": "i8", "int4": "i4", "nf4": "nf4"}
 """Weight format -> OpenVINO's element type of its codes."""
 _ALIGNMENT = 64
-
-
-def storage(precision: str) -> str:
-    """Return the torch dtype of the weights that aren't codes."""
-    return "float32" if precision == "fp32" else "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -58,23 +53,21 @@ def write_weights(file: Path, entries: Sequence[Entry], precision: str, weight_f
     with file.with_suffix(".bin").open("ab") as stream:
         for layer in graph.stand_ins():
             entry = entries[int(layer.attrib["name"].removeprefix(TENSOR))]
-            obstacle = _obstacle(layer, entry, weight_format) if weight_format else ""
-            packed = obstacle is None
-            place = (entry.name, packed)
+            obstacle = _obstacle(layer, entry, weight_format) if weight_format else None
+            codes = None if obstacle else weight_format
+            place = (entry.name, codes is not None)
             layer.attrib["name"] = entry.name if place not in places else f"{entry.name} again {layer.attrib['id']}"
             if place not in places:
                 places[place] = (
-                    _write_codes(entry, weight_format, stream)
-                    if packed and weight_format
-                    else [_write(read_chunks(entry, dtype), stream)]
+                    _write_codes(entry, codes, stream) if codes else [_write(read_chunks(entry, dtype), stream)]
                 )
-            if packed and weight_format:
-                groups = weight_format.groups(entry.shape) if weight_format.group else None
-                graph.dequantize(layer, _CODES[weight_format.name], groups, *places[place])
+            if codes:
+                groups = codes.groups(entry.shape) if codes.group else None
+                graph.dequantize(layer, _CODES[codes.name], groups, *places[place])
             else:
                 graph.hold(layer, dtype, *places[place])
-                if obstacle and len(entry.shape) > 1:
-                    kept[entry.name] = obstacle
+            if obstacle and len(entry.shape) > 1:
+                kept[entry.name] = obstacle
         graph.write_shapes(stream)
     if precision != "fp32":
         graph.keep_angles_precise()

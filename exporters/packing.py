@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from ..weights import Entry
 
 
+def storage(precision: str) -> str:
+    """Return the torch dtype of the weights that aren't codes."""
+    return "float32" if precision == "fp32" else "bfloat16"
+
+
 class Packing:
     """Codes are made as they are written; the scales that came with them are written behind."""
 
@@ -30,10 +35,15 @@ class Packing:
             self._scales.append(scales)
             yield as_bytes(encode(codes).contiguous())
 
-    def scales(self, repeats: int = 1) -> Iterator[memoryview]:
-        """Yield the bytes of the scales (N, K / group) float32, each so many times in a row, once all codes are made."""
+    def scales(self, repeats: int = 1, times: int = 1) -> Iterator[memoryview]:
+        """Yield the bytes of the scales (N, K / group) float32 once all codes are made.
+
+        Args:
+            repeats: how often each stands in a row.
+            times: what they are multiplied by.
+        """
         for scales in self._scales:
-            yield as_bytes(scales.repeat_interleave(repeats, 1).contiguous())
+            yield as_bytes((scales * times).repeat_interleave(repeats, 1).contiguous())
 
 
 def nibbles(codes: Tensor, *, high_first: bool = False) -> Tensor:

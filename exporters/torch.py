@@ -9,6 +9,7 @@ from ..weights import Checkpoint, convert, place
 from . import bitsandbytes
 from .costs import BYTES_PER_S, PACKED_TIMES, stored_bytes
 from .exporter import Cost, Lowered
+from .packing import storage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,14 +18,12 @@ if TYPE_CHECKING:
     from ..quantize.format import Format
     from .exporter import Subject
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-
 _BASE_BYTES, _PACKING_BYTES = 155_000_000, 400_000_000
 
 
 class TorchExporter:
     version: ClassVar[int] = 1
-    precisions: ClassVar[tuple[str, ...]] = (*_DTYPES, *bitsandbytes.PRECISIONS)
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", *bitsandbytes.PRECISIONS)
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def packages(self) -> tuple[str, ...]:
@@ -39,7 +38,7 @@ class TorchExporter:
         operations: int,  # noqa: ARG002
         shared: bool,
     ) -> Cost:
-        dtype = _DTYPES.get(precision, "bfloat16")
+        dtype = storage(precision)
         weights = stored_bytes(checkpoint, dtype, weight_format, matrices_alone=True)
         if weight_format:
             written = sum(weights.values())
@@ -53,7 +52,7 @@ class TorchExporter:
             how = "written"
             kept = bitsandbytes.write(subject.checkpoint, subject.module(), subject.weight_format, folder)
         else:
-            how = _write(subject, _DTYPES[subject.precision], folder)
+            how = _write(subject, storage(subject.precision), folder)
         totals: dict[str, int] = defaultdict(int)
         for label, entry in bitsandbytes.weights_of(Checkpoint.open(folder)):
             totals[label] += entry.length
