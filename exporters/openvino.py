@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .hollow import Hollow
 
 FILE = "openvino_model.xml"
+_ROUNDING = {"MatMul", "Convolution"}
 _LEAST_BYTES = 1024
 """Smaller constants are OpenVINO's to write."""
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32", "boolean": "bool"}
@@ -38,8 +39,8 @@ class OpenVINOExporter:
     computes in is decided by the recipe when the part is loaded, never by OpenVINO's default.
     """
 
-    version: ClassVar[int] = 4
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8", "int4", "nf4", "w8a8-dynamic")
+    version: ClassVar[int] = 5
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic")
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"timestep": ("f32",)}
 
     def packages(self) -> tuple[str, ...]:
@@ -65,6 +66,7 @@ class OpenVINOExporter:
             model = _convert(subject.part, program)
             layers = list(_layers(model, program))
             model, entries = _with_interface(model, program, hollow, subject.inputs, subject.outputs)
+            _round_activations(model, entries, subject.activations)
             write_layers(layers, subject.checkpoint, folder)
             return (model, entries), {entry.name for entry in entries}
 
@@ -139,6 +141,31 @@ def _take_weights_out(model: Any, hollow: Hollow) -> tuple[list[Any], list[Entry
             parameters.append(parameter)
             entries.append(entry)
     return parameters, entries
+
+
+def _round_activations(model: Any, entries: list[Entry], scales: Mapping[str, tuple[float, float]]) -> None:  # noqa: ANN401
+    """Let calibrated layers round what they are given: FakeQuantize, which the plugins turn into 8-bit integers.
+
+    Each activation is rounded once for all layers that take it with the same scale.
+    """
+    import numpy as np
+    from openvino import opset13
+
+    rounded: dict[tuple[str, int, float], Any] = {}
+    for parameter in model.get_parameters():
+        name = parameter.get_friendly_name()
+        entry = entries[int(name.removeprefix(TENSOR))] if name.startswith(TENSOR) else None
+        both = scales.get(entry.name.removesuffix(".weight")) if entry else None
+        for target in list(parameter.output(0).get_target_inputs()) if both else []:
+            layer, scale = target.get_node(), both[0]
+            if layer.get_type_name() not in _ROUNDING or target.get_index() != 1:
+                continue
+            given = layer.input_value(0)
+            key = (given.get_node().get_friendly_name(), given.get_index(), scale)
+            if key not in rounded:
+                least, most = (opset13.constant(np.float32(step * scale)) for step in (-128, 127))
+                rounded[key] = opset13.fake_quantize(given, least, most, least, most, levels=256)
+            layer.input(0).replace_source_output(rounded[key].output(0))
 
 
 def _fit(parameter: Any, port: Port) -> Any:  # noqa: ANN401

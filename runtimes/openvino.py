@@ -24,9 +24,10 @@ _HINTS = {
     "int8": "bf16",
     "int4": "bf16",
     "nf4": "bf16",
+    "w8a8": "bf16",
     "w8a8-dynamic": "bf16",
 }
-"""Precision -> what is computed in; of the last four, what their products give."""
+"""Precision -> what is computed in; of those of low bits, what their products give."""
 _ROUNDED = {"w8a8-dynamic": "128"}
 """Precision -> how many activations in a row the products round with one scale, as they come."""
 _PRODUCTS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention"}
