@@ -151,21 +151,23 @@ def _round_activations(model: Any, entries: list[Entry], scales: Mapping[str, tu
     import numpy as np
     from openvino import opset13
 
+    layers = {f"{TENSOR}{number}": entry.name.removesuffix(".weight") for number, entry in enumerate(entries)}
     rounded: dict[tuple[str, int, float], Any] = {}
     for parameter in model.get_parameters():
-        name = parameter.get_friendly_name()
-        entry = entries[int(name.removeprefix(TENSOR))] if name.startswith(TENSOR) else None
-        both = scales.get(entry.name.removesuffix(".weight")) if entry else None
-        for target in list(parameter.output(0).get_target_inputs()) if both else []:
-            layer, scale = target.get_node(), both[0]
-            if layer.get_type_name() not in _ROUNDING or target.get_index() != 1:
+        layer = layers.get(parameter.get_friendly_name())
+        if layer not in scales:
+            continue
+        scale, _ = scales[layer]
+        for target in parameter.output(0).get_target_inputs():
+            operation = target.get_node()
+            if operation.get_type_name() not in _ROUNDING or target.get_index() != 1:
                 continue
-            given = layer.input_value(0)
+            given = operation.input_value(0)
             key = (given.get_node().get_friendly_name(), given.get_index(), scale)
             if key not in rounded:
                 least, most = (opset13.constant(np.float32(step * scale)) for step in (-128, 127))
                 rounded[key] = opset13.fake_quantize(given, least, most, least, most, levels=256)
-            layer.input(0).replace_source_output(rounded[key].output(0))
+            operation.input(0).replace_source_output(rounded[key].output(0))
 
 
 def _fit(parameter: Any, port: Port) -> Any:  # noqa: ANN401
