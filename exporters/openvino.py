@@ -155,7 +155,7 @@ def _round_activations(model: Any, entries: list[Entry], scales: Mapping[str, tu
     rounded: dict[tuple[str, int, float], Any] = {}
     for parameter in model.get_parameters():
         layer = layers.get(parameter.get_friendly_name())
-        if layer not in scales:
+        if layer is None or layer not in scales:
             continue
         scale, _ = scales[layer]
         for target in parameter.output(0).get_target_inputs():
