@@ -22,6 +22,8 @@ SCHEMA = 1
 MANIFEST = "bakeoff.json"
 ACTIVATIONS = "activations.json"
 """In a part's folder: layer -> scales of its input and output, where these were calibrated."""
+_WEIGHT_WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.5, "nf4": 0.5}
+"""dtype or low-bit format -> bytes of a weight."""
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -40,8 +42,17 @@ class PartEntry:
     """`reflinked`, `linked`, `copied` or `written`."""
     weight_bytes: Mapping[str, int]
     tools: Mapping[str, str]
+    weight_shares: Mapping[str, float] = field(default_factory=dict)
+    """dtype or low-bit format -> its share of the weights, by their number."""
     kept: Mapping[str, str] = field(default_factory=dict)
     """Matrix or convolution that a low-bit recipe left in a wider dtype -> why."""
+
+
+def shares_of(weight_bytes: Mapping[str, int]) -> dict[str, float]:
+    """Return dtype or low-bit format -> its share of all weights, by their number; scales count as none."""
+    counts = {name: size / _WEIGHT_WIDTHS[name] for name, size in weight_bytes.items() if name in _WEIGHT_WIDTHS}
+    total = sum(counts.values())
+    return {name: round(count / total, 4) for name, count in sorted(counts.items())} if total else {}
 
 
 @dataclass(frozen=True)
@@ -76,8 +87,9 @@ class Manifest:
         if self.variant is None:
             del content["variant"]
         for part in content["parts"].values():
-            if not part["kept"]:
-                del part["kept"]
+            for name in ("kept", "weight_shares"):
+                if not part[name]:
+                    del part[name]
         content["sha256"] = hashlib.sha256(_canonical(content).encode()).hexdigest()
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 

@@ -23,6 +23,7 @@ from .artifact import (
     describe_files,
     key_of,
     scratch,
+    shares_of,
     staged,
     sweep,
 )
@@ -31,7 +32,7 @@ from .exporters.capture import module_on_hollow, on_hollow
 from .exporters.exporter import Subject
 from .lora import merge
 from .memory import give_back
-from .plan import check_room, is_calibrated, merged_modules, plan
+from .plan import check_room, is_calibrated, merged_modules, mixture_of, plan
 from .recipe import to_dict
 from .runtimes.opening import port_to_dict
 from .weights import layer_names, place, sha256
@@ -200,8 +201,7 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
     inputs, outputs = _ports(part, config, recipe), part.component.outputs(config)
     subject = Subject(
         part=name,
-        precision=recipe.precision,
-        weight_format=plugins.weight_format(recipe.precision),
+        mixture=mixture_of(recipe),
         activations=_activations(planned, part),
         inputs=inputs,
         outputs=outputs,
@@ -225,6 +225,7 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
         outputs=[port_to_dict(port) for port in outputs],
         weights=lowered.weights,
         weight_bytes=lowered.weight_bytes,
+        weight_shares=shares_of(lowered.weight_bytes),
         kept=lowered.kept,
         tools=_versions(exporter),
     )
@@ -239,15 +240,18 @@ def _activations(planned: Plan, part: Part) -> dict[str, tuple[float, float]]:
         message = f"the calibration says nothing of {part.name}"
         raise UsageError(message, fix=f"give it another precision, such as --recipe …,{part.name}=BACKEND:bf16")
     names = layer_names(scales, planned.source.checkpoint(part.module))
-    return {names[path]: both for path, both in scales.items() if path in names}
+    mixture = mixture_of(planned.parts[part.name])
+    named = {names[path]: both for path, both in scales.items() if path in names}
+    return {name: both for name, both in named.items() if (kind := mixture.format_of(name)) and kind.calibrated}
 
 
 def _refuse_unchanged(subject: Subject, lowered: Lowered) -> None:
     """Raise if a low-bit recipe changed no weight of a part."""
-    if subject.weight_format and not lowered.weight_bytes.get(subject.weight_format.name):
+    formats = subject.mixture.formats.values()
+    if formats and not any(lowered.weight_bytes.get(each.name) for each in formats):
         reasons = Counter(lowered.kept.values()).most_common(3)
         why = "; ".join(f"{count} × {reason}" for reason, count in reasons)
-        message = f"{subject.precision} changes no weight of {subject.part}: {why or 'it has none'}"
+        message = f"{subject.mixture.precision} changes no weight of {subject.part}: {why or 'it has none'}"
         raise RecipeError(message, fix=f"give it another precision, such as --recipe …,{subject.part}=BACKEND:bf16")
 
 

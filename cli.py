@@ -43,6 +43,7 @@ exit codes:
   130 stopped on request
 """
 _INTERRUPTED = 130
+_LOW_BIT = ("int8", "int4", "nf4")
 _WORTH_SHOWING_BYTES = 10_000
 
 
@@ -295,7 +296,10 @@ def _show(artifact: Artifact, *, as_json: bool) -> None:
         weights = ", ".join(
             f"{size / 1e6:.1f} MB {dtype}" for dtype, size in part.weight_bytes.items() if size > _WORTH_SHOWING_BYTES
         )
-        print(f"  {name:14} {part.backend}:{part.precision:6} {parity}  {weights} ({part.weights})")
+        shares = "".join(
+            f", {share:.1%} in {dtype}" for dtype, share in part.weight_shares.items() if dtype in _LOW_BIT
+        )
+        print(f"  {name:14} {part.backend}:{part.precision:6} {parity}  {weights} ({part.weights}){shares}")
     print(f"  key {manifest.key}")
 
 

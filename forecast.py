@@ -56,8 +56,7 @@ class Forecast:
             operations = round(components[name].operations * checkpoints[name].matrices)
             parts[name] = plugins.exporter(recipe.backend).cost(
                 checkpoints[name],
-                recipe.precision,
-                plugins.weight_format(recipe.precision),
+                plugins.mixture(recipe.precision, recipe.layers),
                 operations=operations,
                 shared=shared,
             )

@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from .artifact import PartEntry
     from .components.component import Component
     from .components.family import Part
+    from .quantize.mixture import Mixture
     from .runtimes.runtime import Runtime
     from .weights import Checkpoint
 
@@ -183,7 +185,7 @@ def prove_here(folder: str, source: str | None, elsewhere: Mapping[str, str]) ->
             continue
         part = _family_part(artifact, name)
         if origin is not None:
-            _record(part, entry.precision, origin, artifact.folder / "proof")
+            _record(part, _mixture(entry), origin, artifact.folder / "proof")
         results[name] = _prove_part(artifact, part, entry.precision)
         gc.collect()
     return results
@@ -194,7 +196,11 @@ def _family_part(artifact: Artifact, name: str) -> Part:
     return family.variant(artifact.manifest.variant).part(name)
 
 
-def _record(part: Part, precision: str, source: Source, folder: Path) -> None:
+def _mixture(entry: PartEntry) -> Mixture:
+    return plugins.mixture(entry.precision, entry.key_fields["recipe"].get("layers"))
+
+
+def _record(part: Part, mixture: Mixture, source: Source, folder: Path) -> None:
     """Write inputs, eager fp32 outputs and the floors of one part at three shapes and three timesteps."""
     import torch
     from safetensors.torch import save_file
@@ -202,7 +208,7 @@ def _record(part: Part, precision: str, source: Source, folder: Path) -> None:
     config = source.config(part.module)
     flat = part.component.flat(part.component.load(source.path(part.module), torch.float32))
     tensors: Tensors = {}
-    f0, f1 = 0.0, 0.0
+    f0 = 0.0
     for index, sizes in enumerate(PROOF_SIZES):
         inputs = part.component.example(config, part.component.limit(config, sizes), seed=index)
         expected = _eager(part.component, flat, config, inputs)
@@ -210,32 +216,36 @@ def _record(part: Part, precision: str, source: Source, folder: Path) -> None:
         tensors |= {f"{index}.in.{name}": value for name, value in inputs.items()}
         tensors |= {f"{index}.out.{name}": value.contiguous() for name, value in expected.items()}
     floors = {"f0": f0}
-    if precision != "fp32":
-        weight_format = plugins.weight_format(precision)
-        if weight_format:
-            weight_format.round_module(
-                flat, _calibrated(flat, source.checkpoint(part.module), folder.parent / part.name)
-            )
-        flat = flat.to(torch.bfloat16)
-        for index in range(len(PROOF_SIZES)):
-            inputs, expected = _case(tensors, index)
-            f1 = max(f1, measure(_eager(part.component, flat, config, inputs, torch.bfloat16), expected, {}).error)
-        floors["f1"] = f1
+    if mixture.precision != "fp32":
+        _round(flat, mixture, source.checkpoint(part.module), folder.parent / part.name)
+        dtypes = [torch.float16, torch.bfloat16] if mixture.precision == "fp16" else [torch.bfloat16]
+        floors["f1"] = next(filter(math.isfinite, (_rounded_floor(part, flat, config, tensors, d) for d in dtypes)))
     folder.mkdir(exist_ok=True)
     file = folder / f"{part.name}.safetensors"
     file.unlink(missing_ok=True)  # it may be a link that shares its bytes
     save_file(tensors, file, metadata={k: repr(v) for k, v in floors.items()})
 
 
-def _calibrated(flat: Any, checkpoint: Checkpoint, folder: Path) -> dict[str, tuple[float, float]]:  # noqa: ANN401 - a torch module
-    """Return path of a layer -> scales of its input and output, where the artifact has calibrated ones."""
+def _rounded_floor(
+    part: Part,
+    flat: Any,  # noqa: ANN401 - a torch module
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    dtype: Any,  # noqa: ANN401 - torch's
+) -> float:
+    """Return how far eager in a narrower dtype is from eager fp32; infinite where it overflows."""
+    low = flat.to(dtype)
+    cases = [_case(tensors, index) for index in range(len(PROOF_SIZES))]
+    return max(measure(_eager(part.component, low, config, given, dtype), wide, {}).error for given, wide in cases)
+
+
+def _round(flat: Any, mixture: Mixture, checkpoint: Checkpoint, folder: Path) -> None:  # noqa: ANN401 - a torch module
+    """Let a module compute with the weights, and the calibrated activations, that the artifact has."""
     file = folder / ACTIVATIONS
-    if not file.is_file():
-        return {}
-    scales = json.loads(file.read_text())
+    scales = {name: tuple(both) for name, both in json.loads(file.read_text()).items()} if file.is_file() else {}
     paths = {path.removeprefix(WRAPPER): path for path, _ in flat.named_modules()}
-    names = layer_names(paths, checkpoint)
-    return {paths[own]: tuple(scales[name]) for own, name in names.items() if name in scales}
+    names = {paths[own]: name for own, name in layer_names(paths, checkpoint).items()}
+    mixture.round_module(flat, names, scales)
 
 
 def _eager(component: Component, flat: Any, config: Mapping[str, Any], inputs: Tensors, dtype: Any = None) -> Tensors:  # noqa: ANN401 - modules and dtypes of torch, imported late

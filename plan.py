@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from .artifact import Artifact
     from .components.family import Part
+    from .quantize.mixture import Mixture
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def plan(
     for name, part_recipe in parts.items():
         _check_backend(name, part_recipe)
     parts = {name: _without_idle_options(source, name, part_recipe) for name, part_recipe in parts.items()}
+    parts = {name: _with_layers(source, name, part_recipe) for name, part_recipe in parts.items()}
     calibrated = _open_calibration(calibration, source, parts)
     fields = {
         name: _part_fields(source, source.family.part(name), parts[name], merged, weights, calibrated) for name in parts
@@ -128,6 +130,25 @@ def _without_idle_options(source: Source, name: str, recipe: PartRecipe) -> Part
     return replace(recipe, options={key: value for key, value in recipe.options.items() if key not in idle})
 
 
+def _with_layers(source: Source, name: str, recipe: PartRecipe) -> PartRecipe:
+    """Name each layer that isn't to have the part's precision.
+
+    Raises:
+        RecipeError: there is no such layer, or it can't be mixed with the others.
+    """
+    if not recipe.layers:
+        return recipe
+    entries = source.checkpoint(source.family.part(name).module).entries
+    named = recipe.for_layers(name, {entry.removesuffix(".weight") for entry in entries if entry.endswith(".weight")})
+    possible = plugins.exporter(recipe.backend).layer_precisions.get(recipe.precision, ())
+    for layer, precision in named.layers.items():
+        if precision not in possible:
+            message = f"{layer} of {name} can't be {precision} among layers of {recipe.backend}:{recipe.precision}"
+            fitting = [each for each in possible if each != recipe.precision]
+            raise RecipeError(message, fix=f"give it {' or '.join(fitting)}" if fitting else "leave out layers")
+    return named
+
+
 def _open_calibration(file: str | Path | None, source: Source, parts: Mapping[str, PartRecipe]) -> Calibration | None:
     """Read the calibration that a recipe needs.
 
@@ -149,8 +170,12 @@ def _open_calibration(file: str | Path | None, source: Source, parts: Mapping[st
 
 def is_calibrated(recipe: PartRecipe) -> bool:
     """Say whether a recipe rounds activations with scales that were calibrated."""
-    weight_format = plugins.weight_format(recipe.precision)
-    return weight_format is not None and weight_format.calibrated
+    return any(each.calibrated for each in mixture_of(recipe).formats.values())
+
+
+def mixture_of(recipe: PartRecipe) -> Mixture:
+    """Return the precisions of a part's weights."""
+    return plugins.mixture(recipe.precision, recipe.layers)
 
 
 def _part_fields(
@@ -162,14 +187,14 @@ def _part_fields(
     calibration: Calibration | None,
 ) -> dict[str, Any]:
     own = [lora.fields for lora in loras if part.module in lora.deltas]
-    weight_format = plugins.weight_format(recipe.precision)
+    formats = sorted(f"{each.name}@{each.version}" for each in mixture_of(recipe).formats.values())
     return {
         "source": source.hashes(part.module),
         "component": f"{part.component.name}@{part.component.version}",
         "exporter": f"{recipe.backend}@{plugins.exporter(recipe.backend).version}",
         "recipe": recipe.as_dict(),
         "weights": "own" if weights == "copy" else "shared where possible",
-        **({"format": f"{weight_format.name}@{weight_format.version}"} if weight_format else {}),
+        **({"format": ", ".join(formats)} if formats else {}),
         **({"calibration": calibration.info["sha256"]} if calibration and is_calibrated(recipe) else {}),
         **({"loras": own} if own else {}),
     }

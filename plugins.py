@@ -16,8 +16,11 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError, UnavailableError, unknown
+from .quantize.mixture import Mixture
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from .components.family import Family
     from .exporters.exporter import Exporter
     from .quantize.format import Format
@@ -65,6 +68,12 @@ def weight_format(precision: str) -> Format | None:
         return None
     made: Format = _load("formats", "weight format", precision)()
     return made
+
+
+def mixture(precision: str, layers: Mapping[str, str] | None = None) -> Mixture:
+    """Return the formats of a part's precision and of its layers' that differ."""
+    found = {name: weight_format(name) for name in {precision, *(layers or {}).values()}}
+    return Mixture(precision, {name: each for name, each in found.items() if each}, layers or {})
 
 
 def hooks(event: str) -> list[Any]:

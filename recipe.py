@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -86,14 +87,34 @@ class PartRecipe:
     backend: str
     precision: str
     options: Mapping[str, str] = field(default_factory=dict)
+    layers: Mapping[str, str] = field(default_factory=dict)
+    """Layer, as the checkpoint's keys name it, or a pattern with `*` -> precision, where it isn't the part's. Of patterns
+    that fit the same layer the last counts."""
 
     def __str__(self) -> str:
-        return f"{self.backend}:{self.precision}" + "".join(
-            f"+{key}={value}" if value else f"+{key}" for key, value in sorted(self.options.items())
-        )
+        options = "".join(f"+{key}={value}" if value else f"+{key}" for key, value in sorted(self.options.items()))
+        count = len(self.layers)
+        others = f" but for {count} layer{'s' if count > 1 else ''}" if count else ""
+        return f"{self.backend}:{self.precision}{options}{others}"
 
     def as_dict(self) -> dict[str, Any]:
-        return {"backend": self.backend, "precision": self.precision, **dict(sorted(self.options.items()))}
+        layers = {"layers": dict(sorted(self.layers.items()))} if self.layers else {}
+        return {"backend": self.backend, "precision": self.precision, **dict(sorted(self.options.items())), **layers}
+
+    def for_layers(self, part: str, known: Iterable[str]) -> PartRecipe:
+        """Return the recipe with patterns replaced by the layers that they fit, and what changes nothing left out.
+
+        Raises:
+            RecipeError: one fits no layer.
+        """
+        names = sorted(known)
+        found: dict[str, str] = {}
+        for pattern, precision in self.layers.items():
+            fitting = fnmatch.filter(names, pattern)
+            if not fitting:
+                raise RecipeError(unknown(f"layer of {part}", pattern, names))
+            found |= dict.fromkeys(fitting, precision)
+        return replace(self, layers={name: each for name, each in found.items() if each != self.precision})
 
 
 @dataclass(frozen=True)
@@ -256,6 +277,9 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
         RecipeError: a key is missing or isn't what it should be.
     """
     fields = dict(data)
+    if "layers" in fields:
+        message = "got layers for all parts, expected them under a part's table: [parts.unet.layers]"
+        raise RecipeError(message)
     parts = fields.pop("parts", {})
     if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):
         message = f"got parts = {parts!r}, expected a table for each part: [parts.vae_decoder]"
@@ -267,16 +291,21 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
 
 def _part_from_dict(data: Mapping[str, Any]) -> PartRecipe:
     options = dict(data)
+    layers = options.pop("layers", {})
+    if not isinstance(layers, dict) or not all(isinstance(each, str) for each in layers.values()):
+        message = f"got layers = {layers!r}, expected a precision for each: conv_in = 'bf16'"
+        raise RecipeError(message)
     backend, precision = options.pop("backend", None), options.pop("precision", None)
     if not isinstance(backend, str) or not isinstance(precision, str):
         message = f"got {dict(data)}, expected backend and precision, such as backend = 'onnx' and precision = 'fp32'"
         raise RecipeError(message)
-    _check_precision(precision)
+    for each in (precision, *layers.values()):
+        _check_precision(each)
     for key, value in options.items():
         if not isinstance(value, str):
             message = f"got {key} = {value!r} in a recipe, expected text"
             raise RecipeError(message)
-    return PartRecipe(backend, precision, options)
+    return PartRecipe(backend, precision, options, layers)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from ..weights import TORCH_DTYPES, Streamed, as_bytes, layer_names, streamed, write_streamed
+from .exporter import SCALES
 from .packing import Packing, nibbles
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..quantize.format import Format
+    from ..quantize.mixture import Mixture
     from ..weights import Checkpoint, Entry
 
 PRECISIONS = ("int8", "nf4")
@@ -26,23 +28,23 @@ _ROW_MAJOR = 0
 _INT8_STEPS = 127
 
 
-def write(checkpoint: Checkpoint, module: nn.Module, weight_format: Format, folder: Path) -> dict[str, str]:
+def write(checkpoint: Checkpoint, module: nn.Module, mixture: Mixture, folder: Path) -> dict[str, str]:
     """Write a module's checkpoint with codes for its Linear layers, and say so in its `config.json`.
 
     Args:
         checkpoint: of the module.
         module: as its library builds it; its weights aren't read.
-        weight_format: int8 or nf4.
+        mixture: int8 or nf4, but for layers in bfloat16.
         folder: has the `config.json`.
 
     Returns:
         Matrix or convolution that is left as it is -> why.
     """
-    layers = _linear_layers(module, checkpoint)
+    layers, weight_format = _linear_layers(module, checkpoint), mixture.formats[mixture.precision]
     kept: dict[str, str] = {}
     tensors: list[Streamed] = []
     for entry in checkpoint.entries.values():
-        obstacle = weight_format.obstacle(entry.shape)
+        obstacle = mixture.obstacle(entry.name, entry.shape)
         if obstacle is None and entry.name not in layers:
             obstacle = "bitsandbytes has codes for Linear layers alone"
         if obstacle is None:
@@ -124,8 +126,9 @@ def _config(weight_format: Format, skipped: list[str]) -> dict[str, Any]:
 
 
 def weights_of(checkpoint: Checkpoint) -> Iterator[tuple[str, Entry]]:
-    """Yield each tensor of a written checkpoint with what its bytes count as: a format, or a torch dtype."""
+    """Yield each tensor of a written checkpoint with what its bytes count as: a format, its scales, or a torch dtype."""
     coded = {stored_name(name) for name in checkpoint.entries} - {None}
     for name, entry in checkpoint.entries.items():
         label = {"I8": "int8", "U8": "nf4"}.get(entry.dtype) if name in coded else None
-        yield label or TORCH_DTYPES.get(entry.dtype, entry.dtype.lower()), entry
+        beside = SCALES if stored_name(name) else TORCH_DTYPES.get(entry.dtype, entry.dtype.lower())
+        yield label or beside, entry

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from .exporter import Cost
+from .exporter import SCALES, Cost
+from .packing import storage
 
 if TYPE_CHECKING:
-    from ..quantize.format import Format
+    from ..quantize.mixture import Mixture
     from ..weights import Checkpoint
 
 BYTES_PER_S = 4e8
@@ -20,16 +21,16 @@ _GRAPH_BYTES, _OPERATION_BYTES, _PACKING_BYTES = 530_000_000, 45_000, 80_000_000
 _OPERATION_S = 0.03
 
 
-def graph_cost(weights: dict[str, int], written: int, operations: int, weight_format: Format | None) -> Cost:
+def graph_cost(weights: dict[str, int], written: int, operations: int, *, packs: bool) -> Cost:
     """Predict what capturing, lowering and writing a graph of so many operations takes.
 
     Args:
         weights: dtype -> bytes.
         written: bytes that aren't shared with the checkpoint.
         operations: of the captured graph.
-        weight_format: of codes, if there are any.
+        packs: whether weights become codes.
     """
-    packing, times = (_PACKING_BYTES, PACKED_TIMES) if weight_format else (0, 1)
+    packing, times = (_PACKING_BYTES, PACKED_TIMES) if packs else (0, 1)
     return Cost(
         anon_bytes=_GRAPH_BYTES + _OPERATION_BYTES * operations + packing,
         disk_bytes=written,
@@ -38,17 +39,17 @@ def graph_cost(weights: dict[str, int], written: int, operations: int, weight_fo
     )
 
 
-def stored_bytes(
-    checkpoint: Checkpoint, dtype: str, weight_format: Format | None, *, matrices_alone: bool = False
-) -> dict[str, int]:
-    """Return dtype -> bytes that a checkpoint takes, with codes wherever the format has them and the rest as `dtype`."""
+def stored_bytes(checkpoint: Checkpoint, mixture: Mixture, *, matrices_alone: bool = False) -> dict[str, int]:
+    """Return dtype -> bytes that a checkpoint takes, with codes wherever a format has them."""
     totals: dict[str, int] = defaultdict(int)
     for entry in checkpoint.entries.values():
+        weight_format = mixture.format_of(entry.name)
         left = matrices_alone and len(entry.shape) > 2  # noqa: PLR2004 - a convolution
         if left or weight_format is None or weight_format.obstacle(entry.shape):
+            dtype = storage(mixture.precision_of(entry.name))
             totals[dtype] += entry.bytes_in(dtype)
         else:
             codes, scales = weight_format.stored_bytes(entry.shape)
             totals[weight_format.name] += codes
-            totals["float32"] += scales
+            totals[SCALES] += scales
     return dict(totals)

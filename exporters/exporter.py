@@ -13,9 +13,13 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from ..components.component import Port
-    from ..quantize.format import Format
+    from ..quantize.mixture import Mixture
     from ..weights import Checkpoint
     from .hollow import Hollow
+
+
+SCALES = "scales"
+"""What the bytes of the scales beside codes count as; they are of float32."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,8 @@ class Subject:
     """What an exporter gets: one part, and its checkpoint in whatever dtype it has."""
 
     part: str
-    precision: str
-    weight_format: Format | None
-    """What weights are rounded to, where the precision is one of low-bit weights."""
+    mixture: Mixture
+    """The precision of its weights."""
     activations: Mapping[str, tuple[float, float]]
     """Layer -> scales of its input and its output, where the recipe rounds activations with calibrated ones."""
     inputs: tuple[Port, ...]
@@ -62,7 +65,7 @@ class Lowered:
     weights: str
     """`reflinked`, `linked`, `copied` or `written`."""
     weight_bytes: Mapping[str, int] = field(default_factory=dict)
-    """dtype -> bytes of weights in it; codes of a low-bit format under its name."""
+    """dtype -> bytes of weights in it; codes of a low-bit format under its name, their scales as `SCALES`."""
     kept: Mapping[str, str] = field(default_factory=dict)
     """Matrix or convolution that a low-bit recipe left in a wider dtype -> why."""
 
@@ -73,14 +76,15 @@ class Exporter(Protocol):
     version: ClassVar[int]
     """Raised when a change here changes the files: part of an artifact's key."""
     precisions: ClassVar[tuple[str, ...]]
+    layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Precision of a part -> those that some of its layers may have instead; none unless said."""
     options: ClassVar[Mapping[str, tuple[str, ...]]]
     """Option of a recipe -> the values it may have. One named after an input asks for the dtype of that input's port."""
 
     def cost(
         self,
         checkpoint: Checkpoint,
-        precision: str,
-        weight_format: Format | None,
+        mixture: Mixture,
         *,
         operations: int,
         shared: bool,
@@ -89,8 +93,7 @@ class Exporter(Protocol):
 
         Args:
             checkpoint: of the part's module.
-            precision: of the recipe.
-            weight_format: what weights are rounded to in that precision, if they are.
+            mixture: the precision of its weights.
             operations: of the captured graph, about.
             shared: whether bytes that needn't change come into the folder without being copied.
         """

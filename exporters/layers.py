@@ -17,14 +17,16 @@ _WRAPPER = "module"
 """Name that a component's wrapper gives to the module that it wraps."""
 
 
-def write_layers(nodes: Iterable[tuple[str, str]], checkpoint: Checkpoint, folder: Path) -> None:
-    """Write module path -> node names, from pairs of (path in the captured module, node name)."""
+def write_layers(nodes: Iterable[tuple[str, str]], checkpoint: Checkpoint, folder: Path) -> dict[str, list[str]]:
+    """Write module path -> node names, from pairs of (path in the captured module, node name); return that."""
     layers: dict[str, list[str]] = defaultdict(list)
     for path, name in nodes:
         layers[_unwrapped(path)].append(name)
     layers.pop("", None)  # what belongs to no module
     prefix = _prefix(layers, {key.rpartition(".")[0] for key in checkpoint.entries})
-    (folder / FILE).write_text(json.dumps({prefix + path: names for path, names in layers.items()}, indent=1) + "\n")
+    named = {prefix + path: names for path, names in layers.items()}
+    (folder / FILE).write_text(json.dumps(named, indent=1) + "\n")
+    return named
 
 
 def _unwrapped(path: str) -> str:

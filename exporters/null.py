@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ..quantize.format import Format
+    from ..quantize.mixture import Mixture
     from ..weights import Checkpoint
     from .exporter import Subject
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 class NullExporter:
     version: ClassVar[int] = 1
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def cost(
         self,
         checkpoint: Checkpoint,  # noqa: ARG002
-        precision: str,  # noqa: ARG002
-        weight_format: Format | None,  # noqa: ARG002
+        mixture: Mixture,  # noqa: ARG002
         *,
         operations: int,  # noqa: ARG002
         shared: bool,  # noqa: ARG002

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from ..components.component import Port
-    from ..quantize.format import Format
+    from ..quantize.mixture import Mixture
     from ..weights import Checkpoint
     from .exporter import Subject
     from .hollow import Hollow
@@ -38,28 +38,28 @@ class OnnxExporter:
     """`model.onnx`: a graph of a few MB; every tensor that equals one of the checkpoint points into its file.
 
     2-D weights keep their bytes too: Linear layers come as MatMul with Transpose(weight), which the runtimes
-    fold when they load. bf16 is what weights are stored in: the graph widens them and computes in float32, which
+    fold when they load. bf16 and fp16 are what weights are stored in: the graph widens them and computes in float32, which
     every execution provider can. Low-bit weights are ONNX Runtime's MatMulNBits, MatMulBnb4 and GatherBlockQuantized;
     those of convolutions, for int8, are widened as they run.
     """
 
-    version: ClassVar[int] = 4
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic")
+    version: ClassVar[int] = 5
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic")
+    layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(precisions, precisions)
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def cost(
         self,
         checkpoint: Checkpoint,
-        precision: str,
-        weight_format: Format | None,
+        mixture: Mixture,
         *,
         operations: int,
         shared: bool,
     ) -> Cost:
-        dtype = storage(precision)
-        weights = stored_bytes(checkpoint, dtype, weight_format)
-        written = 0 if shared and not weight_format and checkpoint.is_in(dtype) else sum(weights.values())
-        return graph_cost(weights, written, operations, weight_format)
+        weights = stored_bytes(checkpoint, mixture)
+        linked = shared and mixture.is_plain and checkpoint.is_in(storage(mixture.precision))
+        written = 0 if linked else sum(weights.values())
+        return graph_cost(weights, written, operations, packs=bool(mixture.formats))
 
     def packages(self) -> tuple[str, ...]:
         return ("torch", "onnx", "onnx-ir", "onnxscript")
@@ -77,7 +77,7 @@ class OnnxExporter:
         _strip(model)
         write_layers(_layers(model), subject.checkpoint, folder)
         _save(model, folder)
-        return Lowered(brought.how, weight_bytes(model, subject.weight_format), brought.kept)
+        return Lowered(brought.how, weight_bytes(model, brought.labels), brought.kept)
 
 
 def _translate(subject: Subject, captured: ExportedProgram) -> onnx_ir.Model:

@@ -7,16 +7,18 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..weights import Streamed, as_bytes, place, read_header, streamed, write_entries, write_streamed
+from .exporter import SCALES
 from .onnx_codes import DTYPES, Encoder
 from .packing import storage
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import onnx_ir
     from torch import Tensor
 
-    from ..quantize.format import Format
+    from ..quantize.mixture import Mixture
     from ..weights import Entry
     from .exporter import Subject
     from .hollow import Hollow
@@ -55,17 +57,18 @@ class Brought:
 
     how: str
     kept: dict[str, str] = field(default_factory=dict)
-    """Weight that the recipe's low-bit format left as it is -> why."""
+    """Weight that the recipe's low-bit formats left as it is -> why."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Initializer of codes, or of their scales -> what its bytes count as."""
 
 
 def bring(model: onnx_ir.Model, weights: Weights, subject: Subject, folder: Path) -> Brought:
     """Point initializers into safetensors files in the folder, the checkpoint's own where nothing changes."""
-    if subject.weight_format is None:
+    if subject.mixture.is_plain:
         how, moved = _place(weights.found, subject, folder)
         brought = Brought(how)
     else:
-        encoder = Encoder(model, subject.weight_format, subject.precision, subject.activations)
-        brought, moved = _pack(model, weights.found, encoder, folder)
+        brought, moved = _pack(model, weights.found, subject, folder)
     for name, entry in moved.items():
         value = model.graph.initializers[name]
         _point(value, entry, folder)
@@ -76,14 +79,12 @@ def bring(model: onnx_ir.Model, weights: Weights, subject: Subject, folder: Path
     return brought
 
 
-def weight_bytes(model: onnx_ir.Model, weight_format: Format | None) -> dict[str, int]:
-    """Sum the initializers' bytes by dtype; codes count under their format's name."""
+def weight_bytes(model: onnx_ir.Model, labels: Mapping[str, str]) -> dict[str, int]:
+    """Sum the initializers' bytes by dtype, or by what codes and scales count as."""
     totals: dict[str, int] = defaultdict(int)
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:
-            codes = weight_format is not None and name.endswith(".codes")
-            dtype = weight_format.name if weight_format and codes else str(value.const_value.dtype.numpy())
-            totals[dtype] += value.const_value.nbytes
+            totals[labels.get(name, str(value.const_value.dtype.numpy()))] += value.const_value.nbytes
     return dict(totals)
 
 
@@ -101,7 +102,7 @@ def _torch_tensor(value: onnx_ir.Value) -> Tensor | None:
 
 def _place(found: dict[str, Entry], subject: Subject, folder: Path) -> tuple[str, dict[str, Entry]]:
     """Bring the checkpoint's tensors into the folder; return how, and where each initializer's bytes lie now."""
-    dtype = storage(subject.precision)
+    dtype = storage(subject.mixture.precision)
     used = {entry.name: entry for entry in found.values()}
     if not used:
         return "written", {}
@@ -152,23 +153,37 @@ def _write_made(model: onnx_ir.Model, made: dict[str, Tensor], folder: Path) -> 
 
 
 def _pack(
-    model: onnx_ir.Model, found: dict[str, Entry], encoder: Encoder, folder: Path
+    model: onnx_ir.Model, found: dict[str, Entry], subject: Subject, folder: Path
 ) -> tuple[Brought, dict[str, Entry]]:
-    """Write codes for what the format and the graph allow, the rest in bfloat16; return where the rest lies."""
+    """Write codes for what the formats and the graph allow, the rest as floats; return where the rest lies."""
+    mixture = subject.mixture
+    encoders = {
+        name: Encoder(model, weight_format, name, subject.activations)
+        for name, weight_format in mixture.formats.items()
+    }
     brought = Brought("written")
     packed: list[Streamed] = []
     plain: dict[str, Entry] = {}
     for name, entry in found.items():
-        encoded = encoder.encode(model.graph.initializers[name], entry)
-        if isinstance(encoded, str):
-            plain[name] = entry
-            if len(entry.shape) > 1:
-                brought.kept[entry.name] = encoded
-        else:
+        encoder = encoders.get(mixture.precision_of(entry.name))
+        value = model.graph.initializers[name]
+        encoded = encoder.encode(value, entry) if encoder else mixture.obstacle(entry.name, entry.shape)
+        if isinstance(encoded, list):
             packed += encoded
+            brought.labels |= {tensor.name: _label(mixture, entry, tensor) for tensor in encoded}
             del model.graph.initializers[name]
-    rest = {entry.name: streamed(entry, "bfloat16") for entry in plain.values()}
+            continue
+        plain[name] = entry
+        if encoded and len(entry.shape) > 1:
+            brought.kept[entry.name] = encoded
+    rest = {entry.name: streamed(entry, storage(mixture.precision_of(entry.name))) for entry in plain.values()}
     written = write_streamed([*packed, *rest.values()], folder / FILE)
     for tensor in packed:
         _point(model.graph.initializers[tensor.name], written[tensor.name], folder)
     return brought, {name: written[entry.name] for name, entry in plain.items()}
+
+
+def _label(mixture: Mixture, entry: Entry, tensor: Streamed) -> str:
+    """Return what the bytes of codes, or of their scales, count as."""
+    weight_format = mixture.format_of(entry.name)
+    return weight_format.name if weight_format and tensor.name.endswith(".codes") else SCALES

@@ -11,7 +11,6 @@ from .exporter import Cost, Lowered
 from .hollow import lower_hollow
 from .layers import write_layers
 from .openvino_weights import TENSOR, write_weights
-from .packing import storage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from ..components.component import Port
-    from ..quantize.format import Format
+    from ..quantize.mixture import Mixture
     from ..weights import Checkpoint, Entry
     from .exporter import Subject
     from .hollow import Hollow
@@ -40,7 +39,12 @@ class OpenVINOExporter:
     """
 
     version: ClassVar[int] = 5
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic")
+    layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **dict.fromkeys(("bf16", "int8", "int4", "nf4", "w8a8"), ("fp32", "bf16", "int8", "int4", "nf4", "w8a8")),
+        "fp16": ("fp32", "fp16"),
+        "w8a8-dynamic": ("fp32", "bf16", "w8a8-dynamic"),
+    }
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"timestep": ("f32",)}
 
     def packages(self) -> tuple[str, ...]:
@@ -49,14 +53,13 @@ class OpenVINOExporter:
     def cost(
         self,
         checkpoint: Checkpoint,
-        precision: str,
-        weight_format: Format | None,
+        mixture: Mixture,
         *,
         operations: int,
         shared: bool,  # noqa: ARG002
     ) -> Cost:
-        weights = stored_bytes(checkpoint, storage(precision), weight_format)
-        return graph_cost(weights, sum(weights.values()), operations, weight_format)
+        weights = stored_bytes(checkpoint, mixture)
+        return graph_cost(weights, sum(weights.values()), operations, packs=bool(mixture.formats))
 
     def lower(self, subject: Subject, folder: Path) -> Lowered:
         import openvino
@@ -66,14 +69,14 @@ class OpenVINOExporter:
             model = _convert(subject.part, program)
             layers = list(_layers(model, program))
             model, entries = _with_interface(model, program, hollow, subject.inputs, subject.outputs)
-            _round_activations(model, entries, subject.activations)
-            write_layers(layers, subject.checkpoint, folder)
+            _round_activations(model, entries, subject)
+            _keep_wide(model, write_layers(layers, subject.checkpoint, folder), subject.mixture)
             return (model, entries), {entry.name for entry in entries}
 
         model, entries = lower_hollow(subject.part, subject.capture, translate)
         openvino.save_model(model, folder / FILE, compress_to_fp16=False)
         del model
-        written = write_weights(folder / FILE, entries, subject.precision, subject.weight_format)
+        written = write_weights(folder / FILE, entries, subject.mixture)
         return Lowered("written", written.weight_bytes, written.kept)
 
 
@@ -143,7 +146,15 @@ def _take_weights_out(model: Any, hollow: Hollow) -> tuple[list[Any], list[Entry
     return parameters, entries
 
 
-def _round_activations(model: Any, entries: list[Entry], scales: Mapping[str, tuple[float, float]]) -> None:  # noqa: ANN401
+def _keep_wide(model: Any, layers: Mapping[str, list[str]], mixture: Mixture) -> None:  # noqa: ANN401
+    """Mark the operations of layers that the recipe has in float32, where others are in less."""
+    wide = {name for layer, names in layers.items() if mixture.layers.get(layer) == "fp32" for name in names}
+    for operation in model.get_ops() if wide else []:
+        if operation.get_friendly_name() in wide:
+            operation.get_rt_info()["precise_0"] = ""
+
+
+def _round_activations(model: Any, entries: list[Entry], subject: Subject) -> None:  # noqa: ANN401
     """Let calibrated layers round what they are given: FakeQuantize, which the plugins turn into 8-bit integers.
 
     Each activation is rounded once for all layers that take it with the same scale.
@@ -155,9 +166,9 @@ def _round_activations(model: Any, entries: list[Entry], scales: Mapping[str, tu
     rounded: dict[tuple[str, int, float], Any] = {}
     for parameter in model.get_parameters():
         layer = layers.get(parameter.get_friendly_name())
-        if layer is None or layer not in scales:
+        if layer is None or layer not in subject.activations:
             continue
-        scale, _ = scales[layer]
+        scale, _ = subject.activations[layer]
         for target in parameter.output(0).get_target_inputs():
             operation = target.get_node()
             if operation.get_type_name() not in _ROUNDING or target.get_index() != 1:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from ..weights import SAFETENSORS_DTYPES, TORCH_DTYPES, read_chunks
+from .exporter import SCALES
 from .packing import Packing, nibbles, storage
 
 if TYPE_CHECKING:
@@ -16,14 +17,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..quantize.format import Format
+    from ..quantize.mixture import Mixture
     from ..weights import Entry
 
 TENSOR = "checkpoint tensor "
 """Parameters of this name, with a number, stand where the graph has tensors of the checkpoint."""
-_ELEMENTS = {"F32": "f32", "BF16": "bf16"}
+_ELEMENTS = {"F32": "f32", "BF16": "bf16", "F16": "f16"}
 _CODES = {"int8": "i8", "int4": "i4", "nf4": "nf4"}
 """Weight format -> OpenVINO's element type of its codes."""
 _ALIGNMENT = 64
+_SCALE = "/scale"
+"""What the names of the constants end in that hold scales."""
 
 
 @dataclass(frozen=True)
@@ -36,25 +40,24 @@ class Written:
     """Weight that the format left as it is -> why."""
 
 
-def write_weights(file: Path, entries: Sequence[Entry], precision: str, weight_format: Format | None) -> Written:
+def write_weights(file: Path, entries: Sequence[Entry], mixture: Mixture) -> Written:
     """Turn an IR's stand-in parameters into constants, and stream the tensors behind those that are already there.
 
     Args:
         file: the IR, whose parameter `TENSOR` + N stands for `entries[N]`.
         entries: of the checkpoint.
-        precision: of the recipe.
-        weight_format: what weights are rounded to, if they are.
+        mixture: the precision of each weight.
     """
     tree = ET.parse(file)  # noqa: S314 - the file is our own, just written
     graph = _Graph(tree.getroot())
-    dtype = SAFETENSORS_DTYPES[storage(precision)]
     kept: dict[str, str] = {}
     places: dict[tuple[str, bool], list[tuple[int, int]]] = {}
     with file.with_suffix(".bin").open("ab") as stream:
         for layer in graph.stand_ins():
             entry = entries[int(layer.attrib["name"].removeprefix(TENSOR))]
-            obstacle = _obstacle(layer, entry, weight_format) if weight_format else None
-            codes = None if obstacle else weight_format
+            obstacle = _obstacle(layer, entry, mixture)
+            codes = None if obstacle else mixture.format_of(entry.name)
+            dtype = SAFETENSORS_DTYPES[storage(mixture.precision_of(entry.name))]
             place = (entry.name, codes is not None)
             layer.attrib["name"] = entry.name if place not in places else f"{entry.name} again {layer.attrib['id']}"
             if place not in places:
@@ -69,17 +72,17 @@ def write_weights(file: Path, entries: Sequence[Entry], precision: str, weight_f
             if obstacle and len(entry.shape) > 1:
                 kept[entry.name] = obstacle
         graph.write_shapes(stream)
-    if precision != "fp32":
+    if mixture.precision != "fp32":
         graph.keep_angles_precise()
     graph.rewire()
     tree.write(file, encoding="utf-8", xml_declaration=True)
     return Written(graph.constant_bytes(), kept)
 
 
-def _obstacle(layer: ET.Element, entry: Entry, weight_format: Format) -> str | None:
-    if _dims(layer) != list(entry.shape):
+def _obstacle(layer: ET.Element, entry: Entry, mixture: Mixture) -> str | None:
+    if mixture.format_of(entry.name) and _dims(layer) != list(entry.shape):
         return "of another shape in the graph"
-    return weight_format.obstacle(entry.shape)
+    return mixture.obstacle(entry.name, entry.shape)
 
 
 def _write(chunks: Iterable[bytes | memoryview], stream: BinaryIO) -> tuple[int, int]:
@@ -141,7 +144,7 @@ class _Graph:
         _become_constant(layer, element, codes)
         widened, dims = self._widening(layer), _dims(layer)
         by_channel = [dims[0], groups, 1] if groups else [dims[0], *[1] * (len(dims) - 1)]
-        scale = self._add("Const", f"{layer.attrib['name']}/scale", [], by_channel)
+        scale = self._add("Const", layer.attrib["name"] + _SCALE, [], by_channel)
         scale.insert(0, ET.Element("data", _constant("f32", by_channel, scales)))
         product = self._add("Multiply", f"{layer.attrib['name']}/dequantized", [dims, by_channel], dims)
         product.insert(0, ET.Element("data", {"auto_broadcast": "numpy"}))
@@ -215,7 +218,8 @@ class _Graph:
             if info is None:
                 info = ET.Element("rt_info")
                 layer.insert(1 if layer.find("data") is not None else 0, info)
-            info.append(ET.Element("attribute", {"name": "precise", "version": "0"}))
+            if not any(each.attrib["name"] == "precise" for each in info):
+                info.append(ET.Element("attribute", {"name": "precise", "version": "0"}))
             waiting.extend(parents[layer_id])
 
     def rewire(self) -> None:
@@ -234,9 +238,12 @@ class _Graph:
         totals: dict[str, int] = defaultdict(int)
         names = {short: TORCH_DTYPES[long] for long, short in _ELEMENTS.items()}
         names |= {element: name for name, element in _CODES.items()}
-        for data in self._layers.iterfind("layer[@type='Const']/data"):
+        for layer in self._layers.iterfind("layer[@type='Const']"):
+            data = layer.find("data")
+            assert data is not None  # noqa: S101 - a constant has one
             element = data.attrib["element_type"]
-            totals[names.get(element, element)] += int(data.attrib["size"])
+            scales = layer.attrib["name"].endswith(_SCALE)
+            totals[SCALES if scales else names.get(element, element)] += int(data.attrib["size"])
         return dict(totals)
 
 
@@ -270,7 +277,7 @@ def _constant(element: str, dims: list[int], place: tuple[int, int]) -> dict[str
 
 
 def _precision(element: str) -> str:
-    return {"f32": "FP32"}.get(element, element.upper())
+    return {"f32": "FP32", "f16": "FP16"}.get(element, element.upper())
 
 
 def _port(number: int, precision: str, dims: list[int]) -> ET.Element:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def storage(precision: str) -> str:
     """Return the torch dtype of the weights that aren't codes."""
-    return "float32" if precision == "fp32" else "bfloat16"
+    return {"fp32": "float32", "fp16": "float16"}.get(precision, "bfloat16")
 
 
 class Packing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, ClassVar
 
-from ..weights import Checkpoint, convert, place
+from ..weights import Checkpoint, convert, place, streamed, write_streamed
 from . import bitsandbytes
 from .costs import BYTES_PER_S, PACKED_TIMES, stored_bytes
 from .exporter import Cost, Lowered
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from ..quantize.format import Format
+    from ..quantize.mixture import Mixture
     from .exporter import Subject
 
 _BASE_BYTES, _PACKING_BYTES = 155_000_000, 400_000_000
@@ -23,7 +23,12 @@ _BASE_BYTES, _PACKING_BYTES = 155_000_000, 400_000_000
 
 class TorchExporter:
     version: ClassVar[int] = 1
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", *bitsandbytes.PRECISIONS)
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", *bitsandbytes.PRECISIONS)
+    layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "bf16": ("fp32", "bf16"),
+        "fp16": ("fp32", "fp16"),
+        **dict.fromkeys(bitsandbytes.PRECISIONS, ("bf16",)),
+    }
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def packages(self) -> tuple[str, ...]:
@@ -32,38 +37,43 @@ class TorchExporter:
     def cost(
         self,
         checkpoint: Checkpoint,
-        precision: str,
-        weight_format: Format | None,
+        mixture: Mixture,
         *,
         operations: int,  # noqa: ARG002
         shared: bool,
     ) -> Cost:
-        dtype = storage(precision)
-        weights = stored_bytes(checkpoint, dtype, weight_format, matrices_alone=True)
-        if weight_format:
+        weights = stored_bytes(checkpoint, mixture, matrices_alone=True)
+        if mixture.formats:
             written = sum(weights.values())
             return Cost(_PACKING_BYTES, written, written / BYTES_PER_S * PACKED_TIMES, weights)
-        written = 0 if shared and checkpoint.is_in(dtype) else sum(weights.values())
+        linked = shared and mixture.is_plain and checkpoint.is_in(storage(mixture.precision))
+        written = 0 if linked else sum(weights.values())
         return Cost(_BASE_BYTES, written, written / BYTES_PER_S, weights)
 
     def lower(self, subject: Subject, folder: Path) -> Lowered:
         kept: dict[str, str] = {}
-        if subject.weight_format:
+        if subject.mixture.formats:
             how = "written"
-            kept = bitsandbytes.write(subject.checkpoint, subject.module(), subject.weight_format, folder)
+            kept = bitsandbytes.write(subject.checkpoint, subject.module(), subject.mixture, folder)
         else:
-            how = _write(subject, storage(subject.precision), folder)
+            how = _write(subject, folder)
         totals: dict[str, int] = defaultdict(int)
         for label, entry in bitsandbytes.weights_of(Checkpoint.open(folder)):
             totals[label] += entry.length
         return Lowered(how, dict(totals), kept)
 
 
-def _write(subject: Subject, dtype: str, folder: Path) -> str:
+def _write(subject: Subject, folder: Path) -> str:
     """Bring the checkpoint into the folder as it is, or converted; return how."""
+    mixture, file = subject.mixture, folder / subject.checkpoint.single_file
+    dtype = storage(mixture.precision)
+    if not mixture.is_plain:
+        entries = subject.checkpoint.entries.values()
+        write_streamed([streamed(entry, storage(mixture.precision_of(entry.name))) for entry in entries], file)
+        return "written"
     if subject.checkpoint.is_in(dtype):
         for index in subject.source.glob("*.safetensors.index.json"):
             place(index, folder / index.name, "copy")
         return min(place(file, folder / file.name, subject.weights) for file in subject.checkpoint.files)
-    convert(subject.checkpoint, folder / subject.checkpoint.single_file, dtype)
+    convert(subject.checkpoint, file, dtype)
     return "written"

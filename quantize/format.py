@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor, nn
 
@@ -55,25 +55,22 @@ class Format(ABC):
         """Return the bytes of a weight's codes and of its float32 scales."""
         return math.prod(shape) * self.bits // 8, 4 * shape[0] * self.groups(shape)
 
-    def round_module(
-        self,
-        module: nn.Module,
-        activations: Mapping[str, tuple[float, float]] | None = None,  # noqa: ARG002 - for what is calibrated
-    ) -> nn.Module:
-        """Give a module's weights the values that they will have, in place; it is returned.
-
-        Args:
-            module: any.
-            activations: path of a layer in it -> scales of the layer's input and output, where they are calibrated.
-        """
+    def round_weight(self, weight: Tensor) -> None:
+        """Give a weight (N, …) the values that it will have, in place, if it becomes codes."""
         import torch
 
-        with torch.no_grad():
-            for parameter in module.parameters():
-                if self.obstacle(parameter.shape) is None:
-                    rows = parameter.float().flatten(1)
-                    parameter.copy_(self.unpack(*self.pack(rows)).reshape(parameter.shape))
-        return module
+        if self.obstacle(weight.shape) is None:
+            with torch.no_grad():
+                rows = weight.float().flatten(1)
+                weight.copy_(self.unpack(*self.pack(rows)).reshape(weight.shape))
+
+    def watch(self, layer: nn.Module, scales: tuple[float, float] | None) -> None:  # noqa: B027 - most have nothing to do
+        """Let a layer round what it is given and gives, where this format does; most round weights alone.
+
+        Args:
+            layer: of any class.
+            scales: of its input and its output, where they are calibrated.
+        """
 
 
 def too_small(shape: Sequence[int]) -> str | None:

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 from .int8 import Int8
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor, nn
 
 _STEPS = 255
@@ -17,16 +15,12 @@ _STEPS = 255
 class Int8Dynamic(Int8):
     """Weights are `Int8`'s. How many activations share a scale is the backend's: all of a tensor, or some in a row."""
 
-    def round_module(
-        self, module: nn.Module, activations: Mapping[str, tuple[float, float]] | None = None
-    ) -> nn.Module:
-        """Round weights, and let each Linear layer round what it is given with one scale, as ONNX Runtime does."""
+    def watch(self, layer: nn.Module, scales: tuple[float, float] | None) -> None:  # noqa: ARG002 - needs none
+        """Let a Linear layer round what it is given with one scale, as ONNX Runtime does."""
         from torch import nn
 
-        for layer in super().round_module(module, activations).modules():
-            if isinstance(layer, nn.Linear):
-                layer.register_forward_pre_hook(lambda _, given: (rounded(given[0]), *given[1:]))
-        return module
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(lambda _, given: (rounded(given[0]), *given[1:]))
 
 
 def rounded(values: Tensor) -> Tensor:

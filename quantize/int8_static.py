@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 from .int8 import Int8
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor, nn
 
 MOST = 127
@@ -19,19 +17,16 @@ class Int8Static(Int8):
 
     calibrated: ClassVar[bool] = True
 
-    def round_module(
-        self, module: nn.Module, activations: Mapping[str, tuple[float, float]] | None = None
-    ) -> nn.Module:
-        """Round weights, and let each calibrated layer round what it is given, and a convolution what it gives."""
+    def watch(self, layer: nn.Module, scales: tuple[float, float] | None) -> None:
+        """Let a layer that was calibrated round what it is given, and a convolution what it gives."""
         from torch import nn
 
-        layers = dict(super().round_module(module, activations).named_modules())
-        for path, (before, after) in (activations or {}).items():
-            layer = layers[path]
-            layer.register_forward_pre_hook(lambda _, given, scale=before: (rounded(given[0], scale), *given[1:]))
-            if isinstance(layer, nn.Conv2d):
-                layer.register_forward_hook(lambda *made, scale=after: rounded(made[-1], scale))
-        return module
+        if scales is None:
+            return
+        before, after = scales
+        layer.register_forward_pre_hook(lambda _, given: (rounded(given[0], before), *given[1:]))
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda *made: rounded(made[-1], after))
 
 
 def rounded(values: Tensor, scale: float) -> Tensor:

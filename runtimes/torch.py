@@ -11,6 +11,7 @@ from ..hardware import Availability, choose_device, usable_cores
 from ..lora import added
 from ..weights import Checkpoint
 from . import attention
+from .islands import keep_wide
 from .runtime import PartFiles, Runtime
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from ..lora import Delta
     from ..recipe import Placement
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "bfloat16", "nf4": "bfloat16"}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "bfloat16", "nf4": "bfloat16"}
 """Precision -> what is computed in: the last two are what the weights of Linear layers are stored in."""
+_HALF = {"bf16", "fp16"}
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _TORCH_NAMES = {"rocm": "cuda"}
 _CODED = (".SCB", ".absmax")
@@ -99,6 +101,7 @@ class TorchRuntime(Runtime):
         mapped = placement.offload == "mapped"
         self._channels_last = part.precision != "fp32" and not mapped
         module = part.build(_DTYPES[part.precision]).to(self._device)
+        wide = keep_wide(module, part.folder, self._dtype) if part.precision in _HALF else []
         _adapt(module, part.deltas)
         merged = attention.merge_tokens(module, placement.token_merging)
         self._slicing: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -111,6 +114,7 @@ class TorchRuntime(Runtime):
             "device": device,
             "threads": self._threads,
             "precision": _DTYPES[part.precision],
+            "float32_layers": wide,
             "compile": placement.compile,
             "mapped": mapped,
             "attention_slicing": placement.attention_slicing,

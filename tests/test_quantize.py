@@ -165,17 +165,24 @@ def source(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def wide_source(tmp_path_factory):
+    """The same in float32."""
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    save_file(Layers().state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_computes_with_the_formats_weights(source, tmp_path, backend, name):
     made, weight_format = Mixed(), plugins.weight_format(name)
     files, lowered = lower(made, source, tmp_path, backend, name)
     inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
-    eager = made.load(source, torch.float32)
-    kept = {key.removesuffix(".weight") for key in lowered.kept}
-    for path, layer in eager.named_children():
-        if path not in kept:
-            weight_format.round_module(layer)
+    kept = {key.removesuffix(".weight"): "bf16" for key in lowered.kept}
+    eager = plugins.mixture(name, kept).round_module(made.load(source, torch.float32), {})
     expected = dict(zip(("tokens", "mixed"), made.flat(eager)(*inputs.values()), strict=True))
     with plugins.runtime(backend)(files, Placement(device="cpu", threads=1)) as runtime:
         got = runtime.run(inputs)
@@ -197,7 +204,7 @@ def test_activations_are_rounded_as_they_come(source, tmp_path, backend):
     inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
     with torch.no_grad():
         eager, alike = (
-            made.flat(plugins.weight_format(name).round_module(made.load(source, torch.float32)))(*inputs.values())
+            made.flat(plugins.mixture(name).round_module(made.load(source, torch.float32), {}))(*inputs.values())
             for name in ("int8", "w8a8-dynamic")
         )
     with plugins.runtime(backend)(files, Placement(device="cpu", threads=1)) as runtime:
@@ -217,7 +224,7 @@ def test_activations_are_rounded_with_calibrated_scales(source, tmp_path, backen
     inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
     with torch.no_grad():
         wide = made.flat(made.load(source, torch.float32))(*inputs.values())
-        layers = plugins.weight_format("w8a8").round_module(made.load(source, torch.float32), scales)
+        layers = plugins.mixture("w8a8").round_module(made.load(source, torch.float32), {}, scales)
         expected = made.flat(layers)(*inputs.values())
     with plugins.runtime(backend)(files, Placement(device="cpu", threads=1)) as runtime:
         got = runtime.run(inputs)
@@ -236,11 +243,11 @@ def test_activations_are_rounded_with_calibrated_scales(source, tmp_path, backen
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_openvino_adds_loras_to_codes(source, tmp_path, name):
-    made, weight_format = Mixed(), plugins.weight_format(name)
+    made = Mixed()
     files, _ = lower(made, source, tmp_path, "openvino", name)
     delta = Delta(rows(192, 4, seed=1), rows(4, 128, seed=2), 0.1)
     inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
-    eager = weight_format.round_module(made.load(source, torch.float32))
+    eager = plugins.mixture(name).round_module(made.load(source, torch.float32), {})
     with torch.no_grad():
         eager.matrix.weight += delta.tensor((192, 128))
     expected = made.flat(eager)(*inputs.values())[0].detach()
@@ -249,12 +256,39 @@ def test_openvino_adds_loras_to_codes(source, tmp_path, name):
         assert relative_error(runtime.run(inputs)["tokens"], expected) < 1e-2
 
 
-def lower(made, source, folder, backend, precision, activations=None):
+MIXED = {
+    "onnx": ("w8a8", {"matrix": "nf4", "vector": "fp32", "take": "int8"}),
+    "openvino": ("w8a8", {"matrix": "nf4", "vector": "fp32", "take": "int8"}),
+    "torch": ("bf16", {"vector": "fp32", "take": "fp32"}),
+}
+
+
+@pytest.mark.parametrize("backend", MIXED)
+def test_layers_of_other_precisions(wide_source, tmp_path, backend):
+    precision, layers = MIXED[backend]
+    made, mixture = Mixed(), plugins.mixture(precision, layers)
+    files, lowered = lower(made, wide_source, tmp_path, backend, precision, layers=layers)
+    inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
+    with torch.no_grad():
+        expected = made.flat(mixture.round_module(made.load(wide_source, torch.float32), {}))(*inputs.values())
+    with plugins.runtime(backend)(files, Placement(device="cpu", threads=1)) as runtime:
+        got = runtime.run(inputs)
+    for key, wide in zip(("tokens", "mixed"), expected, strict=True):
+        assert relative_error(got[key], wide) < {"onnx": 4e-3}.get(backend, 1e-2), key
+    assert lowered.weight_bytes["float32"] >= 4 * 64 * 128
+    if backend == "torch":
+        assert relative_error(got["mixed"], expected[1]) < 3e-3  # its layers compute in float32
+    else:
+        assert lowered.weight_bytes["nf4"] == 192 * 128 // 2
+        assert lowered.weight_bytes["int8"] == 64 * 16 * 9 + 256 * 128
+        assert lowered.kept["vector.weight"] == "the recipe keeps it in fp32"
+
+
+def lower(made, source, folder, backend, precision, activations=None, layers=None):
     (folder / "out").mkdir()
     subject = Subject(
         part=made.name,
-        precision=precision,
-        weight_format=plugins.weight_format(precision),
+        mixture=plugins.mixture(precision, layers),
         activations=activations or {},
         inputs=made.inputs({}),
         outputs=made.outputs({}),
@@ -287,6 +321,8 @@ def test_the_manifest_says_what_was_kept_and_why(baked):
     part = json.loads((folder / "bakeoff.json").read_text())["parts"]["text_encoder"]
     assert part["kept"]["text_model.embeddings.token_embedding.weight"] == "ONNX Runtime has no nf4 weights for Gather"
     assert part["weight_bytes"]["nf4"] > part["weight_bytes"]["bfloat16"]
+    assert part["weight_shares"]["nf4"] == pytest.approx(0.92, abs=0.05)
+    assert sum(part["weight_shares"].values()) == pytest.approx(1, abs=1e-3)
 
 
 def test_codes_take_no_loras(baked, tmp_path):

@@ -82,8 +82,7 @@ def lower_here(component: str, source: str, output: str, exporter: str, precisio
     with tempfile.TemporaryDirectory(dir=output) as work:
         subject = Subject(
             part=made.name,
-            precision=precision,
-            weight_format=plugins.weight_format(precision),
+            mixture=plugins.mixture(precision),
             activations={},
             inputs=made.inputs(config),
             outputs=made.outputs(config),
