@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .components.component import WRAPPER
 from .errors import UsageError
 from .models.prompts import read_prompts
 from .progress import Steps
@@ -17,6 +19,8 @@ from .source import EMBEDDED, Source
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
+
+    from torch import nn
 
     from .models.prompts import Prompt
 
@@ -73,7 +77,7 @@ def calibrate(
         }
     )
     with load(source.folder, device="cpu") as engine:
-        engine.observe(made.see)
+        engine.visit(partial(_watch, made))
         options: dict[str, Any] = {"guidance_scale": guidance_scale}
         for start in range(0, len(texts), _BATCH):
             progress(f"[{start // _BATCH + 1}/{-(-len(texts) // _BATCH)}] drawing {_BATCH} prompts at a time")
@@ -82,6 +86,35 @@ def calibrate(
             if start == 0 and _PICTURE_TASK in source.family.pipelines:
                 engine.generate(batch, seeds=_SEED, steps=2, image=list(drawn.images), strength=0.5, **options)
     return made
+
+
+def _watch(made: Calibration, part: str, module: nn.Module) -> None:
+    """Let a calibration see what each matrix and convolution is given and makes."""
+    from torch import nn
+
+    def hook(path: str) -> Callable[..., None]:
+        return lambda _, given, result: made.see(part, path, given[0], result)
+
+    for path, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.register_forward_hook(hook(path.removeprefix(WRAPPER)))
+
+
+def default_prompts(model: str) -> str:
+    """Name the prompt set that fits a model."""
+    return "shapes-64" if model in EMBEDDED else "everyday-32"
+
+
+def size_of(options: argparse.Namespace) -> tuple[int, int] | None:
+    """Return the height and width that a command line asks for.
+
+    Raises:
+        UsageError: it names one of them alone.
+    """
+    if (options.height is None) != (options.width is None):
+        message = "got one of --height and --width, expected both or neither"
+        raise UsageError(message)
+    return None if options.height is None else (options.height, options.width)
 
 
 def add_calibrate(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argparse's subparsers have no public type
@@ -105,17 +138,14 @@ def add_calibrate(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - a
 
 
 def _run(options: argparse.Namespace) -> None:
-    if (options.height is None) != (options.width is None):
-        message = "got one of --height and --width, expected both or neither"
-        raise UsageError(message)
-    name = options.prompts or ("shapes-64" if options.model in EMBEDDED else "everyday-32")
+    size = size_of(options)
     with Steps() as progress:
         made = calibrate(
             options.model,
-            read_prompts(name, options.count),
+            read_prompts(options.prompts or default_prompts(options.model), options.count),
             steps=options.steps,
             guidance_scale=options.guidance_scale,
-            size=None if options.height is None else (options.height, options.width),
+            size=size,
             revision=options.revision,
             config=options.config,
             progress=progress,

@@ -15,12 +15,14 @@ if not __package__:
 
 from .bench.command import add_bench
 from .calibrate import add_calibrate
+from .choose import add_recipe
 from .doctor import add_doctor
 from .errors import ArtifactError, BakeoffError, InputError, ResourceError, UsageError
 from .pictures import check_output, save
 from .progress import Steps
 from .recipe import LOAD_OPTIONS, OFFLOADS, SWITCHES, option_value, read
 from .reports.command import add_compare, add_report
+from .sensitivity import add_sensitivity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_why_rebuild,
         _add_generate,
         add_calibrate,
+        add_sensitivity,
+        add_recipe,
         add_bench,
         add_report,
         add_compare,

@@ -20,7 +20,7 @@ from .source import Source
 from .weights import WEIGHT_MODES, sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from .artifact import Artifact
     from .components.family import Part
@@ -82,7 +82,8 @@ def plan(
         _check_backend(name, part_recipe)
     parts = {name: _without_idle_options(source, name, part_recipe) for name, part_recipe in parts.items()}
     parts = {name: _with_layers(source, name, part_recipe) for name, part_recipe in parts.items()}
-    calibrated = _open_calibration(calibration, source, parts)
+    needed = [f"{part} of {name}" for name, part in parts.items() if is_calibrated(part)]
+    calibrated = open_calibration(calibration, source, needed[0]) if needed else None
     fields = {
         name: _part_fields(source, source.family.part(name), parts[name], merged, weights, calibrated) for name in parts
     }
@@ -149,17 +150,14 @@ def _with_layers(source: Source, name: str, recipe: PartRecipe) -> PartRecipe:
     return named
 
 
-def _open_calibration(file: str | Path | None, source: Source, parts: Mapping[str, PartRecipe]) -> Calibration | None:
-    """Read the calibration that a recipe needs.
+def open_calibration(file: str | Path | None, source: Source, what: str) -> Calibration:
+    """Read a calibration; `what` needs it.
 
     Raises:
-        UsageError: it needs one and there is none, or one of another model.
+        UsageError: there is none, or one of another model.
     """
-    needed = [name for name, part in parts.items() if is_calibrated(part)]
-    if not needed:
-        return None
     if file is None:
-        message = f"{parts[needed[0]]} of {needed[0]} rounds activations with scales that were calibrated"
+        message = f"{what} takes scales of activations that were calibrated"
         raise UsageError(message, fix="bakeoff calibrate MODEL -o calibration.safetensors, then --calibration FILE")
     found = Calibration.open(Path(file))
     if found.info.get("model") != source.id:

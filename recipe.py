@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -313,6 +314,25 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     if recipe.parts:
         long["parts"] = {name: part.as_dict() for name, part in sorted(recipe.parts.items())}
     return long
+
+
+def to_toml(recipe: Recipe) -> str:
+    """Write a recipe as `from_toml` reads it."""
+    lines = _toml_fields(recipe.default)
+    for name, part in sorted(recipe.parts.items()):
+        lines += ["", f"[parts.{name}]", *_toml_fields(part)]
+        if part.layers:
+            lines += [
+                "",
+                f"[parts.{name}.layers]",
+                *(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in part.layers.items()),
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_fields(part: PartRecipe) -> list[str]:
+    fields = {"backend": part.backend, "precision": part.precision, **part.options}
+    return [f"{key} = {json.dumps(value)}" for key, value in fields.items()]
 
 
 def from_toml(text: str) -> Recipe:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL.Image import Image
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from .request import Request
 
@@ -131,11 +131,11 @@ class Engine:
         for station in self._stations.values():
             station.adapt(deltas_of(opened, station.part.module))
 
-    def observe(self, observer: Callable[[str, str, Tensor, Tensor], None]) -> None:
-        """Call `observer(part, layer, given, made)` at each run of a matrix or convolution of a torch part."""
+    def visit(self, visitor: Callable[[str, nn.Module], None]) -> None:
+        """Call `visitor(part, module)` with the module of each torch part whenever one is opened."""
         self.close()
         for station in self._stations.values():
-            station.observer = observer
+            station.visitor = visitor
 
     def close(self) -> None:
         """Release the runtimes. Opening them again is a matter of the next `generate`."""

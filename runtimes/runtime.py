@@ -58,6 +58,8 @@ class Runtime(ABC):
     """Options of `Placement` that it has besides device and threads, such as `compile`, `provider`."""
     reads_ports: ClassVar[bool] = False
     """Whether a file of others may have other dtypes and ranks than the component declares: see `_adopt`."""
+    relative_time: ClassVar[Mapping[str, float]] = {}
+    """Precision of weights -> seconds of a layer's multiplications for one that they take in bf16; 1 unless said."""
     held: ClassVar[Mapping[str, float]] = {}
     """Torch dtype, or weight format -> bytes of anonymous memory that an opened part holds for a byte of weights in it, at
     the peak of opening on a CPU; 1 unless said."""
@@ -136,14 +138,14 @@ class Runtime(ABC):
         results = self._run(fed, {port.name: port.shape(sizes) for port in self.outputs})
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in results.items()}
 
-    def observe(self, observer: Callable[[str, Tensor, Tensor], None]) -> None:  # noqa: ARG002
-        """Call `observer(layer, given, made)` at each run of a matrix or convolution, under its path in the module.
+    def module(self) -> nn.Module:
+        """Return the module that runs, with flat tensors.
 
         Raises:
-            UsageError: the runtime has no layers of its own to look at.
+            UsageError: the runtime has none.
         """
-        message = f"{type(self).__name__} runs a graph: layers can be observed in torch alone"
-        raise UsageError(message, fix="observe an artifact of torch:fp32, or the model itself")
+        message = f"{type(self).__name__} runs a graph: layers can be looked at in torch alone"
+        raise UsageError(message, fix="take an artifact of torch:fp32, or the model itself")
 
     def synchronize(self) -> None:  # noqa: B027 - most have nothing to do
         """Wait until the device has finished; nothing to do where `run` returns finished tensors."""

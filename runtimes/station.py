@@ -15,7 +15,7 @@ from .opening import Baked, open_part, port_from_dict
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ..components.component import Port
     from ..components.family import Part
@@ -41,8 +41,8 @@ class Station:
         """How often it was closed to make room."""
         self.pieces: dict[str, Any] = {}
         """How the last batch was cut for it: pictures one at a time (`slicing`), tiles' side in pixels (`tiling`)."""
-        self.observer: Callable[[str, str, Tensor, Tensor], None] | None = None
-        """Called with the part's name, a layer's path, what it was given and what it made."""
+        self.visitor: Callable[[str, nn.Module], None] | None = None
+        """Called with the part's name and its module whenever it was opened."""
         self._told: dict[str, Any] | None = None
         self._deltas: Mapping[str, Sequence[Delta]] = {}
 
@@ -111,8 +111,8 @@ class Station:
             placement = replace(self._placement, offload="mapped" if self.mapped else "none")
             folder = self._baked.folders[self.part.name]
             self.runtime = open_part(folder, self.part, self._entry, placement, self._deltas)
-            if self.observer:
-                self.runtime.observe(partial(self.observer, self.part.name))
+            if self.visitor:
+                self.visitor(self.part.name, self.runtime.module())
         return self.runtime
 
     def adapt(self, deltas: Mapping[str, Sequence[Delta]]) -> None:

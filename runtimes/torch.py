@@ -15,7 +15,7 @@ from .islands import keep_wide
 from .runtime import PartFiles, Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -141,15 +141,9 @@ class TorchRuntime(Runtime):
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         return tensor
 
-    def observe(self, observer: Callable[[str, Tensor, Tensor], None]) -> None:
-        from torch import nn
-
-        def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-            return lambda _, given, made: observer(path, given[0], made)
-
-        for path, layer in self._module.named_modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d):
-                layer.register_forward_hook(hook(path.removeprefix(WRAPPER)))
+    def module(self) -> nn.Module:
+        assert self._module is not None, "closed"  # noqa: S101
+        return self._module
 
     def synchronize(self) -> None:
         import torch

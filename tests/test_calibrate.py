@@ -64,7 +64,7 @@ def test_every_layer_of_every_part_is_seen(file, shapes):
 
 def test_a_recipe_that_needs_it_asks_for_it(file, tiny, tmp_path):
     recipe = parse("torch:fp32,unet=onnx:w8a8")[0]
-    with pytest.raises(UsageError, match="scales that were calibrated"):
+    with pytest.raises(UsageError, match="onnx:w8a8 of unet takes scales of activations that were calibrated"):
         plan("shapes", recipe)
     with pytest.raises(UsageError, match="was calibrated on shapes"):
         plan(str(tiny("stable-diffusion")), recipe, calibration=file)

@@ -27,6 +27,7 @@ LAYERS = [
     {"plan"},
     {"bake"},
     {"bench", "calibrate", "doctor"},
+    {"choose", "sensitivity"},
     {"demo"},
     {"cli"},
 ]

@@ -1,0 +1,170 @@
+"""`bakeoff recipe`: from what layers add to the error, the smallest or fastest recipe that stays within a bound."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import plugins
+from .errors import RecipeError, UsageError
+from .quantize.choice import Option, choose
+from .quantize.sensitivity import Sensitivity
+from .recipe import PartRecipe, Recipe, to_toml
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable, Mapping
+
+    from .quantize.sensitivity import Layer
+
+WIDE = "bf16"
+"""What layers have that aren't rounded to a few bits; its error is taken as none."""
+_WIDE_BYTES = 2
+_SCALE_BYTES = 4
+
+
+def recipe_within(found: Sensitivity, backend: str, psnr_db: float, *, fastest: bool = False) -> tuple[Recipe, float]:
+    """Choose a precision for each layer that was measured.
+
+    Args:
+        found: what layers add to the error.
+        backend: for all parts.
+        psnr_db: least PSNR of the pictures to eager float32's, in dB, as predicted.
+        fastest: save time of multiplications rather than bytes.
+
+    Returns:
+        The recipe, and the PSNR that it is predicted to have, in dB.
+
+    Raises:
+        RecipeError: the backend has none of the precisions that were measured, or nothing stays within the bound.
+    """
+    bound = 10 ** (-psnr_db / 10)
+    options = {
+        (part, name): each
+        for part, layers in found.parts.items()
+        for name, each in _options(found, part, layers, backend, fastest=fastest).items()
+    }
+    chosen = choose({json.dumps(key): each for key, each in options.items()}, bound)
+    if chosen is None:
+        message = f"no recipe of {backend} keeps {psnr_db:g} dB"
+        raise RecipeError(message, fix="ask for less with --within")
+    parts = {
+        part: _part(backend, {name: chosen[json.dumps((part, name))].precision for key, name in options if key == part})
+        for part in found.parts
+    }
+    error = sum(option.error for option in chosen.values())
+    return Recipe(PartRecipe(backend, WIDE), parts), -10 * math.log10(error) if error else math.inf
+
+
+def _options(
+    found: Sensitivity, part: str, layers: Mapping[str, Layer], backend: str, *, fastest: bool
+) -> dict[str, list[Option]]:
+    """Return layer -> what it may have, with its cost and error."""
+    measured = sorted({precision for layer in layers.values() for precision in layer.errors})
+    exporter, runtime = plugins.exporter(backend), plugins.runtime(backend)
+    able = [
+        name for name in measured if name in exporter.precisions and WIDE in exporter.layer_precisions.get(name, ())
+    ]
+    able = [name for name in able if _mix(exporter.layer_precisions, name, able[0])]
+    if not able:
+        message = f"{backend} bakes none of {', '.join(measured)} for single layers, which were measured for {part}"
+        raise RecipeError(message, fix=f"bakeoff sensitivity MODEL --precisions {','.join(exporter.precisions)}")
+    factor = {name: _factor(found, part, layers, name) for name in able}
+    costs = {
+        name: {
+            each: layer.macs * runtime.relative_time.get(each, 1.0) if fastest else _bytes(each, layer.elements)
+            for each in (*able, WIDE)
+        }
+        for name, layer in layers.items()
+    }
+    return {
+        name: [Option(WIDE, costs[name][WIDE], 0.0)]
+        + [
+            Option(each, costs[name][each], layer.errors[each] * factor[each])
+            for each in able
+            if math.isfinite(layer.errors.get(each, math.inf))
+        ]
+        for name, layer in layers.items()
+    }
+
+
+def _mix(possible: Mapping[str, Iterable[str]], one: str, other: str) -> bool:
+    return one == other or (one in possible.get(other, ()) and other in possible.get(one, ()))
+
+
+def _factor(found: Sensitivity, part: str, layers: Mapping[str, Layer], precision: str) -> float:
+    """Return what all layers at once err, over the sum of what each errs alone; 1 at least."""
+    alone = sum(layer.errors.get(precision, 0.0) for layer in layers.values())
+    together = found.together[part].get(precision, 0.0)
+    return max(1.0, together / alone) if alone and math.isfinite(together) and math.isfinite(alone) else 1.0
+
+
+def _bytes(precision: str, elements: int) -> float:
+    weight_format = plugins.weight_format(precision)
+    if weight_format is None:
+        return float(_WIDE_BYTES * elements)
+    scales = _SCALE_BYTES * elements / weight_format.group if weight_format.group else 0.0
+    return elements * weight_format.bits / 8 + scales
+
+
+def _part(backend: str, layers: Mapping[str, str]) -> PartRecipe:
+    """Return a part's recipe: what most of its layers have, and those that have something else."""
+    (most, _), *_ = Counter(layers.values()).most_common(1) or [(WIDE, 0)]
+    return PartRecipe(backend, most, layers={name: each for name, each in sorted(layers.items()) if each != most})
+
+
+def add_recipe(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argparse's subparsers have no public type
+    command: argparse.ArgumentParser = commands.add_parser(
+        "recipe",
+        help="choose a precision for each layer, within a bound on the pictures' error",
+        description="Write the smallest or fastest recipe that keeps a PSNR, from what bakeoff sensitivity measured.",
+    )
+    command.add_argument("layers", type=Path, help="what bakeoff sensitivity wrote")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="recipe.toml")
+    command.add_argument("--backend", required=True, help="of all parts, such as onnx or openvino")
+    command.add_argument(
+        "--within", required=True, metavar="DB", help="least PSNR of the pictures to eager float32's, such as 35dB"
+    )
+    goal = command.add_mutually_exclusive_group()
+    goal.add_argument("--smallest", action="store_true", help="fewest bytes (default)")
+    goal.add_argument("--fastest", action="store_true", help="least time of multiplications")
+    command.set_defaults(run=_run)
+    return command
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.output.suffix != ".toml":
+        message = (
+            f"got -o {options.output}, expected a name that ends in .toml, which is how recipes are told from text"
+        )
+        raise UsageError(message, fix=f"-o {options.output.with_suffix('.toml')}")
+    found = Sensitivity.open(options.layers)
+    recipe, psnr = recipe_within(found, options.backend, _decibels(options.within), fastest=options.fastest)
+    told = (
+        f"predicted: {psnr:.1f} dB to eager float32, from what single layers of {found.info['model']} add to the error"
+    )
+    partial = options.output.with_name(f".{options.output.name}.partial")
+    partial.write_text(f"# {told}\n{to_toml(recipe)}")
+    partial.replace(options.output)
+    counts = {part: Counter(_precisions(found, part, each)) for part, each in recipe.parts.items()}
+    if options.json:
+        print(json.dumps({"file": str(options.output), "predicted_psnr_db": psnr, "layers": counts}, indent=2))
+        return
+    for part, count in counts.items():
+        print(f"{part}: " + ", ".join(f"{number} layers in {name}" for name, number in count.most_common()))
+    print(f"{options.output}: {told}")
+
+
+def _precisions(found: Sensitivity, part: str, recipe: PartRecipe) -> list[str]:
+    return [recipe.layers.get(name, recipe.precision) for name in found.parts[part]]
+
+
+def _decibels(text: str) -> float:
+    try:
+        return float(text.lower().removesuffix("db"))
+    except ValueError as error:
+        message = f"got --within {text!r}, expected decibels such as 35dB"
+        raise UsageError(message) from error

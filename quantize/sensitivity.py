@@ -1,0 +1,64 @@
+"""What each layer adds to the pictures' error when it alone is rounded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CorruptError, InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SCHEMA = 1
+
+
+@dataclass
+class Layer:
+    """What is known of one layer."""
+
+    elements: int
+    macs: int
+    """Multiplications and additions in one picture."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """Precision -> mean squared error of the pictures, of pixels from 0 to 1, with this layer alone in it."""
+
+
+@dataclass
+class Sensitivity:
+    """Part -> layer -> what it adds to the pictures' error; `info` says of which model, prompts and steps."""
+
+    info: dict[str, Any]
+    parts: dict[str, dict[str, Layer]] = field(default_factory=dict)
+    together: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Part -> precision -> error with all of the part's layers in it at once."""
+
+    def save(self, file: Path) -> None:
+        """Write JSON, atomically."""
+        parts = {part: {name: vars(layer) for name, layer in layers.items()} for part, layers in self.parts.items()}
+        text = json.dumps({"schema": SCHEMA, "info": self.info, "together": self.together, "parts": parts}, indent=1)
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_text(text + "\n")
+        partial.replace(file)
+
+    @classmethod
+    def open(cls, file: Path) -> Sensitivity:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: there is no such file.
+            CorruptError: it isn't a sensitivity.
+        """
+        if not file.is_file():
+            message = f"no file {file}"
+            raise InputError(message, fix=f"bakeoff sensitivity MODEL -o {file}")
+        try:
+            data = json.loads(file.read_text())
+            parts = {
+                part: {name: Layer(**layer) for name, layer in layers.items()} for part, layers in data["parts"].items()
+            }
+            return cls(data["info"], parts, data["together"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            message = f"{file} doesn't say what layers add to the error: {error}"
+            raise CorruptError(message, fix=f"bakeoff sensitivity MODEL -o {file}") from error
