@@ -143,15 +143,22 @@ def _run(options: argparse.Namespace) -> None:
         raise UsageError(message, fix=f"-o {options.output.with_suffix('.toml')}")
     found = Sensitivity.open(options.layers)
     recipe, psnr = recipe_within(found, options.backend, _decibels(options.within), fastest=options.fastest)
-    told = (
-        f"predicted: {psnr:.1f} dB to eager float32, from what single layers of {found.info['model']} add to the error"
-    )
+    told = f"predicted: {psnr:.1f} dB to eager float32, from what single layers add to the error"
     partial = options.output.with_name(f".{options.output.name}.partial")
     partial.write_text(f"# {told}\n{to_toml(recipe)}")
     partial.replace(options.output)
     counts = {part: Counter(_precisions(found, part, each)) for part, each in recipe.parts.items()}
     if options.json:
-        print(json.dumps({"file": str(options.output), "predicted_psnr_db": psnr, "layers": counts}, indent=2))
+        print(
+            json.dumps(
+                {
+                    "file": str(options.output),
+                    "predicted_psnr_db": psnr if math.isfinite(psnr) else None,
+                    "layers": counts,
+                },
+                indent=2,
+            )
+        )
         return
     for part, count in counts.items():
         print(f"{part}: " + ", ".join(f"{number} layers in {name}" for name, number in count.most_common()))

@@ -1,0 +1,142 @@
+"""What layers add to the pictures' error, and the recipes that follow from it."""
+
+import itertools
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bakeoff.choose import recipe_within
+from bakeoff.cli import main
+from bakeoff.errors import CorruptError, RecipeError, UsageError
+from bakeoff.models.prompts import read_prompts
+from bakeoff.plan import plan
+from bakeoff.quantize.choice import Option, choose
+from bakeoff.quantize.sensitivity import Layer, Sensitivity
+from bakeoff.recipe import from_toml, parse, to_toml
+from bakeoff.sensitivity import sensitivity
+
+COSTS = st.floats(1, 100)
+ERRORS = st.floats(1e-6, 1.0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(COSTS, COSTS, ERRORS), min_size=1, max_size=6), st.floats(1e-6, 3.0))
+def test_the_choice_is_near_the_best_there_is(layers, bound):
+    options = {
+        str(number): [Option("wide", dear + cheap, 0.0), Option("narrow", cheap, error)]
+        for number, (dear, cheap, error) in enumerate(layers)
+    }
+    chosen = choose(options, bound)
+    assert sum(option.error for option in chosen.values()) <= bound
+    possible = [each for each in itertools.product(*options.values()) if sum(o.error for o in each) <= bound]
+    best = min(sum(o.cost for o in each) for each in possible)
+    most = max(dear for dear, _, _ in layers)
+    assert (
+        sum(option.cost for option in chosen.values()) <= best + most + 1e-6
+    )  # one layer's worth, as relaxation has it
+
+
+def test_nothing_fits_a_bound_below_all_errors():
+    assert choose({"a": [Option("narrow", 1, 0.5)]}, 0.1) is None
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A decoder's layers, each in two precisions, on two steps."""
+    file = tmp_path_factory.mktemp("sensitivity") / "layers.json"
+    prompts = read_prompts("shapes-64", 4)
+    return file, sensitivity("shapes", prompts, file, precisions=["int8", "int4"], parts=["text_encoder"], steps=1)
+
+
+def test_each_layer_is_measured_alone_and_all_together(measured):
+    file, found = measured
+    layers = found.parts["text_encoder"]
+    assert Sensitivity.open(file) == found
+    assert {"text_model.embeddings.token_embedding", "text_model.encoder.layers.0.mlp.fc1"} < set(layers)
+    assert all(layer.errors["int8"] > 0 for layer in layers.values())
+    assert sum(layer.errors["int4"] for layer in layers.values()) > 10 * sum(
+        layer.errors["int8"] for layer in layers.values()
+    )
+    alone = [layer.errors["int8"] for layer in layers.values()]
+    assert max(alone) < found.together["text_encoder"]["int8"] < 3 * sum(alone)
+    assert layers["text_model.encoder.layers.0.mlp.fc1"].macs == 2 * 32 * 128 * 512
+
+
+def test_a_run_goes_on_where_it_stopped(measured, tmp_path):
+    _, found = measured
+    left = json.loads(measured[0].read_text())
+    for layer in left["parts"]["text_encoder"].values():
+        layer["errors"] = {"int8": 0.5, "int4": 0.25}
+    file = tmp_path / "layers.json"
+    file.write_text(json.dumps(left))
+    arguments = {"precisions": ["int8", "int4"], "parts": ["text_encoder"], "steps": 1}
+    again = sensitivity("shapes", read_prompts("shapes-64", 4), file, **arguments)
+    assert all(layer.errors == {"int8": 0.5, "int4": 0.25} for layer in again.parts["text_encoder"].values())
+    with pytest.raises(UsageError, match="expected .*'steps': 2"):
+        sensitivity("shapes", read_prompts("shapes-64", 4), file, **{**arguments, "steps": 2})
+
+
+@pytest.mark.parametrize("goal", ["--smallest", "--fastest"])
+def test_a_recipe_keeps_what_it_is_asked(measured, tmp_path, goal, capsys):
+    file, found = measured
+    target = tmp_path / "recipe.toml"
+    sizes = []
+    for decibels in (30, 60, 200):
+        arguments = ["recipe", str(file), "-o", str(target), "--backend", "onnx", "--within", f"{decibels}dB", goal]
+        assert main([*arguments, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["predicted_psnr_db"] is None or told["predicted_psnr_db"] >= decibels  # None: nothing is rounded
+        recipe = from_toml(target.read_text())
+        assert to_toml(recipe) == "".join(target.read_text().splitlines(keepends=True)[1:])
+        planned = plan("shapes", recipe)
+        sizes.append(sum(planned.forecast(tmp_path).parts["text_encoder"].weight_bytes.values()))
+    if goal == "--smallest":
+        assert sizes == sorted(sizes)
+        assert sizes[0] < sizes[-1] / 2
+
+
+def test_a_backend_that_mixes_nothing_measured_says_so(measured):
+    found = Sensitivity({}, {"unet": {"a": Layer(1, 1, {"int4": 1.0, "w8a8": 1.0})}}, {"unet": {}})
+    with pytest.raises(RecipeError, match="torch bakes none of int4, w8a8 for single layers"):
+        recipe_within(found, "torch", 30)
+
+
+def test_what_cannot_be_meant(tmp_path, capsys):
+    broken = tmp_path / "layers.json"
+    broken.write_text("{}")
+    with pytest.raises(CorruptError, match="doesn't say what layers add"):
+        Sensitivity.open(broken)
+    arguments = ["recipe", str(broken), "-o", str(tmp_path / "r.toml"), "--backend", "onnx", "--within"]
+    assert main([*arguments, "much"]) == 4
+    broken.write_text('{"info": {}, "parts": {}, "together": {}}')
+    assert main([*arguments, "much"]) == 2
+    assert "got --within 'much'" in capsys.readouterr().err
+    assert main(["recipe", str(broken), "-o", "recipe", "--backend", "onnx", "--within", "30"]) == 2
+    assert "ends in .toml" in capsys.readouterr().err
+    assert main(["sensitivity", "shapes", "-o", str(tmp_path / "l.json"), "--precisions", "int3"]) == 2
+    assert "int3" in capsys.readouterr().err
+    assert main(["sensitivity", "shapes", "-o", str(tmp_path / "l.json"), "--precisions", "w8a8"]) == 2
+    assert "bakeoff calibrate" in capsys.readouterr().err
+
+
+def test_layers_of_a_recipe():
+    recipe = from_toml(
+        '[parts.unet]\nprecision = "w8a8"\n[parts.unet.layers]\n"conv_*" = "bf16"\n'.replace(
+            "[parts.unet]\n", 'backend = "onnx"\nprecision = "bf16"\n[parts.unet]\n', 1
+        )
+    )
+    planned = plan("shapes", parse("onnx:bf16")[0])
+    layers = recipe.parts["unet"].for_layers("unet", {"conv_in", "conv_out", "mid_block"}).layers
+    assert layers == {"conv_in": "bf16", "conv_out": "bf16"}
+    assert planned.parts["unet"].layers == {}
+    with pytest.raises(RecipeError, match="layer of unet"):
+        recipe.parts["unet"].for_layers("unet", {"up"})
+    assert from_toml(to_toml(recipe)) == recipe
+    other = from_toml('backend = "torch"\nprecision = "bf16"\n[parts.unet.layers]\n"conv_in" = "nf4"\n')
+    with pytest.raises(RecipeError, match="conv_in of unet can't be nf4 among layers of torch:bf16") as error:
+        plan("shapes", other)
+    assert "fp32" in error.value.fix
+    assert math.isfinite(planned.forecast(planned.source.folder).seconds)
