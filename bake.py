@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,8 @@ from .artifact import (
     staged,
     sweep,
 )
-from .errors import CorruptError, RecipeError, UsageError
+from .budget import Gate, check_parts
+from .errors import CorruptError, ParityError, RecipeError, UsageError
 from .exporters.capture import module_on_hollow, on_hollow
 from .exporters.exporter import Subject
 from .lora import merge
@@ -59,6 +60,7 @@ def export(
     config: str | None = None,
     weights: str = "auto",
     prove: bool = True,
+    gate: Gate | None = None,
     force: bool = False,
     loras: Sequence[str] = (),
     controlnet: str | None = None,
@@ -79,6 +81,7 @@ def export(
         config: of a single-file checkpoint: folder or hub id with its tokenizers, scheduler and configs.
         weights: `auto`, `link` or `copy`: how weights that needn't change come into the folder.
         prove: run each part against eager fp32 before the artifact counts as made.
+        gate: what that has to come to; by default what the noise floors justify.
         force: replace what is at `output`.
         loras: LoRA files to bake in, each as `FILE.safetensors` or `FILE.safetensors:SCALE`.
         controlnet: folder or hub id of a ControlNet to bake beside the pipeline, whose UNet then takes its residuals.
@@ -100,11 +103,13 @@ def export(
         controlnet=controlnet,
         calibration=calibration,
     )
+    gate = gate or Gate()
+    check_parts(gate.budgets, planned.parts)
     sweep(target)
     present = None if force else _present(target, planned.key)
     if present is not None:
         progress(f"{target} is up to date")
-        return _proved_later(present, planned, progress) if prove else present
+        return _proved_later(present, planned, gate, progress) if prove else present
     check_room(planned, target)
     donors = [Artifact.open(Path(folder)) for folder in reuse]
     with staged(target, replace_existing=force) as folder, _with_loras(planned, target, progress) as baked:
@@ -113,7 +118,7 @@ def export(
         _copy_host_files(planned.source, folder)
         _write_manifest(planned, folder, entries)
         if prove:
-            _prove(Artifact.open(folder), baked.source, progress)
+            _prove(Artifact.open(folder), baked.source, gate, progress)
         else:
             progress("not proved: --no-prove")
     return Artifact.open(target)
@@ -133,20 +138,25 @@ def _with_loras(planned: Plan, target: Path, progress: Progress) -> Iterator[Pla
         yield replace(planned, source=replace(planned.source, elsewhere={**planned.source.elsewhere, **merged}))
 
 
-def _prove(artifact: Artifact, source: Source, progress: Progress) -> None:
+def _prove(artifact: Artifact, source: Source, gate: Gate, progress: Progress) -> None:
     from . import parity
 
     progress("proving each part in a child process")
-    proved = artifact.with_proof(parity.prove(artifact, source))
+    proved = artifact.with_proof(parity.prove(artifact, source, gate))
     if not proved.manifest.proved:
-        progress(f"not proved: {proved.manifest.proof['reason']}")
+        progress(f"{proved.manifest.proof['status']}: {proved.manifest.proof['reason']}")
 
 
-def _proved_later(artifact: Artifact, planned: Plan, progress: Progress) -> Artifact:
-    """Prove an artifact that an earlier export left unproved, if that can be done here."""
+def _proved_later(artifact: Artifact, planned: Plan, gate: Gate, progress: Progress) -> Artifact:
+    """Prove an artifact that an earlier export left unproved, or granted something else, if that can be done here."""
     from . import parity
 
-    if artifact.manifest.proved:
+    proof = artifact.manifest.proof
+    if proof["status"] == parity.FAILING and not gate.allow_failing:
+        raise ParityError(proof["reason"], fix="add --allow-failing to keep it as it is, or --force to export it anew")
+    if proof["status"] != parity.UNPROVED and all(
+        proof["parts"][part].get("budget") == asdict(budget) for part, budget in gate.budgets.items()
+    ):
         return artifact
     reason = parity.obstacle(artifact, planned.source)
     if reason:
@@ -154,7 +164,7 @@ def _proved_later(artifact: Artifact, planned: Plan, progress: Progress) -> Arti
         return artifact
     with _with_loras(planned, artifact.folder, progress) as baked:
         progress("proving each part in a child process")
-        return parity.prove_in_place(artifact, baked.source)
+        return parity.prove_in_place(artifact, baked.source, gate)
 
 
 def _present(target: Path, key: str) -> Artifact | None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .artifact import Artifact
+    from .budget import Gate
     from .plan import Plan
     from .recipe import Placement, Recipe
 
@@ -134,10 +135,34 @@ def _add_export(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
     command.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="the artifact's folder")
     _add_source(command)
     command.add_argument("--no-prove", action="store_true", help="don't run the parts against eager fp32")
+    _add_gate(command)
     command.add_argument("--force", action="store_true", help="replace what is at DIR")
     command.add_argument("--reuse", action="append", default=[], metavar="DIR", help="take unchanged parts from DIR")
     command.set_defaults(run=_export)
     return command
+
+
+def _add_gate(command: argparse.ArgumentParser) -> None:
+    """Add what says how far parts may be from eager fp32."""
+    command.add_argument(
+        "--budget",
+        action="append",
+        default=[],
+        metavar="PART=DB",
+        help="least SQNR of a part to eager fp32, such as unet=30dB; by default what the noise floors justify",
+    )
+    command.add_argument(
+        "--budget-reason", metavar="TEXT", help="why a budget is looser than that; kept in the manifest"
+    )
+    command.add_argument(
+        "--allow-failing", action="store_true", help="keep an artifact that fails its budget, marked for good"
+    )
+
+
+def _gate(options: argparse.Namespace) -> Gate:
+    from .budget import Gate, parse
+
+    return Gate(parse(options.budget, options.budget_reason), options.allow_failing)
 
 
 def _add_plan(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
@@ -261,6 +286,7 @@ def _export(options: argparse.Namespace) -> None:
             config=options.config,
             weights=options.weights,
             prove=not options.no_prove,
+            gate=_gate(options),
             force=options.force,
             loras=options.lora,
             controlnet=options.controlnet,
@@ -309,7 +335,7 @@ def _show(artifact: Artifact, *, as_json: bool) -> None:
 
 def _proof(proof: Any) -> str:  # noqa: ANN401 - a JSON object
     if proof["status"] != "proved":
-        return f"unproved: {proof['reason']}"
+        return f"{proof['status']}: {proof['reason']}"
     peak = max(proof["peak_anon_bytes"], 0) / 1e9
     return f"proved (its child process took {proof['seconds']:.1f} s and {peak:.2f} GB of anonymous memory)"
 
@@ -445,7 +471,7 @@ def _generate(options: argparse.Namespace) -> None:
 
     with load(options.folder, **_placement(options), loras=options.lora) as engine:
         if not engine.proved:
-            _say(f"note: {options.folder} is unproved: {engine.proof['reason']}")
+            _say(f"note: {options.folder} is {_proof(engine.proof)}")
         result = engine.generate(
             options.prompts,
             negative_prompts=options.negative_prompt,

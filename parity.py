@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import plugins
 from .artifact import ACTIVATIONS, Artifact, staged
+from .budget import Budget, Gate, decibels, granted, tolerance, upper_bound
 from .components.component import PROOF_SIZES, WRAPPER
 from .errors import ParityError, SourceError, UnavailableError
 from .memory import available_bytes, in_child
@@ -38,12 +39,8 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, "Tensor"]
 
-FP32_FLOORS = 32
-"""An fp32 part may lie this many F0 from eager: other summation orders and other exponentials, no more."""
-FP32_LEAST = 2e-5
-"""F0 can be nearly nothing; 2e-5 (94 dB) is the least that an fp32 part is granted."""
-LOW_PRECISION_FLOORS = 2.0
-"""A part in less than fp32 may lie this many F1 from eager fp32."""
+PROVED, FAILING, UNPROVED = "proved", "failing", "unproved"
+"""What a proof comes to. A failing artifact was let pass; it stays failing until it is exported again."""
 
 
 @dataclass(frozen=True)
@@ -85,34 +82,44 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return float((a @ b) / (a.norm() * b.norm()).clamp_min(1e-30))
 
 
-def tolerance(precision: str, f0: float, f1: float | None) -> float:
-    """Return the relative error that a part in this precision may have."""
-    if precision == "fp32" or f1 is None:
-        return max(FP32_FLOORS * f0, FP32_LEAST)
-    return LOW_PRECISION_FLOORS * f1
-
-
-def prove(artifact: Artifact, source: Source | None) -> dict[str, Any]:
+def prove(
+    artifact: Artifact,
+    source: Source | None,
+    gate: Gate | None = None,
+) -> dict[str, Any]:
     """Prove an artifact in a child process; return what goes into the manifest, the proof's memory and time beside it.
 
     With a source, eager outputs are recorded into `proof/` first; without, those already there are used. Parts of
     the null backend compute nothing and aren't proved.
 
+    Args:
+        artifact: of any recipe.
+        source: what it was made from.
+        gate: what it has to pass; by default what the noise floors justify.
+
     Raises:
-        ParityError: a part is farther from eager than its tolerance, or can't run at one of three shapes.
+        ParityError: a part is farther from eager than it is granted, or can't run at one of three shapes.
+        UsageError: a budget is looser than the floors justify, without a reason.
     """
+    gate = gate or Gate()
     reason = obstacle(artifact, source)
     if reason:
-        return {"status": "unproved", "reason": reason}
+        return {"status": UNPROVED, "reason": reason}
     started = time.perf_counter()
     arguments = {
         "folder": str(artifact.folder),
         "source": str(source.folder) if source else None,
         "elsewhere": {module: str(path) for module, path in source.elsewhere.items()} if source else {},
+        "budgets": {name: asdict(budget) for name, budget in gate.budgets.items()},
     }
     parts, peak = in_child("bakeoff.parity:prove_here", arguments)
+    problems = [part["problem"] for part in parts.values() if part["problem"]]
+    if problems and not gate.allow_failing:
+        fix = "bakeoff verify DIR --explain --source MODEL on an export with --allow-failing says where and why"
+        raise ParityError("; ".join(problems), fix=fix)
     return {
-        "status": "proved",
+        "status": FAILING if problems else PROVED,
+        **({"reason": "; ".join(problems)} if problems else {}),
         "parts": parts,
         "seconds": round(time.perf_counter() - started, 2),
         "peak_anon_bytes": peak.anon_bytes,
@@ -120,20 +127,32 @@ def prove(artifact: Artifact, source: Source | None) -> dict[str, Any]:
     }
 
 
-def prove_in_place(artifact: Artifact, source: Source | None) -> Artifact:
+def prove_in_place(artifact: Artifact, source: Source | None, gate: Gate | None = None) -> Artifact:
     """Prove an artifact again: a twin made of links takes its place once it is proved, else nothing changes on disk.
+
+    What it was granted before holds again, unless the gate says otherwise. One that was let pass stays marked.
 
     Raises:
         ParityError: as `prove`.
         UnavailableError: it can't be proved here; the reason is in the message.
     """
+    gate = gate or Gate()
     reason = obstacle(artifact, source)
     if reason:
         message = f"{artifact.folder} couldn't be proved: {reason}"
         raise UnavailableError(message, fix="give the model with --source, on a machine with the memory for it")
+    known = {
+        name: Budget(**part["budget"])
+        for name, part in artifact.manifest.proof.get("parts", {}).items()
+        if part.get("budget")
+    }
+    was_failing = artifact.manifest.proof["status"] == FAILING
     with staged(artifact.folder, replace_existing=True) as folder:
         twin = artifact.twin(folder)
-        twin.with_proof(prove(twin, source))
+        proof = prove(twin, source, Gate({**known, **gate.budgets}, gate.allow_failing or was_failing))
+        if was_failing and proof["status"] == PROVED:
+            proof |= {"status": FAILING, "reason": artifact.manifest.proof["reason"]}
+        twin.with_proof(proof)
     return Artifact.open(artifact.folder)
 
 
@@ -172,7 +191,9 @@ def _needed_bytes(artifact: Artifact, source: Source | None) -> int:
     return int(0.7e9 + (2.0 if source else 1.3) * weights)
 
 
-def prove_here(folder: str, source: str | None, elsewhere: Mapping[str, str]) -> dict[str, Any]:
+def prove_here(
+    folder: str, source: str | None, elsewhere: Mapping[str, str], budgets: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     """Prove all parts in this process; runs in the child of `prove`."""
     artifact = Artifact.open(Path(folder))
     origin = None
@@ -186,7 +207,8 @@ def prove_here(folder: str, source: str | None, elsewhere: Mapping[str, str]) ->
         part = _family_part(artifact, name)
         if origin is not None:
             _record(part, _mixture(entry), origin, artifact.folder / "proof")
-        results[name] = _prove_part(artifact, part, entry.precision)
+        budget = Budget(**budgets[name]) if name in budgets else None
+        results[name] = _prove_part(artifact, part, entry.precision, budget)
         gc.collect()
     return results
 
@@ -286,7 +308,7 @@ def _case(tensors: Tensors, index: int) -> tuple[Tensors, Tensors]:
     return pick("in"), pick("out")
 
 
-def _prove_part(artifact: Artifact, part: Part, precision: str) -> dict[str, Any]:
+def _prove_part(artifact: Artifact, part: Part, precision: str, budget: Budget | None) -> dict[str, Any]:
     from safetensors import safe_open
     from safetensors.torch import load_file
 
@@ -296,29 +318,60 @@ def _prove_part(artifact: Artifact, part: Part, precision: str) -> dict[str, Any
     tensors = load_file(file)
     with safe_open(file, "pt") as stream:
         floors = {name: float(value) for name, value in stream.metadata().items()}
-    allowed = tolerance(precision, floors["f0"], floors.get("f1"))
-    cases = []
-    with open_part(
-        artifact.folder / part.name, part, artifact.manifest.parts[part.name], Placement(device="cpu")
-    ) as runtime:
-        cases = [_prove_case(runtime, part.name, *_case(tensors, index), allowed) for index in range(len(PROOF_SIZES))]
-    return {"tolerance": allowed, **floors, "cases": [asdict(case) for case in cases]}
+    allowed = granted(part.name, tolerance(precision, floors["f0"], floors.get("f1")), budget)
+    entry, placement = artifact.manifest.parts[part.name], Placement(device="cpu")
+    cases, rows, problem = [], [], None
+    try:
+        with open_part(artifact.folder / part.name, part, entry, placement) as runtime:
+            for index in range(len(PROOF_SIZES)):
+                inputs, expected = _case(tensors, index)
+                got = _run_case(runtime, part.name, inputs)
+                cases.append(measure(got, expected, _axes(inputs)))
+                rows += _row_errors(got, expected)
+        problem = _problem(part.name, cases, upper_bound(rows), allowed)
+    except ParityError as error:
+        problem = error.message
+    return {
+        "tolerance": allowed,
+        **({"budget": asdict(budget)} if budget else {}),
+        **floors,
+        "upper": upper_bound(rows) if rows else math.inf,
+        "problem": problem,
+        "cases": [asdict(case) for case in cases],
+    }
 
 
-def _prove_case(runtime: Runtime, name: str, inputs: Tensors, expected: Tensors, allowed: float) -> Measured:
-    """Run one case and refuse what is beyond tolerance, naming the part and the shape."""
-    shapes = {key: list(tensor.shape) for key, tensor in inputs.items()}
+def _run_case(runtime: Runtime, name: str, inputs: Tensors) -> Tensors:
     fed = {port.name: _to_port(inputs[port.name], port) for port in runtime.inputs}
     try:
-        got = runtime.run(fed)
+        return runtime.run(fed)
     except Exception as error:
-        message = f"{name} can't run at the shapes {shapes}: is one baked into its graph? {error}"
+        message = f"{name} can't run at the shapes {_shapes(inputs)}: is one baked into its graph? {error}"
         raise ParityError(message) from error
-    case = measure(got, expected, _axes(inputs))
-    if not case.error <= allowed:
-        message = f"{name} differs from eager fp32 by {case.error:.2e} (tolerance {allowed:.2e}) at the shapes {shapes}"
-        raise ParityError(message, fix="report it with the output of: bakeoff doctor --json")
-    return case
+
+
+def _row_errors(got: Tensors, expected: Tensors) -> list[float]:
+    """Return each row's relative error, of all outputs that both have: the worst counts."""
+    names = sorted(set(got) & set(expected))
+    count = min(len(expected[name]) for name in names)
+    return [max(relative_error(got[name][row], expected[name][row]) for name in names) for row in range(count)]
+
+
+def _problem(part: str, cases: list[Measured], upper: float, allowed: float) -> str | None:
+    """Say what is beyond the tolerance: a case, or the upper end of the interval of all rows' errors."""
+    worst = max(cases, key=lambda case: case.error)
+    if not worst.error <= allowed:
+        return (
+            f"{part} differs from eager fp32 by {worst.error:.2e}, {worst.sqnr_db:.1f} dB (granted {allowed:.2e}, "
+            f"{decibels(allowed):.1f} dB) at {worst.sizes}"
+        )
+    if upper > allowed:
+        return f"{part} differs from eager fp32 by up to {upper:.2e} with 95 % confidence (granted {allowed:.2e})"
+    return None
+
+
+def _shapes(inputs: Tensors) -> dict[str, list[int]]:
+    return {key: list(tensor.shape) for key, tensor in inputs.items()}
 
 
 def _to_port(tensor: Tensor, port: Any) -> Tensor:  # noqa: ANN401

@@ -16,7 +16,7 @@ FOLDERS = sorted(
 LAYERS = [
     {"errors"},
     {"nvidia"},
-    {"recipe", "artifact", "hardware", "weights", "memory", "pictures", "progress", "verdict"},
+    {"budget", "recipe", "artifact", "hardware", "weights", "memory", "pictures", "progress", "verdict"},
     {"components", "quantize", "reports", "home", "hub"},
     {"single_file", "variants"},
     {"plugins", "source"},

@@ -1,10 +1,15 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bakeoff import parity
 from bakeoff.artifact import Artifact
+from bakeoff.budget import upper_bound
+from bakeoff.cli import main
 from bakeoff.errors import LoweringError, ParityError
 from bakeoff.source import Source
 
@@ -109,3 +114,51 @@ def test_the_proof_is_skipped_where_it_would_not_fit(baked, monkeypatch):
     proof = parity.prove(artifact, Source.open("shapes"))
     assert proof["status"] == "unproved"
     assert "GB" in proof["reason"]
+
+
+def test_a_budget_refuses_marks_and_stays(tmp_path, capsys):
+    """A part that fails what the user asks is refused; let pass, it is marked for good."""
+    target = tmp_path / "out"
+    arguments = ["export", "shapes", "-o", str(target), "--recipe", "torch:fp32,vae_decoder=torch:bf16"]
+    strict = [*arguments, "--budget", "vae_decoder=90dB"]
+    assert main(strict) == ParityError.exit_code
+    assert "vae_decoder differs from eager fp32" in capsys.readouterr().err
+    assert not target.exists()
+    assert main([*strict, "--allow-failing"]) == 0
+    assert "failing: vae_decoder differs" in capsys.readouterr().out
+    proof = Artifact.open(target).manifest.proof
+    assert proof["parts"]["vae_decoder"]["budget"] == {"sqnr_db": 90.0, "reason": None}
+    assert proof["parts"]["vae_decoder"]["upper"] > max(c["error"] for c in proof["parts"]["vae_decoder"]["cases"]) / 2
+    assert not proof["parts"]["unet"]["problem"]
+    assert main(strict) == ParityError.exit_code, "the same export again"
+    assert main(["verify", str(target), "--parity"]) == 0
+    assert main(["verify", str(target), "--parity", "--json"]) == 0
+    assert Artifact.open(target).manifest.proof["status"] == "failing"
+
+
+def test_a_looser_budget_needs_a_reason(tmp_path, capsys):
+    arguments = ["export", "shapes", "-o", str(tmp_path / "out"), "--recipe", "torch:fp32", "--budget", "unet=20dB"]
+    assert main(arguments) == 2
+    assert "looser than the" in capsys.readouterr().err
+    assert main([*arguments, "--budget-reason", "a draft"]) == 0
+    proof = Artifact.open(tmp_path / "out").manifest.proof
+    assert proof["status"] == "proved"
+    assert proof["parts"]["unet"]["budget"] == {"sqnr_db": 20.0, "reason": "a draft"}
+
+
+@pytest.mark.parametrize("text", ["unet", "unet=", "unet=loud", "nothing=30dB"])
+def test_budgets_that_cannot_be_meant(tmp_path, text, capsys):
+    arguments = ["export", "shapes", "-o", str(tmp_path / "out"), "--recipe", "torch:fp32", "--budget", text]
+    assert main(arguments) == 2
+    assert text.partition("=")[0] in capsys.readouterr().err
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(1e-6, 1.0), min_size=2, max_size=12))
+def test_the_upper_bound_is_that_of_students_t(errors):
+    from scipy import stats
+
+    logs = np.log(errors)
+    t = stats.t.ppf(0.975, min(len(logs) - 1, 9))
+    bound = math.exp(logs.mean() + t * logs.std(ddof=1) / math.sqrt(len(logs)))
+    assert upper_bound(errors) == pytest.approx(bound, rel=1e-3)

@@ -66,22 +66,22 @@ def test_each_layer_is_measured_alone_and_all_together(measured):
 
 
 def test_a_run_goes_on_where_it_stopped(measured, tmp_path):
-    _, found = measured
-    left = json.loads(measured[0].read_text())
+    file, _ = measured
+    left = json.loads(file.read_text())
     for layer in left["parts"]["text_encoder"].values():
         layer["errors"] = {"int8": 0.5, "int4": 0.25}
-    file = tmp_path / "layers.json"
-    file.write_text(json.dumps(left))
+    begun = tmp_path / "layers.json"
+    begun.write_text(json.dumps(left))
     arguments = {"precisions": ["int8", "int4"], "parts": ["text_encoder"], "steps": 1}
-    again = sensitivity("shapes", read_prompts("shapes-64", 4), file, **arguments)
+    again = sensitivity("shapes", read_prompts("shapes-64", 4), begun, **arguments)
     assert all(layer.errors == {"int8": 0.5, "int4": 0.25} for layer in again.parts["text_encoder"].values())
     with pytest.raises(UsageError, match="expected .*'steps': 2"):
-        sensitivity("shapes", read_prompts("shapes-64", 4), file, **{**arguments, "steps": 2})
+        sensitivity("shapes", read_prompts("shapes-64", 4), begun, **{**arguments, "steps": 2})
 
 
 @pytest.mark.parametrize("goal", ["--smallest", "--fastest"])
 def test_a_recipe_keeps_what_it_is_asked(measured, tmp_path, goal, capsys):
-    file, found = measured
+    file, _ = measured
     target = tmp_path / "recipe.toml"
     sizes = []
     for decibels in (30, 60, 200):
