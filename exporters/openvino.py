@@ -181,7 +181,7 @@ def _round_attention(model: Any, layers: Mapping[str, str], scales: Mapping[str,
         for given in (attention.input_value(0), attention.input_value(1)):
             made = _before_layout(given)
             layer = _layer_of(made, layers)
-            if layer in scales:
+            if layer is not None and layer in scales:
                 users = made.get_target_inputs()
                 rounded = _rounded(made, scales[layer][1])
                 for user in users:

@@ -47,7 +47,7 @@ def _arm(name: str, row: dict[str, Any]) -> str:
         _ratio(row["to_bf16"]),
         "same" if row["sqnr_db"] > 150 else f"{row['sqnr_db']:.1f}",  # noqa: PLR2004 - of float32
         *(f"{size / 1e9:.2f}" for size in (row["opened_anon_bytes"], peak, row["disk_bytes"])),
-        f"{row['export_seconds']:.0f}",
+        "not timed" if row["export_seconds"] is None else f"{row['export_seconds']:.0f}",
         f"{row['export_peak_anon_bytes'] / 1e9:.1f}",
     ]
     return f"| {name} | {' | '.join(cells)} |"

@@ -101,6 +101,7 @@ def make(arm: Arm, folder: Path, work: Path, nncf_python: str | None) -> dict[st
     calibrated = calibration(folder, work)
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
+    shutil.copy(folder / "config.json", output)
     started = time.perf_counter()
     if arm.precision.startswith("nncf"):
         peak = _by_nncf(arm, folder, work, str(nncf_python))
@@ -114,8 +115,6 @@ def make(arm: Arm, folder: Path, work: Path, nncf_python: str | None) -> dict[st
         arguments |= {"precision": arm.precision, "scales": str(calibrated / "scales.json")}
         _, made = in_child("unet_arms:lower_here", arguments, extra_path=str(HERE))
         peak = made.anon_bytes
-    if not (output / "config.json").exists():
-        shutil.copy(folder / "config.json", output)
     row = {
         "export_seconds": round(time.perf_counter() - started, 1),
         "export_peak_anon_bytes": peak,
