@@ -9,7 +9,7 @@ GENAI_READY := .venv-genai/.ready
 SDCPP_BIN := .venv-sdcpp/bin
 SDCPP_READY := .venv-sdcpp/.ready
 
-.PHONY: demo test test-all test-interop test-interop-sdcpp lint bench bench-attention bench-engine bench-full-size bench-memory bench-shapes bench-statistics families shapes clean
+.PHONY: demo test test-all test-interop test-interop-sdcpp lint bench bench-attention bench-engine bench-full-size bench-memory bench-precisions bench-shapes bench-statistics families shapes clean
 
 demo: $(READY)  ## Export the embedded model for each backend, generate, compare.
 	$(BIN)/bakeoff demo -o demo
@@ -48,6 +48,9 @@ bench-memory: $(READY)  ## Anonymous memory of opened full-size parts, by backen
 
 bench-attention: $(READY)  ## Attention slicing and token merging in torch: seconds, memory, distance (4 GB of disk, ten minutes).
 	$(BIN)/python -P docs/benchmarks/torch_attention.py docs/benchmarks/torch_attention.json
+
+bench-precisions: $(READY)  ## Seconds, memory and distance of every recipe on a UNet of SD 1.5's size (25 GB of disk, two hours; NNCF_PYTHON=…/python for NNCF's).
+	$(BIN)/python docs/benchmarks/unet_precisions.py docs/benchmarks/unet_precisions.json $(if $(NNCF_PYTHON),--nncf-python $(NNCF_PYTHON))
 
 families: $(READY)  ## The table of docs/families.md: every pipeline with every backend.
 	rm -f build/families.json && mkdir -p build

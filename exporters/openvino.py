@@ -10,6 +10,7 @@ from .costs import graph_cost, stored_bytes
 from .exporter import Cost, Lowered
 from .hollow import lower_hollow
 from .layers import write_layers
+from .openvino_activations import round_activations
 from .openvino_weights import TENSOR, write_weights
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from .hollow import Hollow
 
 FILE = "openvino_model.xml"
-_ROUNDING = {"MatMul", "Convolution"}
 _LEAST_BYTES = 1024
 """Smaller constants are OpenVINO's to write."""
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32", "boolean": "bool"}
@@ -38,7 +38,7 @@ class OpenVINOExporter:
     computes in is decided by the recipe when the part is loaded, never by OpenVINO's default.
     """
 
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic")
     layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **dict.fromkeys(("bf16", "int8", "int4", "nf4", "w8a8"), ("fp32", "bf16", "int8", "int4", "nf4", "w8a8")),
@@ -69,7 +69,7 @@ class OpenVINOExporter:
             model = _convert(subject.part, program)
             layers = list(_layers(model, program))
             model, entries = _with_interface(model, program, hollow, subject.inputs, subject.outputs)
-            _round_activations(model, entries, subject)
+            round_activations(model, entries, subject.activations)
             _keep_wide(model, write_layers(layers, subject.checkpoint, folder), subject.mixture)
             return (model, entries), {entry.name for entry in entries}
 
@@ -152,33 +152,6 @@ def _keep_wide(model: Any, layers: Mapping[str, list[str]], mixture: Mixture) ->
     for operation in model.get_ops() if wide else []:
         if operation.get_friendly_name() in wide:
             operation.get_rt_info()["precise_0"] = ""
-
-
-def _round_activations(model: Any, entries: list[Entry], subject: Subject) -> None:  # noqa: ANN401
-    """Let calibrated layers round what they are given: FakeQuantize, which the plugins turn into 8-bit integers.
-
-    Each activation is rounded once for all layers that take it with the same scale.
-    """
-    import numpy as np
-    from openvino import opset13
-
-    layers = {f"{TENSOR}{number}": entry.name.removesuffix(".weight") for number, entry in enumerate(entries)}
-    rounded: dict[tuple[str, int, float], Any] = {}
-    for parameter in model.get_parameters():
-        layer = layers.get(parameter.get_friendly_name())
-        if layer is None or layer not in subject.activations:
-            continue
-        scale, _ = subject.activations[layer]
-        for target in parameter.output(0).get_target_inputs():
-            operation = target.get_node()
-            if operation.get_type_name() not in _ROUNDING or target.get_index() != 1:
-                continue
-            given = operation.input_value(0)
-            key = (given.get_node().get_friendly_name(), given.get_index(), scale)
-            if key not in rounded:
-                least, most = (opset13.constant(np.float32(step * scale)) for step in (-128, 127))
-                rounded[key] = opset13.fake_quantize(given, least, most, least, most, levels=256)
-            operation.input(0).replace_source_output(rounded[key].output(0))
 
 
 def _fit(parameter: Any, port: Port) -> Any:  # noqa: ANN401

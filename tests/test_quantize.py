@@ -241,6 +241,71 @@ def test_activations_are_rounded_with_calibrated_scales(source, tmp_path, backen
         assert relative_error(got[key], far) < 5e-2
 
 
+class Attending(Mixed):
+    """One attention of two heads, its queries with a bias, its keys without one."""
+
+    name = "attending"
+
+    def inputs(self, config):
+        return (Port("given", "float32", ("batch", "sequence", 64)),)
+
+    def outputs(self, config):
+        return (Port("tokens", "float32", ("batch", "sequence", 64)),)
+
+    def load(self, folder, dtype):
+        module = Projections()
+        module.load_state_dict(load_file(Checkpoint.open(folder).files[0]))
+        return module.to(dtype).eval()
+
+    def flat(self, module):
+        return FlatAttention(module)
+
+    def example(self, config, sizes, seed):
+        shape = self.inputs(config)[0].shape(sizes.as_dict())
+        return {"given": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
+
+
+class Projections(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.value = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.key = nn.Linear(64, 64, bias=False)
+
+
+class FlatAttention(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, given):
+        made = (self.module.query(given), self.module.key(given), self.module.value(given))
+        heads = (each.unflatten(-1, (2, 32)).transpose(1, 2) for each in made)
+        return (nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2),)
+
+
+def test_openvino_rounds_queries_and_keys_but_no_values(tmp_path):
+    made, source = Attending(), tmp_path / "source"
+    source.mkdir()
+    torch.manual_seed(0)
+    save_file(Projections().to(torch.bfloat16).state_dict(), source / "model.safetensors")
+    (source / "config.json").write_text("{}")
+    scales = {"query": (0.03, 0.5), "key": (0.03, 0.25), "value": (0.03, 0.02)}
+    files, _ = lower(made, source, tmp_path, "openvino", "w8a8", scales)
+    inputs = made.example({}, Sizes(2, 8, 8, 12), seed=1)
+    eager = plugins.weight_format("w8a8").round_module(made.load(source, torch.float32), scales)
+    with torch.no_grad():
+        wide = made.flat(eager)(inputs["given"])[0]
+        for path in ("query", "key"):
+            getattr(eager, path).register_forward_hook(
+                lambda *step, scale=scales[path][1]: (step[-1] / scale).round().clamp(-128, 127) * scale
+            )
+        expected = made.flat(eager)(inputs["given"])[0]
+    with plugins.runtime("openvino")(files, Placement(device="cpu", threads=1)) as runtime:
+        got = runtime.run(inputs)["tokens"]
+    assert relative_error(got, expected) < 2e-2
+    assert relative_error(wide, expected) > 5e-2  # so coarse are these steps that leaving them out would show
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_openvino_adds_loras_to_codes(source, tmp_path, name):
     made = Mixed()

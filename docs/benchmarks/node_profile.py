@@ -1,0 +1,105 @@
+"""Where the time of one step goes, as the runtime's own profiler tells it: seconds by node class and precision."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import numpy as np
+
+LEAST_SHARE = 0.005
+"""Of the step: what takes less is summed up."""
+FINAL = "other"
+
+
+def openvino_here(folder: str, inputs: str, threads: int) -> dict[str, Any]:
+    """Take two steps of an IR in bfloat16 as the runtime does, and return the second one's profile."""
+    import openvino
+
+    core = openvino.Core()
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        "INFERENCE_PRECISION_HINT": "bf16",
+        "INFERENCE_NUM_THREADS": threads,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        "PERF_COUNT": True,
+    }
+    request = core.compile_model(Path(folder) / "openvino_model.xml", "CPU", settings).create_infer_request()
+    fed = _fed(inputs)
+    request.infer(fed)
+    started = time.perf_counter()
+    request.infer(fed)
+    ended = time.perf_counter()
+    nodes = [
+        (node.node_type, node.exec_type, node.real_time.total_seconds())
+        for node in request.profiling_info
+        if node.real_time.total_seconds()
+    ]
+    return {"step_seconds": round(ended - started, 3), "nodes": summed(nodes)}
+
+
+def onnx_here(folder: str, inputs: str, threads: int) -> dict[str, Any]:
+    """Take two steps of an ONNX model, and return the second one's profile."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as work:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.enable_profiling = threads, True
+        options.profile_file_prefix = f"{work}/profile"
+        session = onnxruntime.InferenceSession(f"{folder}/model.onnx", options, providers=["CPUExecutionProvider"])
+        fed = _fed(inputs)
+        session.run(None, fed)
+        started = time.perf_counter()
+        session.run(None, fed)
+        ended = time.perf_counter()
+        events = json.loads(Path(session.end_profiling()).read_text())
+    kernels = [event for event in events if event["cat"] == "Node" and event["name"].endswith("_kernel_time")]
+    last = kernels[len(kernels) // 2 :]
+    nodes = [(event["args"]["op_name"], _dtype(event["args"]), event["dur"] / 1e6) for event in last]
+    return {"step_seconds": round(ended - started, 3), "nodes": summed(nodes)}
+
+
+def _dtype(arguments: Mapping[str, Any]) -> str:
+    """Return the dtype of a node's first input."""
+    kinds = [kind for shape in arguments.get("input_type_shape", []) for kind in shape]
+    return kinds[0] if kinds else ""
+
+
+def _fed(inputs: str) -> dict[str, np.ndarray]:
+    import numpy as np
+
+    return dict(np.load(inputs))
+
+
+def summed(nodes: Iterable[tuple[str, str, float]]) -> list[dict[str, Any]]:
+    """Sum nodes up by class and kernel, longest first; `share` is of all nodes' time."""
+    totals: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for kind, kernel, seconds in nodes:
+        totals[kind, kernel].append(seconds)
+    whole = sum(map(sum, totals.values()))
+    small = [seconds for spent in totals.values() if sum(spent) < LEAST_SHARE * whole for seconds in spent]
+    rows = [
+        _row(kind, kernel, spent, whole)
+        for (kind, kernel), spent in totals.items()
+        if sum(spent) >= LEAST_SHARE * whole
+    ]
+    return [*sorted(rows, key=lambda row: -row["seconds"]), _row(FINAL, "", small, whole)]
+
+
+def _row(kind: str, kernel: str, spent: list[float], whole: float) -> dict[str, Any]:
+    seconds = sum(spent)
+    return {
+        "node": kind,
+        "kernel": kernel,
+        "count": len(spent),
+        "seconds": round(seconds, 3),
+        "share": round(seconds / whole, 3),
+    }

@@ -1,0 +1,41 @@
+"""Quantize an ONNX model with one call of ONNX Runtime's own tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def quantize_here(source: str, output: str, kind: str, inputs: str) -> None:
+    """Write `model.onnx` into `output`: `ort-dynamic`, or `ort-static` calibrated with `inputs`."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
+
+    whole = Path(output) / "whole.onnx"
+    model = onnx.load(Path(source) / "model.onnx")
+    del model.graph.value_info[:]  # theirs go stale when Gemm is replaced, and then they are refused
+    onnx.save(model, whole, save_as_external_data=True, location="whole.data")
+    del model
+    target = Path(output) / "model.onnx"
+    if kind == "ort-dynamic":
+        quantize_dynamic(whole, target, weight_type=QuantType.QUInt8, use_external_data_format=True)
+    else:
+
+        class Reader(CalibrationDataReader):
+            def __init__(self) -> None:
+                self._rows = iter(_rows(inputs))
+
+            def get_next(self) -> dict[str, Any] | None:
+                return next(self._rows, None)
+
+        quantize_static(whole, target, Reader(), use_external_data_format=True, per_channel=True)
+    for file in (whole, whole.with_name("whole.data")):
+        file.unlink()
+
+
+def _rows(file: str) -> list[dict[str, Any]]:
+    import numpy as np
+
+    found = np.load(file)
+    count = len({name.partition(".")[0] for name in found})
+    return [{n.partition(".")[2]: v for n, v in found.items() if n.startswith(f"{row}.")} for row in range(count)]

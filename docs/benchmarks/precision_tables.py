@@ -1,0 +1,71 @@
+"""The tables of `docs/precisions.md`, from the record of `unet_precisions.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+BEGIN, END = "<!-- tables: make bench-precisions -->", "<!-- end of tables -->"
+HEAD = (
+    "| arm | step, s | to fp32 | to bf16 | SQNR, dB | opened, GB | peak of a step, GB | on disk, GB | export, s | its peak, GB |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+)
+
+
+def with_tables(page: str, record: dict[str, Any]) -> str:
+    """Return the page with its tables made anew."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    lines = [BEGIN, "", f"Run on: {_machine(record['machine'])}.", ""]
+    for model, found in record.items():
+        if model in {"machine", "command"}:
+            continue
+        for name, group in found["groups"].items():
+            lines += [f"### {model}: {name}", "", *_group(group), ""]
+        for name, profile in found["profiles"].items():
+            lines += [f"### {model}: one step of {name}, node class by node class", "", *_profile(profile), ""]
+    return f"{before}{chr(10).join([*lines, END])}{after}"
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    sets = ", ".join(machine["instruction_sets"])
+    return f"{machine['cpu']}, {machine['usable_cores']} cores ({sets}), {machine['memory_bytes'] / 1e9:.0f} GB"
+
+
+def _group(group: dict[str, Any]) -> list[str]:
+    busy = group["machine_time"]
+    told = f"{group['threads']} thread, {group['blocks']} blocks; all cores were {busy['busy']:.0%} busy, {busy['stolen']:.0%} stolen."
+    return [told, "", *HEAD, *(_arm(name, row) for name, row in group["arms"].items())]
+
+
+def _arm(name: str, row: dict[str, Any]) -> str:
+    if "refused" in row:
+        return f"| {name} | refused: {row['refused']} | | | | | | | | |"
+    peak = row["step_peak_anon_bytes"] - row["before_anon_bytes"]
+    cells = [
+        f"{row['median_s']:.1f}",
+        _ratio(row["to_fp32"]),
+        _ratio(row["to_bf16"]),
+        "same" if row["sqnr_db"] > 150 else f"{row['sqnr_db']:.1f}",  # noqa: PLR2004 - of float32
+        *(f"{size / 1e9:.2f}" for size in (row["opened_anon_bytes"], peak, row["disk_bytes"])),
+        "not timed" if row["export_seconds"] is None else f"{row['export_seconds']:.0f}",
+        f"{row['export_peak_anon_bytes'] / 1e9:.1f}",
+    ]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _ratio(found: dict[str, float] | None) -> str:
+    return "1" if found is None else f"{found['middle']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def _profile(profile: dict[str, Any]) -> list[str]:
+    rows = [
+        f"| {row['node']} | {row['kernel']} | {row['count']} | {row['seconds']:.2f} | {row['share']:.0%} |"
+        for row in profile["nodes"]
+    ]
+    return [
+        f"{profile['step_seconds']:.1f} s.",
+        "",
+        "| node | kernel | nodes | s | share |",
+        "| --- | --- | --- | --- | --- |",
+        *rows,
+    ]

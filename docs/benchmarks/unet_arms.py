@@ -1,0 +1,249 @@
+"""The arms of `unet_precisions.py`: each made once, in a child process whose memory is watched, and opened and kept."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bakeoff.components.component import Sizes
+from bakeoff.components.modules.unet_2d_condition import UNet2DCondition
+from bakeoff.memory import Watch, in_child, rss_bytes
+from bakeoff.models import fullsize
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    from torch import Tensor
+
+HERE = Path(__file__).parent
+PART = "unet"
+SIZES = {"sd-1.5": Sizes(2, 64, 64, 77), "sdxl": Sizes(2, 128, 128, 77)}
+CALIBRATED = Sizes(2, 24, 24, 77)
+TIMESTEPS = (981.0, 721.0, 461.0, 201.0)
+"""Of the steps that are calibrated on."""
+RUNTIME_PRECISIONS = {"nncf-int8": "int8", "nncf-w8a8": "w8a8", "ort-dynamic": "w8a8-dynamic", "ort-static": "w8a8"}
+"""One call of another tool -> the recipe that its file is opened like."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`backend` and a precision of recipes, or a one-call quantization of `RUNTIME_PRECISIONS`."""
+
+    backend: str
+    precision: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}:{self.precision}"
+
+    @property
+    def opened_as(self) -> str:
+        return RUNTIME_PRECISIONS.get(self.precision, self.precision)
+
+
+def source(model: str, work: Path) -> Path:
+    """Return the folder of the UNet's random float32 weights, written on the spot unless it is there."""
+    folder = work / model
+    if not folder.exists():
+        fullsize.write_module(*fullsize.config(model, PART), folder)
+    return folder
+
+
+def inputs(folder: Path, sizes: Sizes, seed: int, timestep: float) -> dict[str, Tensor]:
+    import torch
+
+    made = UNet2DCondition().example(_config(folder), sizes, seed)
+    return {**made, "timestep": torch.tensor(timestep)}
+
+
+def calibration(folder: Path, work: Path) -> Path:
+    """Watch the UNet's layers in eager float32; return a folder with the scales and with what was given."""
+    made = work / f"{folder.name}-calibration"
+    if not made.exists():
+        in_child("unet_arms:calibrate_here", {"folder": str(folder), "output": str(made)}, extra_path=str(HERE))
+    return made
+
+
+def calibrate_here(folder: str, output: str) -> None:
+    import numpy as np
+
+    from bakeoff.quantize.calibration import Calibration
+    from bakeoff.weights import Checkpoint, layer_names
+
+    seen, given = Calibration(), {}
+    with _opened(Arm("torch", "fp32"), Path(folder), Path(folder), threads=1) as runtime:
+        runtime.observe(lambda layer, before, after: seen.see(PART, layer, before, after))
+        for seed, timestep in enumerate(TIMESTEPS):
+            step = inputs(Path(folder), CALIBRATED, seed, timestep)
+            runtime.run(step)
+            given |= {f"{seed}.{name}": tensor.numpy() for name, tensor in step.items()}
+    scales = seen.scales(PART)
+    names = layer_names(scales, Checkpoint.open(Path(folder)))
+    Path(output).mkdir()
+    (Path(output) / "scales.json").write_text(json.dumps({names[path]: both for path, both in scales.items()}))
+    np.savez(Path(output) / "inputs.npz", **given)
+
+
+def make(arm: Arm, folder: Path, work: Path, nncf_python: str | None) -> dict[str, Any]:
+    """Make an arm's folder unless it is there; return what that took, which stays beside it."""
+    output = _folder(arm, folder, work)
+    told = output.with_name(f"{output.name}.json")
+    if told.exists():
+        found: dict[str, Any] = json.loads(told.read_text())
+        return found
+    calibrated = calibration(folder, work)
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir()
+    shutil.copy(folder / "config.json", output)
+    started = time.perf_counter()
+    if arm.precision.startswith("nncf"):
+        peak = _by_nncf(arm, folder, work, str(nncf_python))
+    elif arm.precision.startswith("ort"):
+        arguments = {"source": str(_folder(Arm("onnx", "fp32"), folder, work)), "output": str(output)}
+        arguments |= {"kind": arm.precision, "inputs": str(calibrated / "inputs.npz")}
+        _, made = in_child("ort_quantize:quantize_here", arguments, extra_path=str(HERE))
+        peak = made.anon_bytes
+    else:
+        arguments = {"source": str(folder), "output": str(output), "backend": arm.backend}
+        arguments |= {"precision": arm.precision, "scales": str(calibrated / "scales.json")}
+        _, made = in_child("unet_arms:lower_here", arguments, extra_path=str(HERE))
+        peak = made.anon_bytes
+    row = {
+        "export_seconds": round(time.perf_counter() - started, 1),
+        "export_peak_anon_bytes": peak,
+        "disk_bytes": sum(file.stat().st_size for file in output.iterdir()),
+    }
+    told.write_text(json.dumps(row))
+    return row
+
+
+def _by_nncf(arm: Arm, folder: Path, work: Path, python: str) -> int:
+    """Run NNCF in its own environment on the fp32 IR; return its peak of anonymous memory."""
+    command = [python, str(HERE / "nncf_quantize.py")]
+    command += [str(_folder(a, folder, work) / "openvino_model.xml") for a in (Arm("openvino", "fp32"), arm)]
+    if arm.opened_as == "w8a8":
+        command.append(str(calibration(folder, work) / "inputs.npz"))
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdout=log, stderr=log, text=True) as process,  # noqa: S603 - our own script
+        Watch(process.pid) as watch,
+    ):
+        if process.wait():
+            log.seek(0)
+            message = f"NNCF failed: {log.read()[-2000:]}"
+            raise SystemExit(message)
+    return watch.peak.anon_bytes
+
+
+def lower_here(source: str, output: str, backend: str, precision: str, scales: str) -> None:
+    """Export the UNet in this process."""
+    from bakeoff import plugins
+    from bakeoff.exporters.capture import module_on_hollow, on_hollow
+    from bakeoff.exporters.exporter import Subject
+    from bakeoff.weights import Checkpoint
+
+    made, folder, config = UNet2DCondition(), Path(source), _config(Path(source))
+    with tempfile.TemporaryDirectory(dir=Path(output).parent) as work:
+        subject = Subject(
+            part=PART,
+            precision=precision,
+            weight_format=plugins.weight_format(precision),
+            activations=json.loads(Path(scales).read_text()) if precision == "w8a8" else {},
+            inputs=made.inputs(config),
+            outputs=made.outputs(config),
+            source=folder,
+            checkpoint=Checkpoint.open(folder),
+            capture=on_hollow(PART, made, config, folder, Path(work) / "hollow"),
+            module=module_on_hollow(made, folder, Path(work) / "hollow"),
+            weights="copy",
+        )
+        plugins.exporter(backend).lower(subject, Path(output))
+
+
+class Resident:
+    """An arm in a process of its own, opened once; it waits between steps."""
+
+    def __init__(self, arm: Arm, folder: Path, work: Path, model: str, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._here, there = context.Pipe()
+        given = (there, arm, folder, _folder(arm, folder, work), SIZES[model], threads)
+        self._process = context.Process(target=_serve, args=given, daemon=True)
+        self._process.start()
+        self.opened: dict[str, Any] = self._here.recv()
+        self.output: Tensor = self._here.recv()
+
+    def step(self) -> tuple[float, int]:
+        """Take one step; return its seconds and the most anonymous memory that the process held meanwhile."""
+        with Watch(self._process.pid) as watch:
+            self._here.send("step")
+            seconds = float(self._here.recv())
+        return seconds, watch.peak.anon_bytes
+
+    def close(self) -> None:
+        self._here.send("end")
+        self._process.join()
+
+
+def _serve(connection: Connection, arm: Arm, source: Path, folder: Path, sizes: Sizes, threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    given = inputs(source, sizes, 7, 501.0)
+    before = rss_bytes("RssAnon")
+    started = time.perf_counter()
+    with _opened(arm, source, folder, threads) as runtime:
+        opened = round(time.perf_counter() - started, 1)
+        fed = {
+            port.name: given[port.name].reshape(port.shape({})) if not port.rank else given[port.name]
+            for port in runtime.inputs
+        }
+        output = runtime.run(fed)["out_sample"]
+        held = rss_bytes("RssAnon") - before
+        connection.send(
+            {
+                "open_seconds": opened,
+                "opened_anon_bytes": held,
+                "before_anon_bytes": before,
+                "ran": runtime.configuration,
+            }
+        )
+        connection.send(output.numpy())
+        while connection.recv() == "step":
+            started = time.perf_counter()
+            runtime.run(fed)
+            connection.send(time.perf_counter() - started)
+
+
+def _opened(arm: Arm, source: Path, folder: Path, threads: int) -> Any:  # noqa: ANN401 - some runtime
+    import torch
+
+    from bakeoff import plugins
+    from bakeoff.recipe import Placement
+    from bakeoff.runtimes.runtime import PartFiles
+
+    made, config = UNet2DCondition(), _config(source)
+    files = PartFiles(
+        name=PART,
+        folder=folder,
+        precision=arm.opened_as,
+        inputs=made.inputs(config),
+        outputs=made.outputs(config),
+        build=lambda dtype: made.flat(made.load(folder, getattr(torch, dtype))).eval(),
+    )
+    return plugins.runtime(arm.backend)(files, Placement(device="cpu", threads=threads))
+
+
+def _folder(arm: Arm, folder: Path, work: Path) -> Path:
+    return work / f"{folder.name}-{arm.backend}-{arm.precision}"
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return found

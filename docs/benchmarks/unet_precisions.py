@@ -1,0 +1,197 @@
+"""What each recipe costs at real size: `python unet_precisions.py RECORD.json [--model sdxl] [--nncf-python PATH] …`.
+
+A UNet of SD 1.5's (or SDXL's) size with random float32 weights is exported once a recipe, calibrated on four timesteps
+of small latents in eager float32. Arms run in groups, each with fp32 and bf16 of the same runtime. All arms of a group
+stay open in processes of their own; each block runs every arm once, in another order, with the same inputs. Per arm:
+the ratios of its seconds to fp32's and to bf16's with their 95 % intervals over blocks, the SQNR of its prediction to
+torch's in float32, anonymous memory opened and at the peak of a step, bytes on disk, and what the export took.
+
+`nncf-int8` and `nncf-w8a8` are one call of NNCF (`compress_weights`; `quantize` for transformers) on our fp32 IR, and
+`ort-dynamic` and `ort-static` ONNX Runtime's `quantize_dynamic` and `quantize_static` on our fp32 graph: the same
+weights, the same inputs to calibrate with, the same runtime and settings to run. NNCF lives in an environment of its
+own: without `--nncf-python` its arms are left out.
+
+Groups and profiles that the record has are kept; the tables of `docs/precisions.md` are written anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+from precision_tables import with_tables
+from tqdm import tqdm
+from unet_arms import SIZES, Arm, Resident, inputs, make, source
+
+from bakeoff.hardware import describe
+from bakeoff.memory import in_child
+from bakeoff.parity import relative_error
+from bakeoff.verdict import paired_ratio
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "precisions.md"
+GROUPS = {
+    "openvino, activations too": ("openvino", ["fp32", "bf16", "w8a8", "w8a8-dynamic", "nncf-w8a8"]),
+    "openvino, weights alone": ("openvino", ["fp32", "bf16", "int8", "int4", "nf4", "nncf-int8"]),
+    "onnx, activations too": ("onnx", ["fp32", "bf16", "w8a8", "w8a8-dynamic", "ort-dynamic", "ort-static"]),
+    "onnx, weights alone": ("onnx", ["fp32", "bf16", "int8", "int4", "nf4"]),
+    "torch": ("torch", ["fp32", "bf16", "int8", "nf4"]),
+}
+PROFILED = ["openvino:bf16", "openvino:w8a8", "openvino:nncf-w8a8", "onnx:fp32", "onnx:w8a8"]
+REFERENCE = Arm("torch", "fp32")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--model", choices=SIZES, default="sd-1.5")
+    parser.add_argument("--work", type=Path, help="folder for weights and exports, 25 GB; a temporary one by default")
+    parser.add_argument("--keep", action="store_true", help="keep what is in --work, and use what is there")
+    parser.add_argument("--only", nargs="+", choices=[*GROUPS, "profiles"], default=[*GROUPS, "profiles"])
+    parser.add_argument("--again", action="store_true", help="run what --only names although the record has it")
+    parser.add_argument("--arms", nargs="+", help="of these precisions alone, besides fp32 and bf16")
+    parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--nncf-python", help="python of an environment with NNCF")
+    options = parser.parse_args()
+    record = json.loads(options.record.read_text()) if options.record.exists() else {}
+    with tempfile.TemporaryDirectory(dir=options.work) as temporary:
+        work = (options.work if options.keep else Path(temporary)).resolve()
+        found = record.setdefault(options.model, {"groups": {}, "profiles": {}})
+        record |= {"machine": describe(), "command": "make bench-precisions"}
+        for name in options.only:
+            if name == "profiles":
+                _profile(found["profiles"], work, options)
+            elif options.again or name not in found["groups"]:
+                found["groups"][name] = _compare(*GROUPS[name], work, options)
+            options.record.write_text(json.dumps(record, indent=1) + "\n")
+    PAGE.write_text(with_tables(PAGE.read_text(), record))
+
+
+def _compare(backend: str, precisions: list[str], work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Make, open and interleave a group's arms; return its rows and how busy the machine was meanwhile."""
+    folder = source(options.model, work)
+    arms = [Arm(backend, precision) for precision in precisions if _is_wanted(precision, options)]
+    made: dict[str, Any] = {}
+    for arm in tqdm(arms, desc="exports"):
+        made[arm.precision] = _attempt(arm, folder, work, options)
+    expected = _expected(folder, work, options)
+    opened = {
+        arm.precision: Resident(arm, folder, work, options.model, options.threads)
+        for arm in arms
+        if "refused" not in made[arm.precision]
+    }
+    before = psutil.cpu_times()
+    seconds, peaks = _interleave(opened, options.blocks)
+    after = psutil.cpu_times()
+    rows = {
+        name: {
+            **made[name],
+            **arm.opened,
+            "sqnr_db": round(
+                -20 * float(np.log10(max(relative_error(_tensor(arm.output), _tensor(expected)), 1e-9))), 1
+            ),
+            "step_peak_anon_bytes": peaks[name],
+            "median_s": round(float(np.median(seconds[name])), 2),
+            "seconds": [round(each, 3) for [each] in seconds[name]],
+            "to_fp32": _interval(seconds["fp32"], seconds[name]),
+            "to_bf16": _interval(seconds["bf16"], seconds[name]),
+        }
+        for name, arm in opened.items()
+    }
+    for arm in opened.values():
+        arm.close()
+    return {
+        "arms": made | rows,
+        "blocks": options.blocks,
+        "threads": options.threads,
+        "machine_time": _shares(before, after),
+    }
+
+
+def _is_wanted(precision: str, options: argparse.Namespace) -> bool:
+    if precision.startswith("nncf") and not options.nncf_python:
+        return False
+    return not options.arms or precision in {"fp32", "bf16", *options.arms}
+
+
+def _attempt(arm: Arm, folder: Path, work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Make an arm; of another tool's that fails, return what it said."""
+    try:
+        return make(arm, folder, work, options.nncf_python)
+    except Exception as error:
+        if arm.precision == arm.opened_as:
+            raise
+        return {"refused": str(error).strip().splitlines()[-1][:300]}
+
+
+def _expected(folder: Path, work: Path, options: argparse.Namespace) -> Any:  # noqa: ANN401 - a numpy array
+    """Return what eager float32 predicts, and keep it beside the weights."""
+    file = work / f"{folder.name}-expected.npy"
+    if not file.exists():
+        make(REFERENCE, folder, work, None)
+        reference = Resident(REFERENCE, folder, work, options.model, options.threads)
+        np.save(file, reference.output)
+        reference.close()
+    return np.load(file)
+
+
+def _interleave(opened: Mapping[str, Resident], blocks: int) -> tuple[dict[str, list[list[float]]], dict[str, int]]:
+    seconds: dict[str, list[list[float]]] = {name: [] for name in opened}
+    peaks = dict.fromkeys(opened, 0)
+    order = random.Random(0)  # noqa: S311 - a seeded order, no secrets
+    for _ in tqdm(range(blocks), desc="blocks"):
+        for name in order.sample(list(opened), len(opened)):
+            spent, peak = opened[name].step()
+            seconds[name].append([spent])
+            peaks[name] = max(peaks[name], peak)
+    return seconds, peaks
+
+
+def _shares(before: Any, after: Any) -> dict[str, float]:  # noqa: ANN401 - psutil's times
+    """Return how all cores' time was spent between two readings: by us and others, and stolen by other machines."""
+    spent = {name: getattr(after, name) - getattr(before, name) for name in ("user", "nice", "system", "idle", "steal")}
+    whole = sum(spent.values())
+    return {"busy": round(1 - (spent["idle"] + spent["steal"]) / whole, 3), "stolen": round(spent["steal"] / whole, 3)}
+
+
+def _interval(baseline: list[list[float]], arm: list[list[float]]) -> dict[str, float] | None:
+    if arm is baseline:
+        return None
+    found = paired_ratio(baseline, arm)
+    return {"middle": round(found.ratio, 3), "low": round(found.low, 3), "high": round(found.high, 3)}
+
+
+def _tensor(values: Any) -> Any:  # noqa: ANN401 - numpy in, torch out
+    import torch
+
+    return torch.from_numpy(values)
+
+
+def _profile(found: dict[str, Any], work: Path, options: argparse.Namespace) -> None:
+    """Profile a step of each arm of `PROFILED` that can be made here."""
+    folder = source(options.model, work)
+    file = work / f"{folder.name}-step.npz"
+    given = inputs(folder, SIZES[options.model], 7, 501.0)
+    np.savez(file, **{name: tensor.numpy() for name, tensor in given.items()})
+    for name in PROFILED:
+        arm = Arm(*name.split(":"))
+        if (name in found and not options.again) or not _is_wanted(arm.precision, options):
+            continue
+        make(arm, folder, work, options.nncf_python)
+        arguments = {"folder": str(work / f"{folder.name}-{arm.backend}-{arm.precision}"), "inputs": str(file)}
+        arguments |= {"threads": options.threads}
+        found[name], _ = in_child(f"node_profile:{arm.backend}_here", arguments, extra_path=str(HERE))
+
+
+if __name__ == "__main__":
+    main()
