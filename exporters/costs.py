@@ -38,14 +38,11 @@ def graph_cost(weights: dict[str, int], written: int, operations: int, weight_fo
     )
 
 
-def stored_bytes(
-    checkpoint: Checkpoint, dtype: str, weight_format: Format | None, *, matrices_alone: bool = False
-) -> dict[str, int]:
+def stored_bytes(checkpoint: Checkpoint, dtype: str, weight_format: Format | None) -> dict[str, int]:
     """Return dtype -> bytes that a checkpoint takes, with codes wherever the format has them and the rest as `dtype`."""
     totals: dict[str, int] = defaultdict(int)
     for entry in checkpoint.entries.values():
-        left = matrices_alone and len(entry.shape) > 2  # noqa: PLR2004 - a convolution
-        if left or weight_format is None or weight_format.obstacle(entry.shape):
+        if weight_format is None or weight_format.obstacle(entry.shape):
             totals[dtype] += entry.bytes_in(dtype)
         else:
             codes, scales = weight_format.stored_bytes(entry.shape)

@@ -5,25 +5,33 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, ClassVar
 
-from ..weights import Checkpoint, convert, place
-from . import bitsandbytes
+from ..weights import TORCH_DTYPES, Checkpoint, convert, place
+from .bitsandbytes import Bitsandbytes
 from .costs import BYTES_PER_S, PACKED_TIMES, stored_bytes
 from .exporter import Cost, Lowered
 from .packing import storage
+from .torchao import TorchAO
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from ..quantize.format import Format
+    from .codes import Layout
     from .exporter import Subject
 
 _BASE_BYTES, _PACKING_BYTES = 155_000_000, 400_000_000
+_LAYOUTS: dict[str, type[Layout]] = {
+    "int8": Bitsandbytes,
+    "nf4": Bitsandbytes,
+    "int4": TorchAO,
+    "w8a8-dynamic": TorchAO,
+}
 
 
 class TorchExporter:
     version: ClassVar[int] = 1
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", *bitsandbytes.PRECISIONS)
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", *_LAYOUTS)
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def packages(self) -> tuple[str, ...]:
@@ -39,24 +47,31 @@ class TorchExporter:
         shared: bool,
     ) -> Cost:
         dtype = storage(precision)
-        weights = stored_bytes(checkpoint, dtype, weight_format, matrices_alone=True)
         if weight_format:
+            weights = _LAYOUTS[precision](weight_format).predict(checkpoint, dtype)
             written = sum(weights.values())
             return Cost(_PACKING_BYTES, written, written / BYTES_PER_S * PACKED_TIMES, weights)
+        weights = stored_bytes(checkpoint, dtype, None)
         written = 0 if shared and checkpoint.is_in(dtype) else sum(weights.values())
         return Cost(_BASE_BYTES, written, written / BYTES_PER_S, weights)
 
     def lower(self, subject: Subject, folder: Path) -> Lowered:
-        kept: dict[str, str] = {}
-        if subject.weight_format:
-            how = "written"
-            kept = bitsandbytes.write(subject.checkpoint, subject.module(), subject.weight_format, folder)
-        else:
+        if subject.weight_format is None:
             how = _write(subject, storage(subject.precision), folder)
-        totals: dict[str, int] = defaultdict(int)
-        for label, entry in bitsandbytes.weights_of(Checkpoint.open(folder)):
-            totals[label] += entry.length
-        return Lowered(how, dict(totals), kept)
+            return Lowered(how, _weight_bytes(Checkpoint.open(folder)))
+        layout = _LAYOUTS[subject.precision](subject.weight_format)
+        kept = layout.write(subject.checkpoint, subject.module(), folder)
+        return Lowered("written", _weight_bytes(Checkpoint.open(folder), layout), kept)
+
+
+def _weight_bytes(checkpoint: Checkpoint, layout: Layout | None = None) -> dict[str, int]:
+    """Return dtype -> bytes of a written checkpoint; codes count under their format's name."""
+    totals: dict[str, int] = defaultdict(int)
+    for name, entry in checkpoint.entries.items():
+        coded = layout is not None and layout.holds_codes(name, checkpoint)
+        label = layout.format.name if coded else TORCH_DTYPES.get(entry.dtype, entry.dtype.lower())
+        totals[label] += entry.length
+    return dict(totals)
 
 
 def _write(subject: Subject, dtype: str, folder: Path) -> str:
