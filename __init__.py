@@ -24,8 +24,16 @@ _LATE = {
     "parse": ("recipe", "parse"),
 }
 
-# Diffusers imports bitsandbytes, which then advises to let it download kernels from the hub: code that nobody asked for.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
+# Diffusers imports bitsandbytes, which advises to let it download kernels from the hub (code that nobody asked for), and
+# torchao, which tells of the kernels for GPUs that it can't load.
+_NOISE = {
+    "bitsandbytes.backends.cpu.ops": "kernels-community",
+    "torchao": "Failed to load",
+    "torch.utils._pytree": "is an Enum subclass",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao`",
+}
+for _name, _text in _NOISE.items():
+    logging.getLogger(_name).addFilter(lambda record, text=_text: text not in str(record.msg))  # type: ignore[misc]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for

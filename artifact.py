@@ -22,7 +22,16 @@ SCHEMA = 1
 MANIFEST = "bakeoff.json"
 ACTIVATIONS = "activations.json"
 """In a part's folder: layer -> scales of its input and output, where these were calibrated."""
-_WEIGHT_WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "int4": 0.5, "nf4": 0.5}
+_WEIGHT_WIDTHS = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int8": 1,
+    "int4": 0.5,
+    "int4 in bytes": 1,
+    "nf4": 0.5,
+}
 """dtype or low-bit format -> bytes of a weight."""
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

@@ -258,7 +258,9 @@ def _activations(planned: Plan, part: Part) -> dict[str, tuple[float, float]]:
 def _refuse_unchanged(subject: Subject, lowered: Lowered) -> None:
     """Raise if a low-bit recipe changed no weight of a part."""
     formats = subject.mixture.formats.values()
-    if formats and not any(lowered.weight_bytes.get(each.name) for each in formats):
+    if formats and not any(
+        label.startswith(each.name) for each in formats for label, size in lowered.weight_bytes.items() if size
+    ):
         reasons = Counter(lowered.kept.values()).most_common(3)
         why = "; ".join(f"{count} × {reason}" for reason, count in reasons)
         message = f"{subject.mixture.precision} changes no weight of {subject.part}: {why or 'it has none'}"

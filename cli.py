@@ -46,7 +46,7 @@ exit codes:
   130 stopped on request
 """
 _INTERRUPTED = 130
-_LOW_BIT = ("int8", "int4", "nf4")
+_LOW_BIT = ("int8", "int4", "int4 in bytes", "nf4")
 _WORTH_SHOWING_BYTES = 10_000
 
 

@@ -234,9 +234,11 @@ def layer_names(paths: Iterable[str], checkpoint: Checkpoint) -> dict[str, str]:
     return found
 
 
-def write_streamed(tensors: Sequence[Streamed], file: Path) -> dict[str, Entry]:
+def write_streamed(
+    tensors: Sequence[Streamed], file: Path, metadata: Mapping[str, str] | None = None
+) -> dict[str, Entry]:
     """Write a new safetensors file, one tensor's chunks after another's; return the tensors' places."""
-    header, _ = safetensors_header((each.name, each.dtype, each.shape, each.length) for each in tensors)
+    header, _ = safetensors_header(((each.name, each.dtype, each.shape, each.length) for each in tensors), metadata)
     with file.open("wb") as stream:
         stream.write(header)
         for tensor in tensors:
@@ -244,17 +246,20 @@ def write_streamed(tensors: Sequence[Streamed], file: Path) -> dict[str, Entry]:
     return {entry.name: entry for entry in read_header(file)}
 
 
-def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> tuple[bytes, list[int]]:
+def safetensors_header(
+    tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[int]]:
     """Lay tensors out one after another.
 
     Args:
         tensors: name, dtype as safetensors spells it, shape, and bytes of each.
+        metadata: what else the header says.
 
     Returns:
         What the file begins with, whose length is a multiple of 8; and where each tensor begins in the file, the end of
         the last one behind them.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     ends = [0]
     for name, dtype, shape, length in tensors:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [ends[-1], ends[-1] + length]}

@@ -24,11 +24,11 @@ def load_diffusers(model_class: Any, folder: Path, dtype: torch.dtype, *, unused
 
     Raises:
         SourceError: the checkpoint lacks a tensor.
-        UnavailableError: its weights are bitsandbytes' codes, which isn't installed.
+        UnavailableError: its weights are codes of bitsandbytes or torchao, which isn't installed.
     """
     import torch
 
-    if low_bit.is_low_bit(folder):
+    if low_bit.method(folder):
         return _complete(low_bit.load_diffusers(model_class, folder), folder, unused)
     with torch.device("meta"):
         module: nn.Module = model_class.from_pretrained(
@@ -53,12 +53,13 @@ def load_transformers(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.
 
     Raises:
         SourceError: the checkpoint lacks a tensor, which Transformers would fill with new values.
-        UnavailableError: its weights are bitsandbytes' codes, which isn't installed.
+        UnavailableError: its weights are codes of bitsandbytes or torchao, which isn't installed.
     """
     from transformers.utils import logging
 
-    if low_bit.is_low_bit(folder):
-        low_bit.require()
+    library = low_bit.method(folder)
+    if library:
+        low_bit.require(library)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,12 +1,14 @@
-"""Modules whose Linear layers hold codes of bitsandbytes, opened without a GPU and without their wide weights."""
+"""Modules whose Linear layers hold codes of bitsandbytes or torchao, opened without a GPU or their wide weights."""
 
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnavailableError
 from ..weights import Checkpoint
+from . import torchao
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,52 +19,61 @@ if TYPE_CHECKING:
 _KEY = "quantization_config"
 
 
-def is_low_bit(folder: Path) -> bool:
-    """Say whether a module folder's Linear layers are bitsandbytes' codes."""
+def method(folder: Path) -> str | None:
+    """Return what runs a module folder's codes, bitsandbytes or torchao; None where its weights are none."""
     file = folder / "config.json"
     config = json.loads(file.read_text()) if file.is_file() else {}
-    return (config.get(_KEY) or {}).get("quant_method") == "bitsandbytes"
+    found = (config.get(_KEY) or {}).get("quant_method")
+    return found if found in {"bitsandbytes", "torchao"} else None
 
 
 def load_diffusers(model_class: Any, folder: Path) -> nn.Module:  # noqa: ANN401 - a Diffusers class
-    """Open a Diffusers module from bitsandbytes' codes; all else has the dtype of the file.
+    """Open a Diffusers module from codes; all else has the dtype of the file.
 
-    Diffusers' own way refuses without a GPU, though bitsandbytes doesn't.
+    Diffusers' own way refuses bitsandbytes without a GPU, though that needs none, and rounds torchao's scales to bfloat16.
 
     Raises:
-        UnavailableError: bitsandbytes isn't installed.
+        UnavailableError: bitsandbytes or torchao isn't installed.
     """
     import torch
     from safetensors.torch import load_file
 
     tensors: dict[str, Tensor] = {}
-    for file in Checkpoint.open(folder).files:
+    files = Checkpoint.open(folder).files
+    for file in files:
         tensors |= load_file(file)
     config = dict(model_class.load_config(folder, local_files_only=True))
     settings = config.pop(_KEY)
+    require(settings["quant_method"])
     with torch.device("meta"):
         module: nn.Module = model_class.from_config(config)
-    for path, layer in list(module.named_modules()):
-        if f"{path}.SCB" in tensors or f"{path}.weight.absmax" in tensors:
-            owner, _, name = path.rpartition(".")
-            setattr(module.get_submodule(owner), name, _coded(path, layer, tensors, settings))
+    if settings["quant_method"] == "torchao":
+        tensors = torchao.joined(files, tensors)
+    else:
+        _replace_layers(module, tensors, settings)
     module.load_state_dict(tensors, assign=True, strict=False)
     keep_codes(module)
     return module
 
 
-def require() -> Any:  # noqa: ANN401 - a module without types
-    """Import bitsandbytes' layers.
+def _replace_layers(module: nn.Module, tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> None:
+    for path, layer in list(module.named_modules()):
+        if f"{path}.SCB" in tensors or f"{path}.weight.absmax" in tensors:
+            owner, _, name = path.rpartition(".")
+            setattr(module.get_submodule(owner), name, _coded(path, layer, tensors, settings))
+
+
+def require(library: str) -> None:
+    """Import bitsandbytes or torchao.
 
     Raises:
         UnavailableError: it isn't installed.
     """
     try:
-        from bitsandbytes import nn as layers
+        import_module(library)
     except ImportError as error:
-        message = "these weights are codes of bitsandbytes, which is not installed"
-        raise UnavailableError(message, fix="pip install 'bakeoff[bitsandbytes]'") from error
-    return layers
+        message = f"these weights are codes of {library}, which is not installed"
+        raise UnavailableError(message, fix=f"pip install 'bakeoff[{library}]'") from error
 
 
 def keep_codes(module: nn.Module) -> None:
@@ -77,7 +88,7 @@ def _coded(path: str, layer: Any, tensors: dict[str, Tensor], settings: Mapping[
     """Return a layer with the codes of `path`, whose tensors are taken out."""
     import torch
 
-    layers = require()
+    layers: Any = import_module("bitsandbytes.nn")
     sizes, bias = (layer.in_features, layer.out_features), layer.bias is not None
     weight = tensors.pop(f"{path}.weight")
     with torch.device("meta"):

@@ -39,13 +39,12 @@ def graph_cost(weights: dict[str, int], written: int, operations: int, *, packs:
     )
 
 
-def stored_bytes(checkpoint: Checkpoint, mixture: Mixture, *, matrices_alone: bool = False) -> dict[str, int]:
+def stored_bytes(checkpoint: Checkpoint, mixture: Mixture) -> dict[str, int]:
     """Return dtype -> bytes that a checkpoint takes, with codes wherever a format has them."""
     totals: dict[str, int] = defaultdict(int)
     for entry in checkpoint.entries.values():
         weight_format = mixture.format_of(entry.name)
-        left = matrices_alone and len(entry.shape) > 2  # noqa: PLR2004 - a convolution
-        if left or weight_format is None or weight_format.obstacle(entry.shape):
+        if weight_format is None or weight_format.obstacle(entry.shape):
             dtype = storage(mixture.precision_of(entry.name))
             totals[dtype] += entry.bytes_in(dtype)
         else:

@@ -5,29 +5,37 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, ClassVar
 
-from ..weights import Checkpoint, convert, place, streamed, write_streamed
-from . import bitsandbytes
+from ..weights import TORCH_DTYPES, Checkpoint, convert, place, streamed, write_streamed
+from .bitsandbytes import Bitsandbytes
 from .costs import BYTES_PER_S, PACKED_TIMES, stored_bytes
 from .exporter import Cost, Lowered
 from .packing import storage
+from .torchao import TorchAO
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from ..quantize.mixture import Mixture
+    from .codes import Layout
     from .exporter import Subject
 
 _BASE_BYTES, _PACKING_BYTES = 155_000_000, 400_000_000
+_LAYOUTS: dict[str, type[Layout]] = {
+    "int8": Bitsandbytes,
+    "nf4": Bitsandbytes,
+    "int4": TorchAO,
+    "w8a8-dynamic": TorchAO,
+}
 
 
 class TorchExporter:
     version: ClassVar[int] = 1
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", *bitsandbytes.PRECISIONS)
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", *_LAYOUTS)
     layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "bf16": ("fp32", "bf16"),
         "fp16": ("fp32", "fp16"),
-        **dict.fromkeys(bitsandbytes.PRECISIONS, ("bf16",)),
+        **dict.fromkeys(_LAYOUTS, ("bf16",)),
     }
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
@@ -42,25 +50,25 @@ class TorchExporter:
         operations: int,  # noqa: ARG002
         shared: bool,
     ) -> Cost:
-        weights = stored_bytes(checkpoint, mixture, matrices_alone=True)
         if mixture.formats:
+            weights = _LAYOUTS[mixture.precision](mixture).predict(checkpoint)
             written = sum(weights.values())
             return Cost(_PACKING_BYTES, written, written / BYTES_PER_S * PACKED_TIMES, weights)
+        weights = stored_bytes(checkpoint, mixture)
         linked = shared and mixture.is_plain and checkpoint.is_in(storage(mixture.precision))
         written = 0 if linked else sum(weights.values())
         return Cost(_BASE_BYTES, written, written / BYTES_PER_S, weights)
 
     def lower(self, subject: Subject, folder: Path) -> Lowered:
-        kept: dict[str, str] = {}
-        if subject.mixture.formats:
-            how = "written"
-            kept = bitsandbytes.write(subject.checkpoint, subject.module(), subject.mixture, folder)
-        else:
+        if not subject.mixture.formats:
             how = _write(subject, folder)
-        totals: dict[str, int] = defaultdict(int)
-        for label, entry in bitsandbytes.weights_of(Checkpoint.open(folder)):
-            totals[label] += entry.length
-        return Lowered(how, dict(totals), kept)
+            totals: dict[str, int] = defaultdict(int)
+            for entry in Checkpoint.open(folder).entries.values():
+                totals[TORCH_DTYPES.get(entry.dtype, entry.dtype.lower())] += entry.length
+            return Lowered(how, dict(totals))
+        layout = _LAYOUTS[subject.mixture.precision](subject.mixture)
+        kept = layout.write(subject.checkpoint, subject.module(), folder)
+        return Lowered("written", layout.weight_bytes(Checkpoint.open(folder)), kept)
 
 
 def _write(subject: Subject, folder: Path) -> str:
@@ -74,6 +82,6 @@ def _write(subject: Subject, folder: Path) -> str:
     if subject.checkpoint.is_in(dtype):
         for index in subject.source.glob("*.safetensors.index.json"):
             place(index, folder / index.name, "copy")
-        return min(place(file, folder / file.name, subject.weights) for file in subject.checkpoint.files)
+        return min(place(each, folder / each.name, subject.weights) for each in subject.checkpoint.files)
     convert(subject.checkpoint, file, dtype)
     return "written"

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from ..lora import Delta
     from ..recipe import Placement
 
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "bfloat16", "nf4": "bfloat16"}
-"""Precision -> what is computed in: the last two are what the weights of Linear layers are stored in."""
+_DTYPES = {"fp32": "float32", "fp16": "float16"}
+"""Precision -> what is computed in, bfloat16 unless said: low-bit precisions are what weights are stored in."""
 _HALF = {"bf16", "fp16"}
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _TORCH_NAMES = {"rocm": "cuda"}
-_CODED = (".SCB", ".absmax")
-"""What the names of the scales end in that bitsandbytes keeps beside codes."""
+_CODED = (".SCB", ".absmax", "._weight_qdata")
+"""What some names of tensors end in where bitsandbytes or torchao keeps codes."""
 
 
 class TorchRuntime(Runtime):
@@ -56,7 +56,7 @@ class TorchRuntime(Runtime):
     def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:
         entries = Checkpoint.open(folder).entries
         if any(name.endswith(_CODED) for name in entries):
-            message = f"LoRAs can't be added to {folder}: its weights are codes of a few bits, which bitsandbytes keeps"
+            message = f"LoRAs can't be added to {folder}: its weights are codes of a few bits"
             raise InputError(message, fix="bake it in: bakeoff export MODEL -o DIR --recipe … --lora FILE:SCALE")
         return {name: entry.shape for name, entry in entries.items()}
 
@@ -70,7 +70,7 @@ class TorchRuntime(Runtime):
         convolution_bytes: int | None = None,
     ) -> int:
         """Count what is copied: weights of another float dtype, and convolutions where they are laid out anew."""
-        target = _DTYPES[precision]
+        target = _DTYPES.get(precision, "bfloat16")
         kept = sum(size for dtype, size in weight_bytes.items() if dtype == target or dtype not in _WIDTHS)
         converted = [
             size * _WIDTHS[target] // _WIDTHS[dtype]
@@ -96,11 +96,12 @@ class TorchRuntime(Runtime):
         super().__init__(part, placement)
         device, fallback = choose_device(placement.device, self.devices, "torch")
         self._threads = placement.threads or usable_cores()
-        self._dtype: torch.dtype = getattr(torch, _DTYPES[part.precision])
+        computed = _DTYPES.get(part.precision, "bfloat16")
+        self._dtype: torch.dtype = getattr(torch, computed)
         self._device = torch.device(_TORCH_NAMES.get(device, device))
         mapped = placement.offload == "mapped"
         self._channels_last = part.precision != "fp32" and not mapped
-        module = part.build(_DTYPES[part.precision]).to(self._device)
+        module = part.build(computed).to(self._device)
         wide = keep_wide(module, part.folder, self._dtype) if part.precision in _HALF else []
         _adapt(module, part.deltas)
         merged = attention.merge_tokens(module, placement.token_merging)
@@ -113,7 +114,7 @@ class TorchRuntime(Runtime):
         self.configuration = {
             "device": device,
             "threads": self._threads,
-            "precision": _DTYPES[part.precision],
+            "precision": _precision(module, computed),
             "float32_layers": wide,
             "compile": placement.compile,
             "mapped": mapped,
@@ -161,6 +162,15 @@ def _adapt(module: nn.Module, deltas: Mapping[str, Sequence[Delta]]) -> None:
     for name, additions in deltas.items():
         own = next(own for own in parameters if own == name or name.endswith(f".{own}") or own.endswith(f".{name}"))
         parameters[own].data = added(parameters[own].data, additions)
+
+
+def _precision(module: nn.Module, dtype: str) -> str | dict[str, int]:
+    """Name what is computed in; where there are products of integers, count the layers of each kind."""
+    from torch import nn
+
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    integer = sum(getattr(layer.weight, "act_quant_kwargs", None) is not None for layer in layers)
+    return {"int8": integer, dtype: len(layers) - integer} if integer else dtype
 
 
 @contextlib.contextmanager

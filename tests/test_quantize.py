@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -9,14 +11,19 @@ from dataclasses import replace
 import onnx
 import pytest
 import torch
+from diffusers import ModelMixin, TorchAoConfig, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CLIPTextModel
 
 from bakeoff import plugins
 from bakeoff.bake import export
 from bakeoff.components.component import Component, Port, Sizes
+from bakeoff.components.loading import load_diffusers
 from bakeoff.errors import InputError, RecipeError, UnavailableError
 from bakeoff.exporters.capture import module_on_hollow, on_hollow
 from bakeoff.exporters.exporter import Subject
@@ -30,8 +37,8 @@ from bakeoff.runtimes.runtime import PartFiles
 from bakeoff.weights import Checkpoint
 
 FORMATS = ["int8", "int4", "nf4"]
-BACKENDS = {"onnx": 1e-5, "openvino": 1e-2}
-"""Backend -> distance to eager float32 with rounded weights: OpenVINO computes in bfloat16."""
+BACKENDS = {"onnx": 1e-5, "openvino": 1e-2, "torch": 1e-2}
+"""Backend -> distance to eager float32 with rounded weights: the last two compute in bfloat16."""
 LEAST_DB = {"int8": 40, "int4": 19, "nf4": 20}
 """What a normal distribution keeps in each format."""
 
@@ -119,9 +126,7 @@ class Mixed(Component):
         )
 
     def load(self, folder, dtype):
-        module = Layers().to(dtype)
-        module.load_state_dict(load_file(Checkpoint.open(folder).files[0]), assign=True)
-        return module.to(dtype).eval()
+        return load_diffusers(Layers, folder, dtype)
 
     def flat(self, module):
         return Flat(module)
@@ -136,7 +141,10 @@ class Mixed(Component):
         raise NotImplementedError
 
 
-class Layers(nn.Module):
+class Layers(ModelMixin, ConfigMixin):
+    config_name = "config.json"
+
+    @register_to_config
     def __init__(self):
         super().__init__()
         self.table = nn.Embedding(256, 128)
@@ -160,8 +168,7 @@ def source(tmp_path_factory):
     """A module folder whose weights are bfloat16, so that nothing but the format rounds them."""
     folder = tmp_path_factory.mktemp("mixed")
     torch.manual_seed(0)
-    save_file(Layers().to(torch.bfloat16).state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text("{}")
+    Layers().to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -188,9 +195,10 @@ def test_a_backend_computes_with_the_formats_weights(source, tmp_path, backend, 
         got = runtime.run(inputs)
     for key, tensor in expected.items():
         assert relative_error(got[key], tensor.detach()) < BACKENDS[backend], key
-    if name == "int8":
+    if name == "int8" and backend != "torch":
         assert not kept
-    assert lowered.weight_bytes[name] == sum(
+    bytes_of_codes = 2 if (backend, name) == ("torch", "int4") else 1  # where torchao keeps each in a byte
+    assert lowered.weight_bytes[name] == bytes_of_codes * sum(
         weight_format.stored_bytes(entry.shape)[0]
         for entry in Checkpoint.open(source).entries.values()
         if len(entry.shape) > 1 and entry.name not in lowered.kept
@@ -215,6 +223,7 @@ def test_activations_are_rounded_as_they_come(source, tmp_path, backend):
         if backend == "onnx":
             assert relative_error(got[key], rounded) < 1e-5
     assert "int8" in ran or "i8" in ran
+    assert backend != "torch" or ran == {"int8": 2, "bfloat16": 1}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -351,6 +360,7 @@ def test_layers_of_other_precisions(wide_source, tmp_path, backend):
 
 def lower(made, source, folder, backend, precision, activations=None, layers=None):
     (folder / "out").mkdir()
+    shutil.copy(source / "config.json", folder / "out")
     subject = Subject(
         part=made.name,
         mixture=plugins.mixture(precision, layers),
@@ -364,13 +374,14 @@ def lower(made, source, folder, backend, precision, activations=None, layers=Non
         weights="auto",
     )
     lowered = plugins.exporter(backend).lower(subject, folder / "out")
+    opened = folder / "out" if backend == "torch" else source
     files = PartFiles(
         name=made.name,
         folder=folder / "out",
         precision=precision,
         inputs=made.inputs({}),
         outputs=made.outputs({}),
-        build=lambda dtype: made.flat(made.load(source, getattr(torch, dtype))),
+        build=lambda dtype: made.flat(made.load(opened, getattr(torch, dtype))),
     )
     return files, lowered
 
@@ -428,8 +439,6 @@ class TestBitsandbytes:
             )
 
     def test_transformers_opens_it(self, baked, name):
-        from transformers import CLIPTextModel
-
         pytest.importorskip("bitsandbytes")
         folder = baked(f"torch:fp32,text_encoder=torch:{name}")
         theirs = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True, dtype=torch.bfloat16)
@@ -453,9 +462,91 @@ class TestBitsandbytes:
             read_folder(folder).shapes("unet")
 
 
-def test_without_bitsandbytes_the_error_says_what_to_install(baked, monkeypatch):
-    pytest.importorskip("bitsandbytes")
-    folder = baked("torch:fp32,unet=torch:nf4")
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UnavailableError, match="bitsandbytes, which is not installed"), load(folder) as engine:
-        engine.generate("a circle", steps=1)
+CONFIGS = {
+    "int4": lambda made: made.IntxWeightOnlyConfig(
+        weight_dtype=torch.int4, granularity=made.PerGroup(64), scale_dtype=torch.float32
+    ),
+    "w8a8-dynamic": lambda made: made.Int8DynamicActivationInt8WeightConfig(),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+class TestTorchAO:
+    def test_the_folder_is_what_diffusers_saves(self, source, tmp_path, name):
+        made = pytest.importorskip("torchao.quantization")
+        lower(Mixed(), source, tmp_path, "torch", name)
+        layers = load_diffusers(Layers, source, torch.bfloat16)
+        made.quantize_(layers, CONFIGS[name](made))
+        theirs, said = flatten(layers.state_dict())
+        file = Checkpoint.open(tmp_path / "out").files[0]
+        ours = load_file(file)
+        assert {key: (value.shape, value.dtype) for key, value in ours.items()} == {
+            key: (value.shape, value.dtype) for key, value in theirs.items()
+        }
+        with safe_open(file, "pt") as stream:
+            assert {key: unordered(text) for key, text in stream.metadata().items() if key != "format"} == {
+                key: unordered(text) for key, text in said.items()
+            }
+        settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+        assert settings == json.loads(json.dumps(TorchAoConfig(CONFIGS[name](made)).to_dict()))
+        if name == "w8a8-dynamic":  # int4's scales are searched for
+            for key in theirs:
+                torch.testing.assert_close(ours[key].float(), theirs[key].float(), rtol=1e-2, atol=1.0)
+
+    def test_diffusers_and_transformers_open_it(self, tmp_path, name):
+        pytest.importorskip("torchao")
+        recipe = parse(f"null:fp32,unet=torch:{name},text_encoder=torch:{name}")[0]
+        export("shapes", tmp_path / "out", recipe, prove=False)
+        opened = read_folder(tmp_path / "out")
+        for part_name, made in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+            part = opened.family.part(part_name)
+            theirs = made.from_pretrained(opened.folders[part_name], local_files_only=True, torch_dtype=torch.bfloat16)
+            inputs = part.component.example(opened.config(part_name), Sizes(2, 8, 8, 12), seed=0)
+            with open_part(
+                opened.folders[part_name], part, opened.parts[part_name], Placement(device="cpu")
+            ) as runtime:
+                got = next(iter(runtime.run(inputs).values()))
+            fed = [value if made is CLIPTextModel else value.to(torch.bfloat16) for value in inputs.values()]
+            with torch.no_grad():
+                expected = theirs(*fed)[0]
+            assert relative_error(got, expected.float()) < 3e-2, part_name
+
+    @pytest.mark.slow
+    def test_a_denoiser_is_proved_and_takes_no_loras(self, baked, name):
+        pytest.importorskip("torchao")
+        folder = baked(f"torch:fp32,unet=torch:{name},text_encoder=torch:{name}")
+        manifest = json.loads((folder / "bakeoff.json").read_text())
+        assert manifest["proof"]["status"] == "proved"
+        assert "convolutions" in " ".join(manifest["parts"]["unet"]["kept"].values()) or name != "int4"
+        with pytest.raises(InputError, match="its weights are codes"):
+            read_folder(folder).shapes("unet")
+
+
+def flatten(tensors):
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    return flatten_tensor_state_dict(tensors)
+
+
+def unordered(text):
+    found = json.loads(text)
+    if isinstance(found, list):
+        return sorted(found)
+    if "_tensor_data_names" in found:
+        found["_tensor_data_names"].sort()
+    return found
+
+
+def test_torchao_says_nothing_of_its_own(tmp_path):
+    pytest.importorskip("torchao")
+    code = "import bakeoff, sys; from diffusers import UNet2DConditionModel; assert 'torchao' in sys.modules"
+    found = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert found.stdout + found.stderr == ""
+
+
+@pytest.mark.parametrize(("library", "name"), [("bitsandbytes", "nf4"), ("torchao", "int4")])
+def test_without_the_library_the_error_says_what_to_install(source, tmp_path, monkeypatch, library, name):
+    files, _ = lower(Mixed(), source, tmp_path, "torch", name)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UnavailableError, match=f"{library}, which is not installed"):
+        plugins.runtime("torch")(files, Placement(device="cpu"))

@@ -1,0 +1,127 @@
+"""Checkpoints in which the weights of Linear layers are codes, in the layout of the library that runs them."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..weights import TORCH_DTYPES, layer_names, streamed, write_streamed
+from .exporter import SCALES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import nn
+
+    from ..quantize.format import Format
+    from ..quantize.mixture import Mixture
+    from ..weights import Checkpoint, Entry, Streamed
+
+_WIDE = "bfloat16"
+"""dtype of what has no codes."""
+
+
+class Layout(ABC):
+    """How a library stores the codes of a format, and what Diffusers and Transformers read to open them with it."""
+
+    library: ClassVar[str]
+
+    def __init__(self, mixture: Mixture) -> None:
+        self._mixture = mixture
+        self.format: Format = mixture.formats[mixture.precision]
+
+    @property
+    def label(self) -> str:
+        """What the bytes of codes count as."""
+        return self.format.name
+
+    @abstractmethod
+    def encode(self, entry: Entry) -> list[Streamed]:
+        """Return a weight as the tensors that are stored for it."""
+
+    @abstractmethod
+    def settings(self, skipped: list[str]) -> dict[str, Any]:
+        """Return `quantization_config`; Linear layers of the paths `skipped` have no codes."""
+
+    @abstractmethod
+    def stored_name(self, name: str) -> str | None:
+        """Return the name of the weight that a written tensor belongs to, if it is one beside codes."""
+
+    def weight_bytes(self, checkpoint: Checkpoint) -> dict[str, int]:
+        """Sum a written checkpoint's bytes by what they count as."""
+        totals: dict[str, int] = defaultdict(int)
+        coded = {self.stored_name(name) for name in checkpoint.entries} - {None}
+        for name, entry in checkpoint.entries.items():
+            beside = SCALES if self.stored_name(name) else TORCH_DTYPES.get(entry.dtype, entry.dtype.lower())
+            totals[self.label if name in coded else beside] += entry.length
+        return dict(totals)
+
+    def stored_bytes(self, entry: Entry) -> dict[str, int]:
+        """Return what bytes count as -> how many are stored for a weight."""
+        codes, scales = self.format.stored_bytes(entry.shape)
+        return {self.label: codes, SCALES: scales}
+
+    def metadata(
+        self,
+        checkpoint: Checkpoint,  # noqa: ARG002 - for libraries that need more than the tensors
+        coded: Mapping[str, str],  # noqa: ARG002
+    ) -> dict[str, str]:
+        """Return what the file's header says.
+
+        Args:
+            checkpoint: that was read.
+            coded: name of a weight in it that became codes -> its name in the module.
+        """
+        return {}
+
+    def predict(self, checkpoint: Checkpoint) -> dict[str, int]:
+        """Return what bytes count as -> how many will be written, from headers alone."""
+        totals: dict[str, int] = defaultdict(int)
+        for entry in checkpoint.entries.values():
+            left = len(entry.shape) > 2 or self._mixture.obstacle(entry.name, entry.shape)  # noqa: PLR2004 - a convolution
+            stored = {_WIDE: entry.bytes_in(_WIDE)} if left else self.stored_bytes(entry)
+            for label, size in stored.items():
+                totals[label] += size
+        return dict(totals)
+
+    def write(self, checkpoint: Checkpoint, module: nn.Module, folder: Path) -> dict[str, str]:
+        """Write a module's checkpoint with codes for its Linear layers, and say so in its `config.json`.
+
+        Args:
+            checkpoint: of the module.
+            module: as its library builds it; its weights aren't read.
+            folder: has the `config.json`.
+
+        Returns:
+            Matrix or convolution that is left as it is -> why.
+        """
+        layers = _linear_layers(module, checkpoint)
+        kept: dict[str, str] = {}
+        tensors: list[Streamed] = []
+        for entry in checkpoint.entries.values():
+            obstacle = self._mixture.obstacle(entry.name, entry.shape)
+            if obstacle is None and entry.name not in layers:
+                obstacle = f"{self.library} has codes for Linear layers alone"
+            if obstacle is None:
+                tensors += self.encode(entry)
+                continue
+            tensors.append(streamed(entry, _WIDE))
+            if len(entry.shape) > 1:
+                kept[entry.name] = obstacle
+        coded = {name: f"{path}.weight" for name, path in layers.items() if name not in kept}
+        write_streamed(tensors, folder / checkpoint.single_file, self.metadata(checkpoint, coded))
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = self.settings(sorted(path for name, path in layers.items() if name in kept))
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        return kept
+
+
+def _linear_layers(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the weight's name in the checkpoint -> path in the module, of each Linear layer."""
+    from torch import nn
+
+    paths = [path for path, layer in module.named_modules() if type(layer) is nn.Linear]
+    return {f"{name}.weight": path for path, name in layer_names(paths, checkpoint).items()}
