@@ -87,8 +87,8 @@ def keep_codes(module: nn.Module) -> None:
 def _coded(path: str, layer: Any, tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> nn.Module:  # noqa: ANN401 - nn.Linear
     """Return a layer with the codes of `path`, whose tensors are taken out."""
     import torch
-    from bitsandbytes import nn as layers
 
+    layers: Any = import_module("bitsandbytes.nn")
     sizes, bias = (layer.in_features, layer.out_features), layer.bias is not None
     weight = tensors.pop(f"{path}.weight")
     with torch.device("meta"):

@@ -68,8 +68,9 @@ def _weight_bytes(checkpoint: Checkpoint, layout: Layout | None = None) -> dict[
     """Return dtype -> bytes of a written checkpoint; codes count under their format's name."""
     totals: dict[str, int] = defaultdict(int)
     for name, entry in checkpoint.entries.items():
-        coded = layout is not None and layout.holds_codes(name, checkpoint)
-        label = layout.format.name if coded else TORCH_DTYPES.get(entry.dtype, entry.dtype.lower())
+        label = TORCH_DTYPES.get(entry.dtype, entry.dtype.lower())
+        if layout and layout.holds_codes(name, checkpoint):
+            label = layout.format.name
         totals[label] += entry.length
     return dict(totals)
 

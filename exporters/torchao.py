@@ -65,7 +65,7 @@ class TorchAO(Layout):
 
     def _tensor(self, shape: Sequence[int]) -> dict[str, Any]:
         width = self.format.group or shape[1]
-        data = {"block_size": [1, width], "dtype": _dtype("bfloat16")}
+        data: dict[str, Any] = {"block_size": [1, width], "dtype": _dtype("bfloat16")}
         if self.format.bits < 8:  # noqa: PLR2004 - a byte
             data |= {"target_dtype": _dtype("int4"), "activation_quantization": None}
             return _tensor("IntxUnpackedToInt8Tensor", data)
