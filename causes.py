@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .parity import relative_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import Tensor, nn
@@ -296,5 +296,3 @@ def _factors(got: Tensor, expected: Tensor) -> tuple[Tensor, float]:
 
 def _share(mask: Tensor) -> float:
     return float(mask.double().mean())
-
-

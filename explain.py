@@ -336,9 +336,9 @@ def _like(expected: Tensor, names: Iterable[str], got: Mapping[str, Tensor]) -> 
     """Return the first tensor that has the shape and the kind of numbers that eager's has."""
     for name in names:
         found = got.get(name)
-        if found is not None and found.shape == expected.shape:
-            if found.is_floating_point() == expected.is_floating_point():
-                return name
+        same_kind = found is not None and found.is_floating_point() == expected.is_floating_point()
+        if found is not None and same_kind and found.shape == expected.shape:
+            return name
     return None
 
 
@@ -371,7 +371,8 @@ def in_words(explanation: Explanation) -> list[str]:
     beyond = [case for case in e.cases if not case.error <= e.tolerance]
     lines = [
         f"{e.part}: error {e.error:.2e}, tolerance {e.tolerance:.2e}; {len(beyond)} of {len(e.cases)} cases are beyond it",
-        f"  case      {e.case}{_time(e.cases[e.case])}: " + ", ".join(f"{k} {v}" for k, v in e.cases[e.case].sizes.items()),
+        f"  case      {e.case}{_time(e.cases[e.case])}: "
+        + ", ".join(f"{k} {v}" for k, v in e.cases[e.case].sizes.items()),
     ]
     if e.layer is not None:
         operation = f" ({e.operation})" if e.operation else ""
