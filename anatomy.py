@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
     from .runtimes.runtime import Operation
 
-_ROUNDINGS = {"QuantizeLinear", "DynamicQuantizeLinear"}
+_ROUNDINGS = {"Cast", "Convert", "DynamicQuantizeLinear", "QuantizeLinear"}
+"""Operations that bring what a layer takes into its own dtype."""
 
 
 class Anatomy:
@@ -41,7 +42,7 @@ class Anatomy:
         return self._by_layer.get(layer, [])
 
     def given(self, layer: str) -> list[str]:
-        """Return tensors from outside that a layer takes; before they are rounded to integers, where they are."""
+        """Return tensors from outside that a layer takes; before they are brought into its dtype, where they are."""
         inside = {name for operation in self.operations(layer) for name in operation.outputs}
         taken = [name for operation in self.operations(layer) for name in operation.inputs]
         if not self._joined:
@@ -53,7 +54,7 @@ class Anatomy:
         return [name for operation in reversed(self.operations(layer)) for name in operation.outputs]
 
     def roundings(self, layer: str) -> list[Operation]:
-        """Return the operations outside of a layer that round what it takes."""
+        """Return the operations outside of a layer that bring what it takes into its dtype."""
         makers = [self._producers.get(name) for operation in self.operations(layer) for name in operation.inputs]
         inside = self.operations(layer)
         return [maker for maker in makers if maker and maker.kind in _ROUNDINGS and maker not in inside]
@@ -82,4 +83,4 @@ class Anatomy:
 
     def _wide(self, name: str) -> str:
         producer = self._producers.get(name)
-        return producer.inputs[0] if producer and producer.kind in _ROUNDINGS else name
+        return self._wide(producer.inputs[0]) if producer and producer.kind in _ROUNDINGS else name
