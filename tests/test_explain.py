@@ -138,6 +138,7 @@ def test_saturated_attention(baked, planted):
     assert found.figures["rows on one token"] > found.figures["rows on one token in eager"]
 
 
+@pytest.mark.slow
 def test_an_overflow_in_float16(shapes, decoders, planted, tmp_path):
     """A norm takes a factor away again, so that eager never minds it. ONNX Runtime drops casts that follow each other."""
     import onnx_ir
@@ -171,6 +172,7 @@ def test_an_overflow_in_float16(shapes, decoders, planted, tmp_path):
     assert found.figures["largest in eager"] > 65504
 
 
+@pytest.mark.slow
 def test_a_wrong_scale_of_codes(decoders, planted):
     name = "decoder.up_blocks.1.resnets.0.conv2.weight.scales"
     found = only(planted(decoders("onnx:int8"), "vae_decoder", edit_safetensors(name, lambda scales: scales * 2)))
@@ -179,6 +181,7 @@ def test_a_wrong_scale_of_codes(decoders, planted):
     assert found.figures["factor"] == pytest.approx(2, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_wrong_scale_in_openvino(decoders, planted):
     def edit(folder):
         import openvino
@@ -206,6 +209,7 @@ def test_a_changed_weight_in_torch(baked, planted):
     assert (found.part, found.layer, found.operator, found.cause) == ("unet", layer, "Conv2d", causes.SCALE)
 
 
+@pytest.mark.slow
 def test_what_the_recipe_asks_for_is_no_fault(decoders):
     (found,) = explain(Artifact.open(decoders("onnx:int8")), Source.open("shapes"))
     assert not found.departs
@@ -213,13 +217,14 @@ def test_what_the_recipe_asks_for_is_no_fault(decoders):
     assert found.cause == causes.ROUNDED
 
 
+@pytest.mark.slow
 def test_an_exact_artifact_has_no_fault(decoders):
     (found,) = explain(Artifact.open(decoders("onnx:fp32")), Source.open("shapes"))
     assert (found.departs, found.fault, found.cause) == (False, False, NOWHERE)
 
 
-def test_another_model_and_none_are_refused(decoders, run_cli, tiny):
-    folder = decoders("onnx:int8")
+def test_another_model_and_none_are_refused(baked, run_cli, tiny):
+    folder = baked("torch:fp32")
     finished = run_cli("verify", folder, "--explain")
     assert finished.returncode == 2
     assert "add --source" in finished.stderr
