@@ -17,7 +17,7 @@ from .bench.command import add_bench
 from .calibrate import add_calibrate
 from .choose import add_recipe
 from .doctor import add_doctor
-from .errors import ArtifactError, BakeoffError, InputError, ResourceError, UsageError
+from .errors import ArtifactError, BakeoffError, InputError, ParityError, ResourceError, UsageError
 from .pictures import check_output, save
 from .progress import Steps
 from .recipe import LOAD_OPTIONS, OFFLOADS, SWITCHES, option_value, read
@@ -346,6 +346,9 @@ def _add_verify(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
     )
     command.add_argument("folder", type=Path)
     command.add_argument("--parity", action="store_true", help="prove each part against what eager fp32 gave, too")
+    command.add_argument(
+        "--explain", action="store_true", help="find where it departs from eager fp32, and why: needs --source"
+    )
     command.add_argument("--source", help="the model, to record what eager fp32 gives if the artifact has no record")
     _add_config(command)
     command.set_defaults(run=_verify)
@@ -356,6 +359,8 @@ def _verify(options: argparse.Namespace) -> int:
     from .artifact import Artifact
 
     artifact = Artifact.open(options.folder)
+    if options.explain:
+        return _explain(artifact, options)
     problems = _hash_all(artifact)
     if options.parity and not problems:
         from . import parity
@@ -374,6 +379,28 @@ def _verify(options: argparse.Namespace) -> int:
         _say(
             f"hint: export it again: bakeoff export {artifact.manifest.source['id']} -o {options.folder} --force --recipe …"
         )
+    return ArtifactError.exit_code if problems else 0
+
+
+def _explain(artifact: Artifact, options: argparse.Namespace) -> int:
+    """Explain it whatever its hashes: what was changed in it may be why."""
+    if not options.source:
+        message = "--explain got no --source: it runs the model in eager fp32 beside the artifact"
+        raise UsageError(message, fix=f"add --source {artifact.manifest.source['id']}")
+    from .explain import as_json, explain, in_words
+    from .parity import source_of
+
+    problems = _hash_all(artifact)
+    found = explain(artifact, source_of(artifact, options.source, options.config))
+    for problem in problems:
+        _say(f"warning: {problem}")
+    if options.json:
+        parts = [as_json(each) for each in found]
+        _print_json({"folder": str(options.folder), "problems": problems, "parts": parts})
+    else:
+        print("\n".join(line for each in found for line in in_words(each)))
+    if any(each.departs for each in found):
+        return ParityError.exit_code
     return ArtifactError.exit_code if problems else 0
 
 

@@ -383,3 +383,35 @@ def _to_port(tensor: Tensor, port: Any) -> Tensor:  # noqa: ANN401
 def _axes(inputs: Tensors) -> dict[str, int]:
     """Return the size of each axis of each input, as `name.axis`."""
     return {f"{name}.{axis}": size for name, tensor in inputs.items() for axis, size in enumerate(tensor.shape)}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a part is proved against: its cases, and what they may differ by."""
+
+    cases: tuple[tuple[Tensors, Tensors], ...]
+    """Inputs, and what eager float32 gave."""
+    tolerance: float
+
+
+def recorded(artifact: Artifact, name: str, source: Source) -> Recorded:
+    """Read the cases of one part that were recorded with the artifact; record them elsewhere where they weren't."""
+    from tempfile import TemporaryDirectory
+
+    file = artifact.folder / "proof" / f"{name}.safetensors"
+    precision = artifact.manifest.parts[name].precision
+    if file.is_file():
+        return _read_recorded(file, precision)
+    with TemporaryDirectory() as folder:
+        _record(_family_part(artifact, name), precision, source, Path(folder))
+        return _read_recorded(Path(folder) / file.name, precision)
+
+
+def _read_recorded(file: Path, precision: str) -> Recorded:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as stream:
+        floors = {key: float(value) for key, value in stream.metadata().items()}
+        tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+    cases = tuple(_case(tensors, index) for index in range(len(PROOF_SIZES)))
+    return Recorded(cases, tolerance(precision, floors["f0"], floors.get("f1")))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ArtifactError, UnavailableError, unknown
 from ..hardware import Availability, choose_device, usable_cores
-from . import onnx_weights
-from .runtime import PartFiles, Runtime
+from . import onnx_graph, onnx_weights
+from .runtime import Operation, PartFiles, Runtime
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -119,6 +119,12 @@ class OnnxRuntime(Runtime):
             binding.bind_output(name, "cpu", 0, dtype, tuple(tensor.shape), tensor.data_ptr())
         self._session.run_with_iobinding(binding)
         return results
+
+    def operations(self) -> list[Operation]:
+        return onnx_graph.operations(self.part.folder)
+
+    def _tap(self, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        return onnx_graph.tap(self.part.folder, self._session, inputs, names)
 
     def close(self) -> None:
         self._session = None

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ArtifactError
 from ..hardware import Availability, choose_device, usable_cores
-from . import openvino_weights
-from .runtime import PartFiles, Runtime
+from . import openvino_graph, openvino_weights
+from .runtime import Operation, PartFiles, Runtime
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -137,6 +137,12 @@ class OpenVINORuntime(Runtime):
 
         data = request.get_output_tensor(self._positions[name]).data
         return tensor if data.ctypes.data == tensor.data_ptr() else torch.from_numpy(data.copy())
+
+    def operations(self) -> list[Operation]:
+        return openvino_graph.operations(self._model, self.part.folder)
+
+    def _tap(self, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        return openvino_graph.tap(self._model, self._device, self._settings, inputs, names)
 
     def close(self) -> None:
         self._requests.clear()

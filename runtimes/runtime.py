@@ -43,6 +43,20 @@ class PartFiles:
     """What LoRAs add to weights, by their names in `Runtime.shapes`."""
 
 
+@dataclass(frozen=True)
+class Operation:
+    """One operation of an opened part, as its backend names and calls it."""
+
+    name: str
+    kind: str
+    """The backend's own type: Conv, MatMul, Softmax…"""
+    inputs: tuple[str, ...]
+    """Tensors that it takes, constants too."""
+    outputs: tuple[str, ...]
+    layer: str | None
+    """The module that it came from, by its name in the checkpoint; None where that isn't known."""
+
+
 class Runtime(ABC):
     """One opened part. Registered under the entry points `bakeoff.runtimes`.
 
@@ -146,6 +160,38 @@ class Runtime(ABC):
         """
         message = f"{type(self).__name__} runs a graph: layers can be looked at in torch alone"
         raise UsageError(message, fix="take an artifact of torch:fp32, or the model itself")
+
+    def operations(self) -> list[Operation]:
+        """Return what the part consists of, in the order in which it runs.
+
+        Raises:
+            UsageError: the runtime can't look inside its parts.
+        """
+        message = f"{type(self).__name__} can't look inside its parts"
+        raise UsageError(message, fix="export the part for torch, ONNX or OpenVINO to look inside")
+
+    def tap(self, inputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """Execute the part and return tensors inside of it, in their own dtypes.
+
+        What is returned isn't fused away, so a backend may compute in another order, or in another dtype, than in `run`.
+
+        Args:
+            inputs: as of `run`.
+            names: of `Operation.inputs` or `Operation.outputs`, constants apart.
+
+        Raises:
+            InputError: as `run`.
+            UsageError: as `operations`.
+        """
+        solve_sizes(self.part.name, self.inputs, inputs)
+        fed = {port.name: _as_port(self.part.name, port, inputs[port.name]) for port in self.inputs}
+        wanted = [name for name in dict.fromkeys(names) if name not in fed]
+        return {name: fed[name] for name in names if name in fed} | (self._tap(fed, wanted) if wanted else {})
+
+    def _tap(self, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:  # noqa: ARG002
+        """Execute with checked inputs; `names` are none of theirs."""
+        self.operations()
+        raise NotImplementedError
 
     def synchronize(self) -> None:  # noqa: B027 - most have nothing to do
         """Wait until the device has finished; nothing to do where `run` returns finished tensors."""

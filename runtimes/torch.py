@@ -9,13 +9,13 @@ from ..components.component import WRAPPER
 from ..errors import InputError
 from ..hardware import Availability, choose_device, usable_cores
 from ..lora import added
-from ..weights import Checkpoint
+from ..weights import Checkpoint, layer_names
 from . import attention
 from .islands import keep_wide
-from .runtime import PartFiles, Runtime
+from .runtime import Operation, PartFiles, Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -30,6 +30,8 @@ _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _TORCH_NAMES = {"rocm": "cuda"}
 _CODED = (".SCB", ".absmax", "._weight_qdata")
 """What some names of tensors end in where bitsandbytes or torchao keeps codes."""
+_GIVEN = "/input"
+"""What the name of what a layer is given ends in."""
 
 
 class TorchRuntime(Runtime):
@@ -145,6 +147,43 @@ class TorchRuntime(Runtime):
     def module(self) -> nn.Module:
         assert self._module is not None, "closed"  # noqa: S101
         return self._module
+
+    def operations(self) -> list[Operation]:
+        found = layer_names(self._layers(), Checkpoint.open(self.part.folder))
+        return [
+            Operation(path, type(layer).__name__, (path + _GIVEN,), (path,), found.get(path))
+            for path, layer in self._layers().items()
+        ]
+
+    def _layers(self) -> dict[str, nn.Module]:
+        """Return the modules that have parameters and no modules of their own."""
+        modules = self._module.named_modules()
+        return {path: layer for path, layer in modules if path and not [*layer.children()] and [*layer.parameters()]}
+
+    def _tap(self, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        import torch
+
+        seen: dict[str, Tensor] = {}
+
+        def watch(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(_: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+                for name, tensor in ((path + _GIVEN, given[0]), (path, made)):
+                    if name in names:
+                        seen[name] = tensor.detach().to("cpu", copy=True)
+
+            return hook
+
+        paths = {name.removesuffix(_GIVEN) for name in names}
+        layers = {path: layer for path, layer in self._layers().items() if path in paths}
+        handles = [layer.register_forward_hook(watch(path)) for path, layer in layers.items()]
+        arguments = [self._prepare(inputs[port.name], port.exact) for port in self.inputs]
+        try:
+            with torch.no_grad(), _threads(self._threads), self._slicing:
+                self._module(*arguments)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
 
     def synchronize(self) -> None:
         import torch

@@ -1,0 +1,54 @@
+"""What an ONNX part consists of, and the tensors inside of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .layers import read_layers
+from .runtime import Operation
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+
+def operations(folder: Path) -> list[Operation]:
+    """Return the graph's nodes, as `Runtime.operations` does."""
+    import onnx
+
+    layers = read_layers(folder)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    return [
+        Operation(
+            node.name,
+            node.op_type,
+            tuple(name for name in node.input if name),
+            tuple(name for name in node.output if name),
+            layers.get(node.name) or layers.get(node.name.partition(".")[0]),
+        )
+        for node in graph.node
+    ]
+
+
+def tap(folder: Path, session: Any, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:  # noqa: ANN401 - onnxruntime is untyped
+    """Run the graph as far as these tensors, on the execution providers of a session.
+
+    As it is written, not optimised: ONNX Runtime fuses nodes even across an output, and then refuses the graph.
+    """
+    import onnx
+    import onnxruntime
+    import torch
+
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = session.get_session_options().intra_op_num_threads
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    opened = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=session.get_providers())
+    taken = {item.name for item in opened.get_inputs()}
+    results = opened.run(names, {name: tensor.numpy() for name, tensor in inputs.items() if name in taken})
+    return {name: torch.from_numpy(array) for name, array in zip(names, results, strict=True)}

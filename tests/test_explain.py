@@ -1,0 +1,314 @@
+"""Faults planted in real artifacts: where each is, and why, is found and named."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from bakeoff import causes
+from bakeoff.anatomy import Anatomy
+from bakeoff.artifact import Artifact, describe_files
+from bakeoff.bake import export
+from bakeoff.causes import Evidence, find_cause
+from bakeoff.explain import NOWHERE, explain
+from bakeoff.recipe import parse
+from bakeoff.runtimes.runtime import Operation
+from bakeoff.source import Source
+from bakeoff.weights import Checkpoint, as_bytes, read_tensor
+
+ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
+CONVOLUTION = "decoder.up_blocks.1.resnets.0.conv1"
+
+
+@pytest.fixture
+def planted(baked, tmp_path):
+    """Copy an artifact, let `edit` change a part's folder, and vouch for what it left."""
+
+    def plant(folder, part, edit):
+        copy = shutil.copytree(folder, tmp_path / "artifact")
+        manifest = Artifact.open(copy).manifest
+        edit(copy / part)
+        artifact = Artifact(copy, replace(manifest, files=describe_files(copy)))
+        artifact.write_manifest()
+        return artifact
+
+    return plant
+
+
+@pytest.fixture(scope="module")
+def decoders(shapes, tmp_path_factory):
+    """The VAE's decoder alone, by a backend and a precision."""
+    root = tmp_path_factory.mktemp("decoders")
+
+    def bake(recipe, source=shapes):
+        folder = root / recipe.replace(":", "-")
+        if not folder.exists():
+            export(str(source), folder, parse(f"null:fp32,vae_decoder={recipe}")[0])
+        return folder
+
+    return bake
+
+
+def edit_onnx(change):
+    """Return an edit of `model.onnx`; `change` gets the graph."""
+    import onnx_ir
+
+    def edit(folder):
+        model = onnx_ir.load(folder / "model.onnx")
+        change(model.graph)
+        onnx_ir.save(model, folder / "model.onnx")
+
+    return edit
+
+
+def set_weight(name, change):
+    """Return a change of the weight whose initializer's name ends so."""
+    import onnx_ir
+
+    def of_graph(graph):
+        (value,) = [each for key, each in graph.initializers.items() if key.endswith(name)]
+        value.const_value = onnx_ir.tensor(np.ascontiguousarray(change(value.const_value.numpy())), name=value.name)
+
+    return of_graph
+
+
+def edit_safetensors(name, change):
+    """Return an edit of a tensor in the file that holds it, where it lies."""
+
+    def edit(folder):
+        checkpoint = Checkpoint.open(folder)
+        entry = checkpoint.entries[name]
+        with entry.file.open("r+b") as stream:
+            stream.seek(entry.offset)
+            stream.write(as_bytes(change(read_tensor(entry)).contiguous()))
+
+    return edit
+
+
+def only(artifact, source="shapes"):
+    (found,) = explain(artifact, Source.open(str(source)))
+    assert found.departs
+    assert found.fault
+    return found
+
+
+def node_of(graph, name):
+    (node,) = [node for node in graph if node.name == name]
+    return node
+
+
+def conv_of(folder, layer):
+    (name,) = json.loads((folder / "layers.json").read_text())[layer]
+    return name
+
+
+def test_a_wrong_scale_in_a_convolution(baked, planted):
+    layer = "down_blocks.1.resnets.0.conv2"
+    artifact = planted(baked("onnx:fp32"), "unet", edit_onnx(set_weight(f"{layer}.weight", lambda weight: weight * 2)))
+    found = only(artifact)
+    assert (found.part, found.layer, found.operator, found.cause) == ("unet", layer, "Conv", causes.SCALE)
+    assert found.figures["factor"] == pytest.approx(2, rel=1e-3)
+
+
+def test_a_transposed_weight(baked, planted):
+    layer = f"{ATTENTION}.to_q"
+    artifact = planted(baked("onnx:fp32"), "unet", edit_onnx(set_weight(f"{layer}.weight", np.transpose)))
+    found = only(artifact)
+    assert (found.part, found.layer, found.operator, found.cause) == ("unet", layer, "MatMul", causes.TRANSPOSED)
+
+
+def test_saturated_attention(baked, planted):
+    import onnx_ir
+
+    def sharpen(graph):
+        names = json.loads((baked("onnx:fp32") / "unet" / "layers.json").read_text())[ATTENTION]
+        (softmax,) = [node for node in graph if node.name in names and node.op_type == "Softmax"]
+        times = onnx_ir.Value(name="times", const_value=onnx_ir.tensor(np.float32(60), name="times"))
+        graph.initializers["times"] = times
+        more = onnx_ir.Node("", "Mul", [softmax.inputs[0], times], name="sharper")
+        graph.insert_before(softmax, more)
+        softmax.replace_input_with(0, more.outputs[0])
+
+    found = only(planted(baked("onnx:fp32"), "unet", edit_onnx(sharpen)))
+    assert (found.part, found.layer, found.operator, found.cause) == ("unet", ATTENTION, "Softmax", causes.ATTENTION)
+    assert found.figures["scores times"] == pytest.approx(60, rel=1e-3)
+    assert found.figures["rows on one token"] > found.figures["rows on one token in eager"]
+
+
+@pytest.mark.slow
+def test_an_overflow_in_float16(shapes, decoders, planted, tmp_path):
+    """A norm takes a factor away again, so that eager never minds it. ONNX Runtime drops casts that follow each other."""
+    import onnx_ir
+
+    source = shutil.copytree(shapes, tmp_path / "model")
+    for name in ("weight", "bias"):
+        edit_safetensors(f"{CONVOLUTION}.{name}", lambda tensor: (tensor.float() * 1e5).to(tensor.dtype))(
+            source / "vae"
+        )
+
+    def narrow(graph):
+        node = node_of(graph, conv_of(folder / "vae_decoder", CONVOLUTION))
+        for index, taken in enumerate(node.inputs):
+            cast = onnx_ir.node("Cast", [taken], {"to": 10}, name=f"narrow{index}")
+            graph.insert_before(node, cast)
+            node.replace_input_with(index, cast.outputs[0])
+        node.outputs[0].dtype = onnx_ir.DataType.FLOAT16
+        (reshape,) = [user for user, _ in node.outputs[0].uses() if user.op_type == "Reshape"]
+        reshape.outputs[0].dtype = onnx_ir.DataType.FLOAT16
+        wide = onnx_ir.node("Cast", [reshape.outputs[0]], {"to": 1}, name="wide")
+        graph.insert_after(reshape, wide)
+        for user, index in list(reshape.outputs[0].uses()):
+            if user is not wide:
+                user.replace_input_with(index, wide.outputs[0])
+
+    folder = tmp_path / "baked"
+    export(str(source), folder, parse("null:fp32,vae_decoder=onnx:fp32")[0])
+    found = only(planted(folder, "vae_decoder", edit_onnx(narrow)), source)
+    assert (found.part, found.layer) == ("vae_decoder", CONVOLUTION)
+    assert (found.operator, found.cause) == ("Conv", causes.OVERFLOW)
+    assert found.figures["largest in eager"] > 65504
+
+
+@pytest.mark.slow
+def test_a_wrong_scale_of_codes(decoders, planted):
+    name = "decoder.up_blocks.1.resnets.0.conv2.weight.scales"
+    found = only(planted(decoders("onnx:int8"), "vae_decoder", edit_safetensors(name, lambda scales: scales * 2)))
+    assert (found.part, found.operator, found.cause) == ("vae_decoder", "Conv", causes.SCALE)
+    assert found.layer == "decoder.up_blocks.1.resnets.0.conv2"
+    assert found.figures["factor"] == pytest.approx(2, rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_wrong_scale_in_openvino(decoders, planted):
+    def edit(folder):
+        import openvino
+        from openvino import opset13
+
+        model = openvino.Core().read_model(folder / "openvino_model.xml")
+        names = json.loads((folder / "layers.json").read_text())[CONVOLUTION]
+        (node,) = [op for op in model.get_ordered_ops() if op.get_friendly_name() == names[0]]
+        constant = node.input(1).get_source_output()
+        node.input(1).replace_source_output(opset13.multiply(constant, np.float32(2)).output(0))
+        openvino.save_model(model, folder / "twin.xml", compress_to_fp16=False)
+        del model, node, constant
+        for suffix in ("xml", "bin"):
+            (folder / f"twin.{suffix}").replace(folder / f"openvino_model.{suffix}")
+
+    found = only(planted(decoders("openvino:fp32"), "vae_decoder", edit))
+    assert (found.part, found.layer) == ("vae_decoder", CONVOLUTION)
+    assert (found.operator, found.cause) == ("Convolution", causes.SCALE)
+    assert found.figures["factor"] == pytest.approx(2, rel=1e-3)
+
+
+def test_a_changed_weight_in_torch(baked, planted):
+    layer = "down_blocks.1.resnets.0.conv2"
+    found = only(planted(baked("torch:fp32"), "unet", edit_safetensors(f"{layer}.weight", lambda weight: weight * 2)))
+    assert (found.part, found.layer, found.operator, found.cause) == ("unet", layer, "Conv2d", causes.SCALE)
+
+
+@pytest.mark.slow
+def test_what_the_recipe_asks_for_is_no_fault(decoders):
+    (found,) = explain(Artifact.open(decoders("onnx:int8")), Source.open("shapes"))
+    assert not found.departs
+    assert not found.fault
+    assert found.cause == causes.ROUNDED
+
+
+@pytest.mark.slow
+def test_an_exact_artifact_has_no_fault(decoders):
+    (found,) = explain(Artifact.open(decoders("onnx:fp32")), Source.open("shapes"))
+    assert (found.departs, found.fault, found.cause) == (False, False, NOWHERE)
+
+
+def test_another_model_and_none_are_refused(baked, run_cli, tiny):
+    folder = baked("torch:fp32")
+    finished = run_cli("verify", folder, "--explain")
+    assert finished.returncode == 2
+    assert "add --source" in finished.stderr
+    finished = run_cli("verify", folder, "--explain", "--source", tiny("stable-diffusion"))
+    assert finished.returncode == 3
+    assert "is not what" in finished.stderr
+
+
+def test_the_command_names_it(baked, planted, run_cli):
+    layer = "encoder.conv_in"
+    artifact = planted(baked("torch:fp32"), "vae_encoder", edit_safetensors(f"{layer}.bias", lambda bias: bias + 3))
+    finished = run_cli("verify", artifact.folder, "--explain", "--source", "shapes", "--json")
+    assert finished.returncode == 7, finished.stderr
+    (found,) = json.loads(finished.stdout)["parts"]
+    assert (found["part"], found["layer"], found["cause"]) == ("vae_encoder", layer, causes.OFFSET)
+    assert found["figures"]["largest difference"] == pytest.approx(3, rel=1e-3)
+
+
+class TestCauses:
+    """Causes that the embedded model, whose recipes are sound, gives no occasion for."""
+
+    def evidence(self, module, given, made, kind="Conv"):
+        with torch.no_grad():
+            expected = module(given)
+        operation = Operation("node", kind, ("x",), ("y",), "layer")
+        return Evidence(made, expected, [(operation, made)], module=module, given=given)
+
+    def test_a_norm_of_a_small_deviation_in_half_precision(self):
+        norm = torch.nn.LayerNorm(64)
+        given = 300 + torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            made = norm.bfloat16()(given.bfloat16()).float()
+        cause = find_cause(self.evidence(norm.float(), given, made, "LayerNormalization"))
+        assert cause.name == causes.NORM
+        assert cause.figures["mean over deviation"] > 100
+
+    def test_activations_that_a_scale_clips(self):
+        layer = torch.nn.Linear(64, 64)
+        given = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+        codes = (given / 0.005).round().clamp(-128, 127)
+        with torch.no_grad():
+            made = layer(codes * 0.005)
+        evidence = self.evidence(layer, given, made)
+        rounding = Operation("node.taken", "QuantizeLinear", ("x", "scale"), ("codes",), "layer")
+        cause = find_cause(replace(evidence, inner=[(rounding, codes.to(torch.int8)), *evidence.inner]))
+        assert (cause.name, cause.operation.kind) == (causes.SATURATED, "QuantizeLinear")
+        assert cause.figures["at the ends of the range"] > 0.3
+
+    def test_a_scale_of_some_channels(self):
+        layer = torch.nn.Conv2d(4, 8, 3)
+        given = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            made = layer(given)
+            made[:, 3] = (made[:, 3] - layer.bias[3]) * 4 + layer.bias[3]
+        cause = find_cause(self.evidence(layer, given, made))
+        assert cause.name == causes.SCALE
+        assert cause.figures["channels"] == "1 of 8"
+        assert cause.figures["factor, most"] == pytest.approx(4, rel=1e-4)
+
+    def test_noise_is_not_recognised(self):
+        layer = torch.nn.Linear(64, 64)
+        given = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            made = layer(given) + torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+        assert find_cause(self.evidence(layer, given, made)).name == causes.UNKNOWN
+
+    def test_infinity_in_float32_is_no_overflow_of_float16(self):
+        layer = torch.nn.Linear(64, 64)
+        made = torch.full((32, 64), torch.inf)
+        assert find_cause(self.evidence(layer, torch.ones(32, 64), made)).name == causes.NOT_FINITE
+
+
+def test_an_anatomy_goes_back_to_what_is_known():
+    operations = [
+        Operation("a", "Conv", ("x", "w"), ("a",), "first"),
+        Operation("c", "Cast", ("w",), ("wide",), None),
+        Operation("b", "Mul", ("a", "wide"), ("b",), None),
+        Operation("q", "QuantizeLinear", ("b", "s"), ("codes",), None),
+        Operation("d", "MatMulIntegerToFloat", ("codes", "v"), ("d",), "second"),
+    ]
+    anatomy = Anatomy(operations, ["x"])
+    assert anatomy.given("first") == ["x"]
+    assert anatomy.given("second") == ["b"]
+    assert [op.name for op in anatomy.roundings("second")] == ["q"]
+    between, begins = anatomy.between("b", {"a"})
+    assert [op.name for op in between] == ["b"]
+    assert begins == {"a"}
