@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .parity import relative_error
+from .proof import relative_error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

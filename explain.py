@@ -11,11 +11,10 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from . import plugins
 from .anatomy import Anatomy
 from .causes import HARMLESS, UNKNOWN, Cause, Evidence, find_cause, principal, run_with
 from .errors import UnavailableError, UsageError
-from .parity import measure, recorded, relative_error
+from .proof import fed, measure, mixture_of, recorded, relative_error
 from .recipe import Placement
 from .runtimes.opening import open_part, read_folder
 from .traces import Eager, Seen
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
 
     from .artifact import Artifact
     from .components.family import Part
-    from .parity import Recorded
-    from .quantize.format import Format
+    from .proof import Recorded
+    from .quantize.mixture import Mixture
     from .runtimes.runtime import Operation, Runtime
     from .source import Source
 
@@ -117,21 +116,10 @@ def _survey(runtime: Runtime, name: str, record: Recorded) -> Explanation:
     for inputs, expected in record.cases:
         sizes = {f"{key}.{axis}": size for key, tensor in inputs.items() for axis, size in enumerate(tensor.shape)}
         time = inputs.get("timestep")
-        error = measure(runtime.run(_fed(runtime, inputs)), expected, {}).error
+        error = measure(runtime.run(fed(runtime, inputs)), expected, {}).error
         cases.append(CaseError(sizes, None if time is None else float(time.flatten()[0]), error))
     worst = max(range(len(cases)), key=lambda index: cases[index].error)
     return Explanation(name, record.tolerance, tuple(cases), worst)
-
-
-def _fed(runtime: Runtime, inputs: Tensors) -> Tensors:
-    """Give inputs the dtype and rank that the file has."""
-    import torch
-
-    fed = {port.name: inputs[port.name].to(getattr(torch, port.dtype)) for port in runtime.inputs}
-    return {
-        port.name: fed[port.name].reshape((1,) * port.rank) if fed[port.name].ndim == 0 else fed[port.name]
-        for port in runtime.inputs
-    }
 
 
 def _explain_part(
@@ -142,7 +130,7 @@ def _explain_part(
     inputs, expected = record.cases[surveyed.case]
     with open_part(artifact.folder / part.name, part, entry, Placement(device="cpu")) as runtime:
         try:
-            search = _Search(runtime, eager, inputs, record.tolerance)
+            search = _Search(runtime, eager, inputs, record.tolerance, mixture_of(entry))
         except UsageError:
             return replace(surveyed, figures={"not looked into": f"{entry.backend} can't look inside its parts"})
         suspect = search.first() or search.outputs(expected) or search.largest
@@ -190,11 +178,11 @@ class _View:
 class _Search:
     """The search in one case of one part."""
 
-    def __init__(self, runtime: Runtime, eager: Eager, inputs: Tensors, limit: float) -> None:
+    def __init__(self, runtime: Runtime, eager: Eager, inputs: Tensors, limit: float, mixture: Mixture) -> None:
         self._runtime, self._eager, self._inputs, self._limit = runtime, eager, inputs, limit
         self._anatomy = Anatomy(runtime.operations(), [port.name for port in runtime.inputs])
-        self._fed = _fed(runtime, inputs)
-        self._format: Format | None = plugins.weight_format(runtime.part.precision)
+        self._fed = fed(runtime, inputs)
+        self._mixture = mixture
         self._order = [name for name in eager.order(inputs) if self._anatomy.operations(name)]
         self._errors: dict[str, float] = {}
         """Layer -> error of what it made."""
@@ -268,18 +256,19 @@ class _Search:
         layer = self._eager.layers[view.name]
         given = view.got.given.float() if view.got.given.is_floating_point() else view.got.given
         expected = _run(layer, given)
-        rounded = self._rounded(layer, given)
+        rounded = self._rounded(view.name, layer, given)
         made = view.got.made.float()
         errors = [relative_error(made, each) for each in (expected, rounded) if each is not None]
         finite = bool(expected.isfinite().all())
         return (min(errors) if finite else 0.0), expected, rounded
 
-    def _rounded(self, layer: nn.Module, given: Tensor) -> Tensor | None:
+    def _rounded(self, name: str, layer: nn.Module, given: Tensor) -> Tensor | None:
         weight: Tensor | None = getattr(layer, "weight", None)
-        if weight is None or self._format is None or self._format.obstacle(weight.shape) is not None:
+        weight_format = self._mixture.format_of(name)
+        if weight is None or weight_format is None or weight_format.obstacle(weight.shape) is not None:
             return None
         rows = weight.detach().float().flatten(1)
-        return run_with(layer, given, self._format.unpack(*self._format.pack(rows)).reshape(weight.shape))
+        return run_with(layer, given, weight_format.unpack(*weight_format.pack(rows)).reshape(weight.shape))
 
     def _suspect(self, view: _View, expected: Tensor, rounded: Tensor | None) -> _Suspect:
         operations = [*self._anatomy.roundings(view.name), *self._anatomy.operations(view.name)]

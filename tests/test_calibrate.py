@@ -8,8 +8,8 @@ from bakeoff.calibrate import calibrate
 from bakeoff.cli import main
 from bakeoff.errors import CorruptError, InputError, UsageError
 from bakeoff.models.prompts import read_prompts
-from bakeoff.parity import relative_error
 from bakeoff.plan import plan
+from bakeoff.proof import relative_error
 from bakeoff.quantize.calibration import METHODS, Calibration, Magnitudes
 from bakeoff.quantize.int8_static import rounded
 from bakeoff.recipe import parse

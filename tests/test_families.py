@@ -12,11 +12,12 @@ import torch
 
 from bakeoff import plugins
 from bakeoff.bake import export
+from bakeoff.budget import FP32_LEAST
 from bakeoff.cli import main
 from bakeoff.components.component import Sizes
 from bakeoff.errors import InputError, UsageError
 from bakeoff.models.tiny import build
-from bakeoff.parity import FP32_LEAST, relative_error
+from bakeoff.proof import relative_error
 from bakeoff.recipe import parse
 from bakeoff.runtimes.engine import load
 from bakeoff.runtimes.request import row_generator

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bakeoff import parity
+from bakeoff import parity, proof
 from bakeoff.artifact import Artifact
 from bakeoff.budget import upper_bound
 from bakeoff.cli import main
@@ -16,23 +16,23 @@ from bakeoff.source import Source
 
 def test_relative_error():
     expected = torch.tensor([3.0, 4.0])
-    assert parity.relative_error(torch.tensor([3.0, 4.05]), expected) == pytest.approx(0.01, rel=1e-4)
-    assert parity.relative_error(expected, expected) == 0
-    assert math.isinf(parity.relative_error(torch.tensor([3.0, math.nan]), expected))
-    assert math.isinf(parity.relative_error(torch.zeros(3), expected))
+    assert proof.relative_error(torch.tensor([3.0, 4.05]), expected) == pytest.approx(0.01, rel=1e-4)
+    assert proof.relative_error(expected, expected) == 0
+    assert math.isinf(proof.relative_error(torch.tensor([3.0, math.nan]), expected))
+    assert math.isinf(proof.relative_error(torch.zeros(3), expected))
 
 
 def test_sqnr_is_minus_twenty_log10():
     got, expected = {"x": torch.tensor([1.1])}, {"x": torch.tensor([1.0])}
-    assert parity.measure(got, expected, {}).sqnr_db == pytest.approx(20, abs=0.01)
+    assert proof.measure(got, expected, {}).sqnr_db == pytest.approx(20, abs=0.01)
 
 
 @pytest.mark.parametrize("recipe", ["onnx:fp32", "openvino:fp32", "torch:bf16", "openvino:bf16"])
 def test_each_part_is_proved_at_three_shapes(baked, recipe):
-    proof = Artifact.open(baked(recipe)).manifest.proof
-    assert proof["status"] == "proved"
-    assert proof["peak_anon_bytes"] > 0
-    for part in proof["parts"].values():
+    proved = Artifact.open(baked(recipe)).manifest.proof
+    assert proved["status"] == "proved"
+    assert proved["peak_anon_bytes"] > 0
+    for part in proved["parts"].values():
         assert len(part["cases"]) == 3
         assert len({str(case["sizes"]) for case in part["cases"]}) == 3
         assert all(0 < case["error"] <= part["tolerance"] for case in part["cases"])
@@ -111,9 +111,9 @@ def test_a_module_that_cannot_be_captured_is_named(shapes):
 def test_the_proof_is_skipped_where_it_would_not_fit(baked, monkeypatch):
     artifact = Artifact.open(baked("torch:fp32"))
     monkeypatch.setattr(parity, "available_bytes", lambda: 1_000_000)
-    proof = parity.prove(artifact, Source.open("shapes"))
-    assert proof["status"] == "unproved"
-    assert "GB" in proof["reason"]
+    proved = parity.prove(artifact, Source.open("shapes"))
+    assert proved["status"] == "unproved"
+    assert "GB" in proved["reason"]
 
 
 def test_a_budget_refuses_marks_and_stays(tmp_path, capsys):
@@ -126,14 +126,16 @@ def test_a_budget_refuses_marks_and_stays(tmp_path, capsys):
     assert not target.exists()
     assert main([*strict, "--allow-failing"]) == 0
     assert "failing: vae_decoder differs" in capsys.readouterr().out
-    proof = Artifact.open(target).manifest.proof
-    assert proof["parts"]["vae_decoder"]["budget"] == {"sqnr_db": 90.0, "reason": None}
-    assert proof["parts"]["vae_decoder"]["upper"] > max(c["error"] for c in proof["parts"]["vae_decoder"]["cases"]) / 2
-    assert not proof["parts"]["unet"]["problem"]
+    proved = Artifact.open(target).manifest.proof
+    assert proved["parts"]["vae_decoder"]["budget"] == {"sqnr_db": 90.0, "reason": None}
+    assert (
+        proved["parts"]["vae_decoder"]["upper"] > max(c["error"] for c in proved["parts"]["vae_decoder"]["cases"]) / 2
+    )
+    assert not proved["parts"]["unet"]["problem"]
     assert main(strict) == ParityError.exit_code, "the same export again"
     assert main(["verify", str(target), "--parity"]) == 0
     assert main(["verify", str(target), "--parity", "--json"]) == 0
-    assert Artifact.open(target).manifest.proof["status"] == "failing"
+    assert Artifact.open(target).manifest.proved["status"] == "failing"
 
 
 def test_a_looser_budget_needs_a_reason(tmp_path, capsys):
@@ -141,9 +143,9 @@ def test_a_looser_budget_needs_a_reason(tmp_path, capsys):
     assert main(arguments) == 2
     assert "looser than the" in capsys.readouterr().err
     assert main([*arguments, "--budget-reason", "a draft"]) == 0
-    proof = Artifact.open(tmp_path / "out").manifest.proof
-    assert proof["status"] == "proved"
-    assert proof["parts"]["unet"]["budget"] == {"sqnr_db": 20.0, "reason": "a draft"}
+    proved = Artifact.open(tmp_path / "out").manifest.proof
+    assert proved["status"] == "proved"
+    assert proved["parts"]["unet"]["budget"] == {"sqnr_db": 20.0, "reason": "a draft"}
 
 
 @pytest.mark.parametrize("text", ["unet", "unet=", "unet=loud", "nothing=30dB"])

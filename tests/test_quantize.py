@@ -28,7 +28,7 @@ from bakeoff.errors import InputError, RecipeError, UnavailableError
 from bakeoff.exporters.capture import module_on_hollow, on_hollow
 from bakeoff.exporters.exporter import Subject
 from bakeoff.lora import Delta
-from bakeoff.parity import relative_error
+from bakeoff.proof import relative_error
 from bakeoff.quantize.nf4 import LEVELS
 from bakeoff.recipe import Placement, parse
 from bakeoff.runtimes.engine import load

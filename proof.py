@@ -1,0 +1,234 @@
+"""What a part is proved against: recorded inputs, what eager float32 gives for them, and the floors of that.
+
+Floors, measured for the part on this machine: F0, eager fp32 against itself with another thread count and split
+batches; F1, eager bf16 (or fp16) against eager fp32, with weights rounded where the recipe says so. Errors are relative
+root mean squares, `|got - expected| / |expected|`, and as SQNR, `-20 log10` of that, in dB.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import plugins
+from .artifact import ACTIVATIONS
+from .budget import tolerance
+from .components.component import PROOF_SIZES, WRAPPER
+from .weights import layer_names
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from .artifact import Artifact, PartEntry
+    from .components.component import Component
+    from .components.family import Part
+    from .quantize.mixture import Mixture
+    from .runtimes.runtime import Runtime
+    from .source import Source
+    from .weights import Checkpoint
+
+Tensors = dict[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One case of one part: its sizes, error and the two other views of it."""
+
+    sizes: dict[str, int]
+    error: float
+    sqnr_db: float
+    cosine: float
+    worst: float
+    """Largest absolute difference over the largest absolute value expected."""
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Return the relative root-mean-square error; infinite if `got` isn't finite or has another shape."""
+    import torch
+
+    if got.shape != expected.shape or not bool(torch.isfinite(got).all()):
+        return math.inf
+    difference = (got.double() - expected.double()).norm()
+    return float(difference / expected.double().norm().clamp_min(1e-30))
+
+
+def measure(got: Tensors, expected: Tensors, sizes: dict[str, int]) -> Measured:
+    """Compare a part's outputs with eager's, over all outputs that both have: the worst counts."""
+    names = sorted(set(got) & set(expected))
+    errors = {name: relative_error(got[name], expected[name]) for name in names}
+    error = max(errors.values(), default=math.inf)
+    if math.isinf(error):
+        return Measured(sizes, math.inf, -math.inf, 0.0, math.inf)
+    cosine = min(_cosine(got[name], expected[name]) for name in names)
+    worst = max(float((got[n] - expected[n]).abs().max() / expected[n].abs().max().clamp_min(1e-30)) for n in names)
+    return Measured(sizes, error, -20 * math.log10(max(error, 1e-15)), cosine, worst)
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    a, b = a.double().flatten(), b.double().flatten()
+    return float((a @ b) / (a.norm() * b.norm()).clamp_min(1e-30))
+
+
+def family_part(artifact: Artifact, name: str) -> Part:
+    """Return what the family of an artifact says of a part."""
+    family = next(family for family in plugins.families() if family.name == artifact.manifest.family)
+    return family.variant(artifact.manifest.variant).part(name)
+
+
+def mixture_of(entry: PartEntry) -> Mixture:
+    """Return the precisions that a part was baked with."""
+    return plugins.mixture(entry.precision, entry.key_fields["recipe"].get("layers"))
+
+
+def record(part: Part, mixture: Mixture, source: Source, folder: Path) -> None:
+    """Write inputs, eager fp32 outputs and the floors of one part at three shapes and three timesteps."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = source.config(part.module)
+    flat = part.component.flat(part.component.load(source.path(part.module), torch.float32))
+    tensors: Tensors = {}
+    f0 = 0.0
+    for index, sizes in enumerate(PROOF_SIZES):
+        inputs = part.component.example(config, part.component.limit(config, sizes), seed=index)
+        expected = eager(part.component, flat, config, inputs)
+        f0 = max(f0, measure(_split(part.component, flat, config, inputs), expected, {}).error)
+        tensors |= {f"{index}.in.{name}": value for name, value in inputs.items()}
+        tensors |= {f"{index}.out.{name}": value.contiguous() for name, value in expected.items()}
+    floors = {"f0": f0}
+    if mixture.precision != "fp32":
+        _round(flat, mixture, source.checkpoint(part.module), folder.parent / part.name)
+        dtypes = [torch.float16, torch.bfloat16] if mixture.precision == "fp16" else [torch.bfloat16]
+        floors["f1"] = next(filter(math.isfinite, (_rounded_floor(part, flat, config, tensors, d) for d in dtypes)))
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{part.name}.safetensors"
+    file.unlink(missing_ok=True)  # it may be a link that shares its bytes
+    save_file(tensors, file, metadata={k: repr(v) for k, v in floors.items()})
+
+
+def _rounded_floor(
+    part: Part,
+    flat: Any,  # noqa: ANN401 - a torch module
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    dtype: Any,  # noqa: ANN401 - torch's
+) -> float:
+    """Return how far eager in a narrower dtype is from eager fp32; infinite where it overflows."""
+    low = flat.to(dtype)
+    cases = [_case(tensors, index) for index in range(len(PROOF_SIZES))]
+    return max(measure(eager(part.component, low, config, given, dtype), wide, {}).error for given, wide in cases)
+
+
+def _round(flat: Any, mixture: Mixture, checkpoint: Checkpoint, folder: Path) -> None:  # noqa: ANN401 - a torch module
+    """Let a module compute with the weights, and the calibrated activations, that the artifact has."""
+    mixture.round_module(flat, names_in(flat, checkpoint), scales_of(folder))
+
+
+def names_in(flat: Any, checkpoint: Checkpoint) -> dict[str, str]:  # noqa: ANN401 - a torch module
+    """Return path in a flat module -> the layer's name in the checkpoint."""
+    paths = {path.removeprefix(WRAPPER): path for path, _ in flat.named_modules()}
+    return {paths[own]: name for own, name in layer_names(paths, checkpoint).items()}
+
+
+def scales_of(folder: Path) -> dict[str, tuple[float, float]]:
+    """Return layer -> calibrated scales of its input and output, that a baked part's folder keeps."""
+    file = folder / ACTIVATIONS
+    return {name: (both[0], both[1]) for name, both in json.loads(file.read_text()).items()} if file.is_file() else {}
+
+
+def eager(component: Component, flat: Any, config: Mapping[str, Any], inputs: Tensors, dtype: Any = None) -> Tensors:  # noqa: ANN401 - modules and dtypes of torch, imported late
+    import torch
+
+    cast = []
+    for port in component.inputs(config):
+        tensor = inputs[port.name]
+        cast.append(tensor.to(dtype) if dtype and tensor.is_floating_point() and not port.exact else tensor)
+    with torch.no_grad():
+        results = flat(*cast)
+    return {port.name: result.float() for port, result in zip(component.outputs(config), results, strict=True)}
+
+
+def _split(component: Component, flat: Any, config: Mapping[str, Any], inputs: Tensors) -> Tensors:  # noqa: ANN401
+    """Run eager row by row on one thread: the same numbers in another order."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    batched = {port.name for port in component.inputs(config) if port.dims[:1] == ("batch",)}
+    rows = max(len(inputs[name]) for name in batched)
+    try:
+        parts = [
+            eager(component, flat, config, {k: v[row : row + 1] if k in batched else v for k, v in inputs.items()})
+            for row in range(rows)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _case(tensors: Tensors, index: int) -> tuple[Tensors, Tensors]:
+    def pick(kind: str) -> Tensors:
+        prefix = f"{index}.{kind}."
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    return pick("in"), pick("out")
+
+
+def fed(runtime: Runtime, inputs: Tensors) -> Tensors:
+    """Give recorded inputs the dtype and rank that a part's file has."""
+    return {port.name: _to_port(inputs[port.name], port) for port in runtime.inputs}
+
+
+def _to_port(tensor: Tensor, port: Any) -> Tensor:  # noqa: ANN401
+    import torch
+
+    return tensor.to(getattr(torch, port.dtype)).reshape((1,) * port.rank) if tensor.ndim == 0 else tensor
+
+
+def axes_of(inputs: Tensors) -> dict[str, int]:
+    """Return the size of each axis of each input, as `name.axis`."""
+    return {f"{name}.{axis}": size for name, tensor in inputs.items() for axis, size in enumerate(tensor.shape)}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a part is proved against: its cases, and what they may differ by."""
+
+    cases: tuple[tuple[Tensors, Tensors], ...]
+    """Inputs, and what eager float32 gave."""
+    floors: Mapping[str, float]
+    """F0, and F1 where it was measured."""
+    tolerance: float
+    """Relative error that the part may have."""
+
+
+def recorded(artifact: Artifact, name: str, source: Source | None = None) -> Recorded:
+    """Read the cases of one part that were recorded with the artifact; record them elsewhere where they weren't.
+
+    What the part is granted is what its manifest says, else what the floors justify.
+    """
+    from tempfile import TemporaryDirectory
+
+    file = artifact.folder / "proof" / f"{name}.safetensors"
+    entry = artifact.manifest.parts[name]
+    known = artifact.manifest.proof.get("parts", {}).get(name, {})
+    if file.is_file() or source is None:
+        return _read_recorded(file, entry.precision, known.get("tolerance"))
+    with TemporaryDirectory() as folder:
+        record(family_part(artifact, name), mixture_of(entry), source, Path(folder))
+        return _read_recorded(Path(folder) / file.name, entry.precision, known.get("tolerance"))
+
+
+def _read_recorded(file: Path, precision: str, known: float | None) -> Recorded:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as stream:
+        floors = {key: float(value) for key, value in stream.metadata().items()}
+        tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+    cases = tuple(_case(tensors, index) for index in range(len(PROOF_SIZES)))
+    return Recorded(cases, floors, known or tolerance(precision, floors["f0"], floors.get("f1")))
