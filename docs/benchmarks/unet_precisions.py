@@ -35,7 +35,7 @@ from bakeoff.proof import relative_error
 from bakeoff.verdict import paired_ratio
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "precisions.md"
@@ -70,7 +70,8 @@ def main() -> None:
         record |= {"machine": describe(), "command": "make bench-precisions"}
         for name in options.only:
             if name == "profiles":
-                _profile(found["profiles"], work, options)
+                for _ in _profile(found["profiles"], work, options):
+                    options.record.write_text(json.dumps(record, indent=1) + "\n")
             elif options.again or name not in found["groups"]:
                 found["groups"][name] = _compare(*GROUPS[name], work, options)
             options.record.write_text(json.dumps(record, indent=1) + "\n")
@@ -177,8 +178,8 @@ def _tensor(values: Any) -> Any:  # noqa: ANN401 - numpy in, torch out
     return torch.from_numpy(values)
 
 
-def _profile(found: dict[str, Any], work: Path, options: argparse.Namespace) -> None:
-    """Profile a step of each arm of `PROFILED` that can be made here."""
+def _profile(found: dict[str, Any], work: Path, options: argparse.Namespace) -> Iterator[str]:
+    """Profile a step of each arm of `PROFILED` that can be made here, and yield its name."""
     folder = source(options.model, work)
     file = work / f"{folder.name}-step.npz"
     given = inputs(folder, SIZES[options.model], 7, 501.0)
@@ -191,6 +192,7 @@ def _profile(found: dict[str, Any], work: Path, options: argparse.Namespace) -> 
         arguments = {"folder": str(work / f"{folder.name}-{arm.backend}-{arm.precision}"), "inputs": str(file)}
         arguments |= {"threads": options.threads}
         found[name], _ = in_child(f"node_profile:{arm.backend}_here", arguments, extra_path=str(HERE))
+        yield name
 
 
 if __name__ == "__main__":
