@@ -155,6 +155,9 @@ def _add_gate(command: argparse.ArgumentParser) -> None:
         "--budget-reason", metavar="TEXT", help="why a budget is looser than that; kept in the manifest"
     )
     command.add_argument(
+        "--repair", action="store_true", help="put back as few layers as needed in higher precision to pass"
+    )
+    command.add_argument(
         "--allow-failing", action="store_true", help="keep an artifact that fails its budget, marked for good"
     )
 
@@ -278,22 +281,29 @@ def _export(options: argparse.Namespace) -> None:
     with Steps() as progress:
         if Path(options.model).suffix == ".safetensors":
             progress(f"reading {options.model}, which is hashed and converted once")
-        artifact = export(
-            options.model,
-            options.output,
-            recipe,
-            revision=options.revision,
-            config=options.config,
-            weights=options.weights,
-            prove=not options.no_prove,
-            gate=_gate(options),
-            force=options.force,
-            loras=options.lora,
-            controlnet=options.controlnet,
-            calibration=options.calibration,
-            progress=progress,
-            reuse=options.reuse,
-        )
+        details: dict[str, Any] = {
+            "revision": options.revision,
+            "config": options.config,
+            "weights": options.weights,
+            "gate": _gate(options),
+            "loras": options.lora,
+            "controlnet": options.controlnet,
+            "calibration": options.calibration,
+            "progress": progress,
+            "reuse": options.reuse,
+            "force": options.force,
+        }
+        if options.repair:
+            from .repair import export_repaired
+
+            artifact, repaired = export_repaired(options.model, options.output, recipe, **details)
+        else:
+            artifact, repaired = (
+                export(options.model, options.output, recipe, prove=not options.no_prove, **details),
+                None,
+            )
+    for line in repaired.in_words() if repaired else []:
+        _say(line)
     _show(artifact, as_json=options.json)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections import defaultdict
@@ -17,6 +16,7 @@ from .errors import ParityError, UsageError, unknown
 from .models.prompts import read_prompts
 from .plan import open_calibration
 from .progress import Steps
+from .quantize.mixture import rounded_layers
 from .quantize.sensitivity import Layer, Sensitivity
 from .runtimes.engine import load
 from .source import Source
@@ -96,23 +96,12 @@ class _Bench:
         """
         import numpy as np
 
-        module, mixture = self.modules[part], plugins.mixture(precision)
-        before = {path: module.get_submodule(path) for path in names}
         try:
-            for path, layer in before.items():
-                _swap(module, path, mixture.round_module(copy.deepcopy(layer), {"": names[path]}, scales))
-            found = float(np.square(self._draw() - self.reference).mean())
+            with rounded_layers(self.modules[part], names, plugins.mixture(precision), scales):
+                found = float(np.square(self._draw() - self.reference).mean())
         except ParityError:
             return math.inf
-        finally:
-            for path, layer in before.items():
-                _swap(module, path, layer)
         return found if math.isfinite(found) else math.inf
-
-
-def _swap(module: nn.Module, path: str, layer: nn.Module) -> None:
-    owner, _, name = path.rpartition(".")
-    setattr(module.get_submodule(owner), name, layer)
 
 
 def sensitivity(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -68,3 +70,30 @@ class Mixture:
                     weight_format.round_weight(parameter)
             weight_format.watch(layer, (activations or {}).get(name))
         return module
+
+
+@contextlib.contextmanager
+def rounded_layers(
+    module: nn.Module, names: Mapping[str, str], mixture: Mixture, activations: Mapping[str, Scales]
+) -> Iterator[None]:
+    """Put rounded copies in the place of layers, for the while.
+
+    Args:
+        module: any; other layers of it stay as they are.
+        names: path of each layer -> its name in the checkpoint.
+        mixture: what they are rounded to.
+        activations: layer, by that name -> its scales, where they are calibrated.
+    """
+    before = {path: module.get_submodule(path) for path in names}
+    try:
+        for path, layer in before.items():
+            _put(module, path, mixture.round_module(copy.deepcopy(layer), {"": names[path]}, activations))
+        yield
+    finally:
+        for path, layer in before.items():
+            _put(module, path, layer)
+
+
+def _put(module: nn.Module, path: str, layer: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(module.get_submodule(owner), name, layer)

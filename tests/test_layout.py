@@ -30,7 +30,7 @@ LAYERS = [
     {"plan"},
     {"bake"},
     {"bench", "calibrate", "doctor"},
-    {"choose", "sensitivity"},
+    {"choose", "repair", "sensitivity"},
     {"demo"},
     {"cli"},
 ]

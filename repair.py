@@ -1,0 +1,237 @@
+"""`bakeoff export --repair`: put back as few layers as needed in higher precision for an export to pass its gate."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from .artifact import Artifact, scratch
+from .bake import export
+from .budget import Gate
+from .errors import ParityError, UsageError
+from .explain import explain
+from .memory import in_child
+from .parity import UNPROVED, source_of
+from .proof import eager, family_part, fed, measure, mixture_of, names_in, recorded, scales_of
+from .quantize.mixture import rounded_layers
+from .recipe import PartRecipe, Placement, Recipe
+from .runtimes.opening import open_part
+from .source import Source
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from .explain import Explanation
+
+_MOST_ROUNDS = 8
+_MARGIN = 0.9
+"""Share of the budget that a prediction may use."""
+_WIDER = {"fp16": "fp32", "bf16": "fp32"}
+"""Precision of a part -> what its layers are put back in; bf16 for those of low bits."""
+_REPEATS = 15
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What it took to pass."""
+
+    layers: Mapping[str, Mapping[str, str]]
+    """Part -> layer that was put back -> its precision now."""
+    bytes_before: int
+    bytes_after: int
+    """Of the weights of the parts that were repaired."""
+    time_ratio: Mapping[str, float]
+    """Part -> time of a run of its largest recorded case, to that before: medians of runs in turn, a rough figure."""
+
+    def in_words(self) -> list[str]:
+        more = self.bytes_after - self.bytes_before
+        lines = [
+            f"repaired {part}: {len(layers)} layer{'s' if len(layers) > 1 else ''} put back, {', '.join(layers)}: "
+            f"{self.time_ratio[part]:.2f} × the time"
+            for part, layers in self.layers.items()
+        ]
+        return [*lines, f"repairs took {more / 1e6:.2f} MB more of weights ({self.bytes_after / 1e6:.2f} MB)"]
+
+
+def export_repaired(
+    model: str,
+    output: str | Path,
+    recipe: Recipe,
+    *,
+    gate: Gate | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    **options: Any,  # noqa: ANN401 - those of `export`
+) -> tuple[Artifact, Repair | None]:
+    """Export, and while a part fails its gate, export it again with its worst layers in higher precision.
+
+    Which layers: in parts of low bits those whose rounding alone moves the part's output most, measured in eager float32
+    on the recorded cases; else the one that `explain` names.
+
+    Args:
+        model: as for `export`.
+        output: as for `export`.
+        recipe: to start from.
+        gate: that is to be passed.
+        progress: called with a line at each step.
+        options: all others of `export`.
+
+    Raises:
+        ParityError: no choice of layers heals it: what is wrong isn't precision.
+        UsageError: LoRAs are to be baked in, too.
+    """
+    if options.get("loras"):
+        message = "got --repair and --lora, expected one of them: layers are compared with those of the model as it is"
+        raise UsageError(message, fix="bake the LoRA in first, and repair that model's export")
+    gate, target = gate or Gate(), Path(output)
+    with scratch(target) as work:
+        first = artifact = export(
+            model, work / "0", recipe, gate=replace(gate, allow_failing=True), progress=progress, **options
+        )
+        if first.manifest.proof["status"] == UNPROVED:
+            raise ParityError(first.manifest.proof["reason"], fix="leave out --repair")
+        source = source_of(first, model, options.get("config")).folder
+        reuse = [*options.pop("reuse", ()), first.folder]
+        for number in range(1, _MOST_ROUNDS + 1):
+            failing = _failing(artifact)
+            if not failing:
+                break
+            wider = {name: _wider_layers(artifact, name, source) for name in failing}
+            recipe = _with_layers(recipe, wider)
+            for name, layers in wider.items():
+                progress(f"{name} fails: putting back {', '.join(layers)}")
+            artifact = export(
+                model,
+                work / str(number),
+                recipe,
+                gate=replace(gate, allow_failing=True),
+                progress=progress,
+                reuse=reuse,
+                **options,
+            )
+            reuse = [artifact.folder, *reuse]
+        repaired = _compare(first, artifact)
+        final = export(model, target, recipe, gate=gate, progress=progress, reuse=reuse, **options)
+    return final, repaired
+
+
+def _failing(artifact: Artifact) -> list[str]:
+    return [name for name, part in artifact.manifest.proof["parts"].items() if part["problem"]]
+
+
+def _layers(artifact: Artifact, part: str) -> dict[str, str]:
+    """Return the layers of a part that have a precision of their own."""
+    return dict(artifact.manifest.parts[part].key_fields["recipe"].get("layers", {}))
+
+
+def _wider_layers(artifact: Artifact, part: str, source: Path) -> dict[str, str]:
+    """Choose layers of a failing part to put back.
+
+    Raises:
+        ParityError: none would help.
+    """
+    entry, proof = artifact.manifest.parts[part], artifact.manifest.proof["parts"][part]
+    wide = _WIDER.get(entry.precision, "bf16")
+    if mixture_of(entry).formats:
+        errors, _ = in_child(
+            "bakeoff.repair:rank_here", {"folder": str(artifact.folder), "source": str(source), "part": part}
+        )
+        chosen = _worst(errors, max(case["error"] for case in proof["cases"]), proof["tolerance"])
+    else:
+        chosen = _blamed(artifact, part, source)
+    fresh = [layer for layer in chosen if _layers(artifact, part).get(layer) != wide]
+    if not fresh:
+        message = f"{proof['problem']}; no layer in higher precision would mend it"
+        raise ParityError(message, fix="export with --allow-failing, then bakeoff verify DIR --explain --source MODEL")
+    return dict.fromkeys(fresh, wide)
+
+
+def _worst(errors: Mapping[str, float], measured: float, allowed: float) -> list[str]:
+    """Return the fewest layers without whose errors the others stay within what is allowed, as far as can be predicted.
+
+    Args:
+        errors: layer -> relative error of the part's output with this layer alone rounded.
+        measured: relative error of the part as it is.
+        allowed: the part's budget.
+    """
+    squares = {name: error**2 for name, error in sorted(errors.items(), key=lambda item: -item[1])}
+    total = sum(squares.values())
+    left = total
+    chosen: list[str] = []
+    for name, square in squares.items():
+        if chosen and left * (measured**2 / total) <= (_MARGIN * allowed) ** 2:
+            break
+        chosen.append(name)
+        left -= square
+    return chosen
+
+
+def _blamed(artifact: Artifact, part: str, source: Path) -> list[str]:
+    """Return the layer that `explain` names."""
+    found: list[Explanation] = explain(artifact, source_of(artifact, str(source)))
+    return [each.layer for each in found if each.part == part and each.layer]
+
+
+def rank_here(folder: str, source: str, part: str) -> dict[str, float]:
+    """Return layer -> relative error of the part's output with this layer alone rounded; runs in a child process."""
+    import torch
+
+    artifact, origin = Artifact.open(Path(folder)), Source.open(source)
+    found = family_part(artifact, part)
+    flat = found.component.flat(found.component.load(origin.path(found.module), torch.float32))
+    config, mixture = origin.config(found.module), mixture_of(artifact.manifest.parts[part])
+    scales, cases = scales_of(artifact.folder / part), recorded(artifact, part).cases
+    errors = {}
+    for path, name in names_in(flat, origin.checkpoint(found.module)).items():
+        if mixture.format_of(name) and [*flat.get_submodule(path).parameters(recurse=False)]:
+            with rounded_layers(flat, {path: name}, mixture, scales):
+                errors[name] = max(
+                    measure(eager(found.component, flat, config, given), expected, {}).error
+                    for given, expected in cases
+                )
+    return errors
+
+
+def _with_layers(recipe: Recipe, wider: Mapping[str, Mapping[str, str]]) -> Recipe:
+    parts: dict[str, PartRecipe] = dict(recipe.parts)
+    for name, layers in wider.items():
+        part = parts.get(name, recipe.default)
+        parts[name] = replace(part, layers={**part.layers, **layers})
+    return replace(recipe, parts=parts)
+
+
+def _compare(before: Artifact, after: Artifact) -> Repair | None:
+    """Say what was put back, and what that costs; None if nothing was."""
+    put_back = {
+        name: {k: v for k, v in _layers(after, name).items() if _layers(before, name).get(k) != v}
+        for name in after.manifest.parts
+    }
+    layers = {name: each for name, each in put_back.items() if each}
+    if not layers:
+        return None
+    sizes = [sum(sum(each.manifest.parts[name].weight_bytes.values()) for name in layers) for each in (before, after)]
+    return Repair(layers, sizes[0], sizes[1], {name: _time_ratio(before, after, name) for name in layers})
+
+
+def _time_ratio(before: Artifact, after: Artifact, part: str) -> float:
+    """Run the largest recorded case of a part in both artifacts in turn; return the ratio of their medians."""
+    cases = [given for given, _ in recorded(after, part).cases]
+    inputs = max(cases, key=lambda case: sum(tensor.numel() for tensor in case.values()))
+    times: tuple[list[float], list[float]] = ([], [])
+    found = family_part(after, part)
+    opened = [
+        open_part(each.folder / part, found, each.manifest.parts[part], Placement(device="cpu"))
+        for each in (before, after)
+    ]
+    for turn in range(_REPEATS + 1):
+        for runtime, taken in zip(opened, times, strict=True):
+            started = time.perf_counter()
+            runtime.run(fed(runtime, inputs))
+            if turn:
+                taken.append(time.perf_counter() - started)
+    for runtime in opened:
+        runtime.close()
+    return median(times[1]) / median(times[0]) if median(times[0]) else math.nan
