@@ -38,7 +38,7 @@ class OpenVINOExporter:
     computes in is decided by the recipe when the part is loaded, never by OpenVINO's default.
     """
 
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic")
     layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **dict.fromkeys(("bf16", "int8", "int4", "nf4", "w8a8"), ("fp32", "bf16", "int8", "int4", "nf4", "w8a8")),

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 _ROUNDING = {"MatMul", "Convolution"}
 _LAYOUT = {"Reshape", "Transpose"}
 _STORED = {"Constant", "Parameter"}
+_SIGNED, _UNSIGNED = (-128, 127), (-127, 128)
+"""Whole multiples of a scale: the plugin makes bytes around nought of the former, and around 127 of the latter, which its
+kernels for matrices are quicker with."""
 
 
 def round_activations(  # openvino is untyped
@@ -27,7 +30,7 @@ def round_activations(  # openvino is untyped
     """
     layers = {f"{TENSOR}{number}": entry.name.removesuffix(".weight") for number, entry in enumerate(entries)}
     _round_attention(model, layers, scales)
-    rounded: dict[tuple[str, int, float], Any] = {}
+    rounded: dict[tuple[str, int, float, tuple[int, int]], Any] = {}
     for parameter in model.get_parameters():
         layer = layers.get(parameter.get_friendly_name())
         if layer is None or layer not in scales:
@@ -38,9 +41,10 @@ def round_activations(  # openvino is untyped
             if operation.get_type_name() not in _ROUNDING or target.get_index() != 1:
                 continue
             given = operation.input_value(0)
-            key = (given.get_node().get_friendly_name(), given.get_index(), scale)
+            codes = _UNSIGNED if operation.get_type_name() == "MatMul" else _SIGNED
+            key = (given.get_node().get_friendly_name(), given.get_index(), scale, codes)
             if key not in rounded:
-                rounded[key] = _rounded(given, scale)
+                rounded[key] = _rounded(given, scale, codes)
             operation.input(0).replace_source_output(rounded[key].output(0))
 
 
@@ -58,16 +62,16 @@ def _round_attention(model: Any, layers: Mapping[str, str], scales: Mapping[str,
             layer = _layer_of(made, layers)
             if layer is not None and layer in scales:
                 users = made.get_target_inputs()
-                rounded = _rounded(made, scales[layer][1])
+                rounded = _rounded(made, scales[layer][1], _SIGNED)
                 for user in users:
                     user.replace_source_output(rounded.output(0))
 
 
-def _rounded(value: Any, scale: float) -> Any:  # noqa: ANN401
+def _rounded(value: Any, scale: float, codes: tuple[int, int]) -> Any:  # noqa: ANN401
     import numpy as np
     from openvino import opset13
 
-    least, most = (opset13.constant(np.float32(step * scale)) for step in (-128, 127))
+    least, most = (opset13.constant(np.float32(step * scale)) for step in codes)
     return opset13.fake_quantize(value, least, most, least, most, levels=256)
 
 

@@ -153,8 +153,7 @@ def lower_here(source: str, output: str, backend: str, precision: str, scales: s
     with tempfile.TemporaryDirectory(dir=Path(output).parent) as work:
         subject = Subject(
             part=PART,
-            precision=precision,
-            weight_format=plugins.weight_format(precision),
+            mixture=plugins.mixture(precision),
             activations=json.loads(Path(scales).read_text()) if precision == "w8a8" else {},
             inputs=made.inputs(config),
             outputs=made.outputs(config),
