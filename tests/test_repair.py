@@ -1,0 +1,82 @@
+"""Exports that fail their gate, healed by as few layers in higher precision as it takes."""
+
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from bakeoff.artifact import Artifact
+from bakeoff.bake import export
+from bakeoff.budget import Budget, Gate
+from bakeoff.cli import main
+from bakeoff.errors import ParityError, UsageError
+from bakeoff.recipe import parse
+from bakeoff.repair import _worst, export_repaired
+from bakeoff.source import Source
+
+CONVOLUTION = "decoder.up_blocks.1.resnets.0.conv1"
+
+
+def test_as_few_layers_as_are_predicted_to_be_needed():
+    errors = {"a": 0.03, "b": 0.01, "c": 0.02, "d": 0.001}
+    measured = sum(error**2 for error in errors.values()) ** 0.5
+    assert _worst(errors, measured, 0.03) == ["a"]
+    assert _worst(errors, measured, 0.012) == ["a", "c"]
+    assert _worst(errors, measured, 0.0005) == ["a", "c", "b", "d"]
+    assert _worst(errors, 2 * measured, 0.03) == ["a", "c"], "what all err together counts, not the sum"
+
+
+def test_loras_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="--repair and --lora"):
+        export_repaired("shapes", tmp_path / "out", parse("torch:bf16")[0], loras=["some.safetensors"])
+
+
+@pytest.mark.slow
+def test_rounding_is_healed_by_the_layers_that_lose_most(tmp_path, capsys):
+    target = tmp_path / "out"
+    arguments = ["export", "shapes", "-o", str(target), "--recipe", "torch:fp32,unet=onnx:int8"]
+    assert main([*arguments, "--budget", "unet=45dB"]) == ParityError.exit_code
+    assert main([*arguments, "--budget", "unet=45dB", "--repair"]) == 0
+    assert "repaired unet: " in capsys.readouterr().err
+    manifest = Artifact.open(target).manifest
+    layers = manifest.parts["unet"].key_fields["recipe"]["layers"]
+    assert 1 <= len(layers) <= 5
+    assert set(layers.values()) == {"bf16"}
+    assert manifest.proved
+    assert manifest.parts["unet"].weight_shares["int8"] > 0.9
+
+
+@pytest.fixture
+def overflowing(tmp_path):
+    """The embedded model with a decoder's convolution scaled up, which the norm behind it cancels."""
+    model = tmp_path / "model"
+    shutil.copytree(Source.open("shapes").folder, model)
+    file = model / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = {name: tensor.float() for name, tensor in load_file(file).items()}
+    for name in ("weight", "bias"):
+        tensors[f"{CONVOLUTION}.{name}"] *= 1e5
+    save_file(tensors, file)
+    return model
+
+
+@pytest.mark.slow
+def test_an_overflow_in_float16_is_healed_where_it_arises(overflowing, tmp_path):
+    recipe, target = parse("torch:fp32,vae_decoder=torch:fp16")[0], tmp_path / "out"
+    with pytest.raises(ParityError, match="vae_decoder differs from eager fp32 by inf"):
+        export(str(overflowing), target, recipe)
+    artifact, repaired = export_repaired(str(overflowing), target, recipe)
+    assert artifact.manifest.proved
+    layers = repaired.layers["vae_decoder"]
+    assert CONVOLUTION in layers
+    assert set(layers.values()) == {"fp32"}
+    assert len(layers) <= 3
+    assert repaired.bytes_after > repaired.bytes_before
+
+
+@pytest.mark.slow
+def test_what_no_precision_mends_is_said(tmp_path):
+    gate = Gate({"text_encoder": Budget(280.0)})
+    with pytest.raises(ParityError, match="no layer in higher precision would mend it"):
+        export_repaired("shapes", tmp_path / "out", parse("torch:fp32,text_encoder=onnx:fp32")[0], gate=gate)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
