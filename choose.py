@@ -10,23 +10,34 @@ from typing import TYPE_CHECKING, Any
 
 from . import plugins
 from .errors import RecipeError, UsageError
+from .plan import open_calibration
+from .progress import Steps
 from .quantize.choice import Option, choose
 from .quantize.sensitivity import Sensitivity
 from .recipe import PartRecipe, Recipe, to_toml
+from .runtimes.engine import load
+from .source import Source
+from .studio import Studio
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
+    from .quantize.mixture import Mixture
     from .quantize.sensitivity import Layer
 
+_MOST_CHOICES = 8
+_LEAST_TIGHTENING = 1.25
+"""Least factor by which a choice that failed is made anew with less error."""
 WIDE = "bf16"
 """What layers have that aren't rounded to a few bits; its error is taken as none."""
 _WIDE_BYTES = 2
 _SCALE_BYTES = 4
 
 
-def recipe_within(found: Sensitivity, backend: str, psnr_db: float, *, fastest: bool = False) -> tuple[Recipe, float]:
+def recipe_within(
+    found: Sensitivity, backend: str, psnr_db: float, *, fastest: bool = False, factor: float = 1.0
+) -> tuple[Recipe, float]:
     """Choose a precision for each layer that was measured.
 
     Args:
@@ -34,6 +45,7 @@ def recipe_within(found: Sensitivity, backend: str, psnr_db: float, *, fastest: 
         backend: for all parts.
         psnr_db: least PSNR of the pictures to eager float32's, in dB, as predicted.
         fastest: save time of multiplications rather than bytes.
+        factor: by which errors together are more than the sum of those alone.
 
     Returns:
         The recipe, and the PSNR that it is predicted to have, in dB.
@@ -41,7 +53,7 @@ def recipe_within(found: Sensitivity, backend: str, psnr_db: float, *, fastest: 
     Raises:
         RecipeError: the backend has none of the precisions that were measured, or nothing stays within the bound.
     """
-    bound = 10 ** (-psnr_db / 10)
+    bound = 10 ** (-psnr_db / 10) / factor
     options = {
         (part, name): each
         for part, layers in found.parts.items()
@@ -55,8 +67,71 @@ def recipe_within(found: Sensitivity, backend: str, psnr_db: float, *, fastest: 
         part: _part(backend, {name: chosen[json.dumps((part, name))].precision for key, name in options if key == part})
         for part in found.parts
     }
-    error = sum(option.error for option in chosen.values())
+    error = sum(option.error for option in chosen.values()) * factor
     return Recipe(PartRecipe(backend, WIDE), parts), -10 * math.log10(error) if error else math.inf
+
+
+def checked_recipe(
+    found: Sensitivity,
+    backend: str,
+    psnr_db: float,
+    *,
+    fastest: bool = False,
+    calibration: Path | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[Recipe, float]:
+    """Choose as `recipe_within`, draw with the choice in eager float32, and choose anew until the pictures keep the bound.
+
+    Errors of layers aren't independent: a trajectory may amplify what several do together.
+
+    Args:
+        found: what layers add to the error; its model and prompts are drawn again.
+        backend: for all parts.
+        psnr_db: least PSNR of the pictures to those without rounding, in dB.
+        fastest: save time of multiplications rather than bytes.
+        calibration: the one that was measured with, where one was.
+        progress: called with a line at each choice.
+
+    Returns:
+        The recipe, and the PSNR that was measured, in dB.
+
+    Raises:
+        RecipeError: as `recipe_within`.
+        UsageError: a calibration is missing, or another one.
+    """
+    source = Source.open(found.info["model"])
+    scales = None
+    if found.info["calibration"]:
+        scales = open_calibration(calibration, source, "checking what was measured with calibrated activations")
+        if scales.info["sha256"] != found.info["calibration"]:
+            message = f"{calibration} is another calibration than the one that was measured with"
+            raise UsageError(message, fix="give that one, or measure again: bakeoff sensitivity")
+    size = found.info["size"]
+    options = {"steps": found.info["steps"], "size": tuple(size) if size else None}
+    factor = 1.0
+    with load(source.folder, device="cpu") as engine:
+        studio = Studio(engine, source, found.info["prompts"], options)
+        for _ in range(_MOST_CHOICES):
+            recipe, predicted = recipe_within(found, backend, psnr_db, fastest=fastest, factor=factor)
+            error = studio.error(_rounded(studio, found, recipe), scales)
+            measured = -10 * math.log10(error) if error else math.inf
+            progress(f"chosen for {predicted:.1f} dB, drawn with {measured:.1f} dB")
+            if measured >= psnr_db:
+                return recipe, measured
+            factor *= max(_LEAST_TIGHTENING, 10 ** ((predicted - measured) / 10))
+    message = f"no recipe of {backend} keeps {psnr_db:g} dB when it is drawn"
+    raise RecipeError(message, fix="ask for less with --within")
+
+
+def _rounded(studio: Studio, found: Sensitivity, recipe: Recipe) -> dict[str, tuple[dict[str, str], Mixture]]:
+    """Return what a recipe rounds: part -> path of each layer, with its name, and the precisions."""
+    rounded = {}
+    for part, each in recipe.parts.items():
+        mixture = plugins.mixture(each.precision, each.layers)
+        names = studio.layers(part).items()
+        own = {path: name for path, name in names if name in found.parts[part] and mixture.format_of(name)}
+        rounded[part] = (own, mixture)
+    return rounded
 
 
 def _options(
@@ -131,6 +206,10 @@ def add_recipe(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argp
     goal = command.add_mutually_exclusive_group()
     goal.add_argument("--smallest", action="store_true", help="fewest bytes (default)")
     goal.add_argument("--fastest", action="store_true", help="least time of multiplications")
+    command.add_argument(
+        "--check", action="store_true", help="draw with the choice, and choose anew until the pictures keep the bound"
+    )
+    command.add_argument("--calibration", type=Path, metavar="FILE", help="for --check: what was measured with")
     command.set_defaults(run=_run)
     return command
 
@@ -142,8 +221,21 @@ def _run(options: argparse.Namespace) -> None:
         )
         raise UsageError(message, fix=f"-o {options.output.with_suffix('.toml')}")
     found = Sensitivity.open(options.layers)
-    recipe, psnr = recipe_within(found, options.backend, _decibels(options.within), fastest=options.fastest)
-    told = f"predicted: {psnr:.1f} dB to eager float32, from what single layers add to the error"
+    asked = _decibels(options.within)
+    if options.check:
+        with Steps() as progress:
+            recipe, psnr = checked_recipe(
+                found,
+                options.backend,
+                asked,
+                fastest=options.fastest,
+                calibration=options.calibration,
+                progress=progress,
+            )
+        told = f"measured: {psnr:.1f} dB to no rounding, on the prompts that layers were measured on"
+    else:
+        recipe, psnr = recipe_within(found, options.backend, asked, fastest=options.fastest)
+        told = f"predicted: {psnr:.1f} dB, if layers err independently; --check draws with it"
     partial = options.output.with_name(f".{options.output.name}.partial")
     partial.write_text(f"# {told}\n{to_toml(recipe)}")
     partial.replace(options.output)
@@ -153,7 +245,7 @@ def _run(options: argparse.Namespace) -> None:
             json.dumps(
                 {
                     "file": str(options.output),
-                    "predicted_psnr_db": psnr if math.isfinite(psnr) else None,
+                    "psnr_db": psnr if math.isfinite(psnr) else None,
                     "layers": counts,
                 },
                 indent=2,

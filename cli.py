@@ -53,6 +53,7 @@ _WORTH_SHOWING_BYTES = 10_000
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
     options = _parser().parse_args(arguments)
+    _quiet_libraries()
     try:
         return int(options.run(options) or 0)
     except BakeoffError as error:
@@ -181,7 +182,6 @@ def _add_plan(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
 
 
 def _plan(options: argparse.Namespace) -> None:
-    _quiet_libraries()
     from .forecast import running, table
     from .memory import available_bytes
     from .plan import check_room, existing_parent
@@ -273,7 +273,6 @@ def _recipe(options: argparse.Namespace) -> tuple[Recipe, Placement]:
 
 def _export(options: argparse.Namespace) -> None:
     recipe, placement = _recipe(options)
-    _quiet_libraries()
     from .bake import export
 
     if placement.as_dict() != type(placement)().as_dict():
@@ -503,7 +502,6 @@ def _generate(options: argparse.Namespace) -> None:
     if (options.height is None) != (options.width is None):
         message = "got one of --height and --width, expected both or none"
         raise UsageError(message)
-    _quiet_libraries()
     from .runtimes.engine import load
 
     with load(options.folder, **_placement(options), loras=options.lora) as engine:
@@ -569,7 +567,6 @@ def _add_demo(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
 
 
 def _demo(options: argparse.Namespace) -> None:
-    _quiet_libraries()
     from . import demo
 
     artifacts = demo.bake(options.output, _say)

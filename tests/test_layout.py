@@ -30,7 +30,8 @@ LAYERS = [
     {"plan"},
     {"bake"},
     {"bench", "calibrate", "doctor"},
-    {"choose", "repair", "sensitivity"},
+    {"repair", "studio"},
+    {"choose", "sensitivity"},
     {"demo"},
     {"cli"},
 ]

@@ -88,7 +88,7 @@ def test_a_recipe_keeps_what_it_is_asked(measured, tmp_path, goal, capsys):
         arguments = ["recipe", str(file), "-o", str(target), "--backend", "onnx", "--within", f"{decibels}dB", goal]
         assert main([*arguments, "--json"]) == 0
         told = json.loads(capsys.readouterr().out)
-        assert told["predicted_psnr_db"] is None or told["predicted_psnr_db"] >= decibels  # None: nothing is rounded
+        assert told["psnr_db"] is None or told["psnr_db"] >= decibels  # None: nothing is rounded
         recipe = from_toml(target.read_text())
         assert to_toml(recipe) == "".join(target.read_text().splitlines(keepends=True)[1:])
         planned = plan("shapes", recipe)
@@ -98,9 +98,21 @@ def test_a_recipe_keeps_what_it_is_asked(measured, tmp_path, goal, capsys):
         assert sizes[0] < sizes[-1] / 2
 
 
+def test_a_checked_recipe_is_drawn(measured, tmp_path, capsys):
+    file, found = measured
+    together = 10 * -math.log10(found.together["text_encoder"]["int4"])
+    target = tmp_path / "recipe.toml"
+    asked = together + 6
+    arguments = ["recipe", str(file), "-o", str(target), "--backend", "onnx", "--within", f"{asked:.1f}", "--check"]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["psnr_db"] >= asked - 0.1
+    assert "# measured: " in target.read_text()
+    assert from_toml(target.read_text()).parts["text_encoder"].layers
+
+
 def test_a_backend_that_mixes_nothing_measured_says_so(measured):
-    found = Sensitivity({}, {"unet": {"a": Layer(1, 1, {"int4": 1.0, "w8a8": 1.0})}}, {"unet": {}})
-    with pytest.raises(RecipeError, match="torch bakes none of int4, w8a8 for single layers"):
+    found = Sensitivity({}, {"unet": {"a": Layer(1, 1, {"w8a8": 1.0})}}, {"unet": {}})
+    with pytest.raises(RecipeError, match="torch bakes none of w8a8 for single layers"):
         recipe_within(found, "torch", 30)
 
 

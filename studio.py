@@ -1,0 +1,100 @@
+"""A model open in eager float32, whose layers can be rounded to see what that does to its pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import defaultdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .components.component import WRAPPER
+from .errors import ParityError
+from .quantize.mixture import rounded_layers
+from .weights import layer_names
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from .quantize.calibration import Calibration
+    from .quantize.mixture import Mixture, Scales
+    from .runtimes.engine import Engine
+    from .source import Source
+
+SEED = 1
+LAST = "vae_decoder"
+"""The part whose output is the picture."""
+
+
+class Studio:
+    """A model open in eager float32, whose layers can be swapped for rounded ones."""
+
+    def __init__(self, engine: Engine, source: Source, texts: Sequence[str], options: Mapping[str, Any]) -> None:
+        self._engine, self._source, self._texts, self._options = engine, source, texts, options
+        self._pictures: list[Any] = []
+        self.modules: dict[str, nn.Module] = {}
+        self.macs: dict[tuple[str, str], int] = defaultdict(int)
+        self._counters: list[Any] = []
+        engine.visit(self._meet)
+        self.reference = self._draw()
+        for counter in self._counters:
+            counter.remove()
+
+    def _meet(self, part: str, module: nn.Module) -> None:
+        from torch import nn
+
+        self.modules[part] = module
+        for path, layer in module.named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                self._counters.append(layer.register_forward_hook(partial(self._count, (part, path))))
+        if part == LAST:
+            module.register_forward_hook(lambda *made: self._pictures.append(made[-1][0]))
+
+    def _count(self, key: tuple[str, str], layer: Any, _: object, made: Any) -> None:  # noqa: ANN401 - a layer and its output
+        self.macs[key] += layer.weight.numel() * made.numel() // layer.weight.shape[0] // len(self._texts)
+
+    def _draw(self) -> NDArray[np.float64]:
+        """Return pictures (B, 3, H, W), pixels from 0 to 1."""
+        import torch
+
+        self._pictures.clear()
+        self._engine.generate(self._texts, seeds=SEED, **self._options)
+        found: NDArray[np.float64] = (torch.cat(self._pictures).double() / 2 + 0.5).clamp(0, 1).numpy()
+        return found
+
+    def layers(self, part: str) -> dict[str, str]:
+        """Return path of a layer with weights -> its name in the checkpoint."""
+        paths = [path for path, layer in self.modules[part].named_modules() if hasattr(layer, "weight")]
+        own = {path.removeprefix(WRAPPER): path for path in paths}
+        module = self._source.family.part(part).module
+        return {own[path]: name for path, name in layer_names(own, self._source.checkpoint(module)).items()}
+
+    def scales(self, calibration: Calibration | None, part: str) -> dict[str, Scales]:
+        """Return a part's calibrated scales under the names that the checkpoint has for its layers."""
+        if calibration is None:
+            return {}
+        names = {path.removeprefix(WRAPPER): name for path, name in self.layers(part).items()}
+        return {names[path]: both for path, both in calibration.scales(part).items() if path in names}
+
+    def error(self, parts: Mapping[str, tuple[Mapping[str, str], Mixture]], calibration: Calibration | None) -> float:
+        """Return the mean squared error of pictures, of pixels from 0 to 1; infinite where they aren't finite.
+
+        Args:
+            parts: part -> path of each layer that is rounded, with its name in the checkpoint, and what they are rounded to.
+            calibration: of their activations, where precisions take one.
+        """
+        import numpy as np
+
+        try:
+            with contextlib.ExitStack() as stack:
+                for part, (names, mixture) in parts.items():
+                    scales = self.scales(calibration, part)
+                    stack.enter_context(rounded_layers(self.modules[part], names, mixture, scales))
+                found = float(np.square(self._draw() - self.reference).mean())
+        except ParityError:
+            return math.inf
+        return found if math.isfinite(found) else math.inf
