@@ -40,6 +40,7 @@ class OnnxRuntime(Runtime):
     """
 
     reads_ports: ClassVar[bool] = True
+    relative_time: ClassVar[Mapping[str, float]] = {"w8a8": 0.3}
     held: ClassVar[Mapping[str, float]] = {"float32": 1.1, "bfloat16": 3.9, "int8": 2.2, "int4": 4, "nf4": 4}
     held_mapped: ClassVar[Mapping[str, float] | None] = {**held, "float32": 0.02, "bfloat16": 0.25}
     live_maps: ClassVar[Mapping[str, float]] = {"fp32": 25}

@@ -73,7 +73,8 @@ class Runtime(ABC):
     reads_ports: ClassVar[bool] = False
     """Whether a file of others may have other dtypes and ranks than the component declares: see `_adopt`."""
     relative_time: ClassVar[Mapping[str, float]] = {}
-    """Precision of weights -> seconds of a layer's multiplications for one that they take in bf16; 1 unless said."""
+    """Precision of weights -> seconds of a layer's multiplications for one that they take in bf16; 1 unless said.
+    From docs/precisions.md and docs/quantization.md."""
     held: ClassVar[Mapping[str, float]] = {}
     """Torch dtype, or weight format -> bytes of anonymous memory that an opened part holds for a byte of weights in it, at
     the peak of opening on a CPU; 1 unless said."""
