@@ -10,6 +10,7 @@ from .bitsandbytes import Bitsandbytes
 from .costs import BYTES_PER_S, PACKED_TIMES, stored_bytes
 from .exporter import Cost, Lowered
 from .packing import storage
+from .torch_bytes import Bytes
 from .torchao import TorchAO
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ _LAYOUTS: dict[str, type[Layout]] = {
     "nf4": Bitsandbytes,
     "int4": TorchAO,
     "w8a8-dynamic": TorchAO,
+    "w8a8": Bytes,
 }
 
 
@@ -66,7 +68,7 @@ class TorchExporter:
             for entry in Checkpoint.open(folder).entries.values():
                 totals[TORCH_DTYPES.get(entry.dtype, entry.dtype.lower())] += entry.length
             return Lowered(how, dict(totals))
-        layout = _LAYOUTS[subject.mixture.precision](subject.mixture)
+        layout = _LAYOUTS[subject.mixture.precision](subject.mixture, subject.activations)
         kept = layout.write(subject.checkpoint, subject.module(), folder)
         return Lowered("written", layout.weight_bytes(Checkpoint.open(folder)), kept)
 

@@ -6,8 +6,9 @@ import contextlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..components.component import WRAPPER
+from ..components.low_bit import SCALE
 from ..errors import InputError
-from ..hardware import Availability, choose_device, usable_cores
+from ..hardware import OVERFLOWS, Availability, choose_device, usable_cores
 from ..lora import added
 from ..weights import Checkpoint, layer_names
 from . import attention
@@ -28,8 +29,8 @@ _DTYPES = {"fp32": "float32", "fp16": "float16"}
 _HALF = {"bf16", "fp16"}
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _TORCH_NAMES = {"rocm": "cuda"}
-_CODED = (".SCB", ".absmax", "._weight_qdata")
-"""What some names of tensors end in where bitsandbytes or torchao keeps codes."""
+_CODED = (".SCB", ".absmax", "._weight_qdata", SCALE)
+"""What some names of tensors end in where there are codes of bitsandbytes, torchao or our own."""
 _GIVEN = "/input"
 """What the name of what a layer is given ends in."""
 
@@ -122,7 +123,7 @@ class TorchRuntime(Runtime):
             "mapped": mapped,
             "attention_slicing": placement.attention_slicing,
             "lossy": [f"token_merging={placement.token_merging}"] if merged else [],
-            "fallback": fallback,
+            "fallback": "; ".join(filter(None, (fallback, _widened(module, device)))) or None,
         }
 
     def _run(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -207,9 +208,27 @@ def _precision(module: nn.Module, dtype: str) -> str | dict[str, int]:
     """Name what is computed in; where there are products of integers, count the layers of each kind."""
     from torch import nn
 
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    integer = sum(getattr(layer.weight, "act_quant_kwargs", None) is not None for layer in layers)
+    from ..components.byte_layers import ByteLayer
+
+    kinds = (nn.Linear, nn.Conv2d, ByteLayer)
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, kinds)]
+    integer = sum(
+        layer.rounds and layer.integers
+        if isinstance(layer, ByteLayer)
+        else getattr(layer.weight, "act_quant_kwargs", None) is not None
+        for layer in layers
+    )
     return {"int8": integer, dtype: len(layers) - integer} if integer else dtype
+
+
+def _widened(module: nn.Module, device: str) -> str | None:
+    """Say that codes are multiplied in floats, where they are: what comes out is the same."""
+    from ..components.byte_layers import ByteLayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, ByteLayer) and layer.rounds]
+    if device == "cpu" and any(not layer.integers for layer in layers):
+        return f"{OVERFLOWS}: layers of w8a8 are multiplied in floats"
+    return f"on {device} layers of w8a8 are multiplied in floats" if layers and device != "cpu" else None
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from transformers import CLIPTextModel
 
 from bakeoff import hardware, plugins
 from bakeoff.bake import export
+from bakeoff.components.byte_layers import ByteLayer
 from bakeoff.components.component import Component, Port, Sizes
 from bakeoff.components.loading import load_diffusers
 from bakeoff.errors import InputError, RecipeError, UnavailableError
@@ -230,7 +231,7 @@ def test_activations_are_rounded_as_they_come(source, tmp_path, backend):
     assert backend != "torch" or ran == {"int8": 2, "bfloat16": 1}
 
 
-@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_activations_are_rounded_with_calibrated_scales(source, tmp_path, backend):
     made, scales = Mixed(), {"matrix": (0.01, 0.02), "vector": (0.03, 0.02), "take": (0.03, 0.02)}
     files, _ = lower(made, source, tmp_path, backend, "w8a8", scales)
@@ -247,6 +248,8 @@ def test_activations_are_rounded_with_calibrated_scales(source, tmp_path, backen
         assert operators["MatMulIntegerToFloat"] == 2
         assert operators["QuantizeLinear"] == 4
         assert ran == {"float32": 1, "int8": 2}  # the convolution becomes QLinearConv when it is opened
+    elif backend == "torch":
+        assert ran == ("bfloat16" if hardware.overflows_bytes() else {"int8": 3, "bfloat16": 0})
     elif not hardware.overflows_bytes():
         assert sum(ran.get(kind, 0) for kind in ("i8", "u8")) == 3
     for key, far, near in zip(("tokens", "mixed"), wide, expected, strict=True):
@@ -290,6 +293,40 @@ def test_sums_of_large_products_dont_overflow(extreme_source, tmp_path, backend,
     if backend == "openvino" and precision != "int8" and hardware.overflows_bytes():
         assert "no VNNI" in said["fallback"]
         assert not {"i8", "u8"} & set(said["precision"])
+
+
+def test_torch_multiplies_integers_where_the_cpu_can(source, tmp_path):
+    """Codes of at most 64 overflow nowhere: so oneDNN's kernels can be held to floats here, whatever the CPU."""
+    made, scales = Mixed(), {"matrix": (0.01, 0.02), "vector": (0.03, 0.02), "take": (0.03, 0.02)}
+    files, _ = lower(made, source, tmp_path, "torch", "w8a8", scales)
+    inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
+    with plugins.runtime("torch")(files, Placement(device="cpu", threads=1)) as runtime:
+        layers = [layer for layer in runtime.module().modules() if isinstance(layer, ByteLayer)]
+        outputs = []
+        for layer in layers:
+            layer.weight.data = layer.weight.clamp(-64, 63)
+        for integers in (False, True):
+            for layer in layers:
+                layer.integers = integers
+            outputs.append(runtime.run(inputs))
+    assert len(layers) == 3
+    for key, wide in outputs[0].items():
+        assert relative_error(outputs[1][key], wide) < 5e-3, key
+    assert any(layer._packed is not None for layer in layers)
+
+
+def test_a_layer_that_was_not_calibrated_keeps_its_activations(source, tmp_path):
+    made, scales = Mixed(), {"matrix": (0.01, 0.02)}
+    files, lowered = lower(made, source, tmp_path, "torch", "w8a8", scales)
+    inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
+    with torch.no_grad():
+        eager = plugins.mixture("w8a8").round_module(made.load(source, torch.float32), {}, scales)
+        expected = dict(zip(("tokens", "mixed"), made.flat(eager)(*inputs.values()), strict=True))
+    with plugins.runtime("torch")(files, Placement(device="cpu", threads=1)) as runtime:
+        got = runtime.run(inputs)
+    assert all(relative_error(got[key], tensor) < 1e-2 for key, tensor in expected.items())
+    assert lowered.weight_bytes["int8"] == 192 * 128 + 64 * 128 + 64 * 16 * 9
+    assert lowered.kept == {"table.weight": "bakeoff has codes for Linear layers and convolutions alone"}
 
 
 class Attending(Mixed):
