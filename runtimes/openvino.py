@@ -30,6 +30,8 @@ _HINTS = {
 """Precision -> what is computed in; of those of low bits, what their products give."""
 _ROUNDED = {"w8a8-dynamic": "128"}
 """Precision -> how many activations in a row the products round with one scale, as they come."""
+_WIDENED = {"w8a8": f"{OVERFLOWS}: layers of w8a8 are multiplied in floats"}
+_WIDE = {"w8a8-dynamic": f"{OVERFLOWS}: OpenVINO doesn't round activations as they come"}
 _PRODUCTS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention"}
 _INTEGERS, _FLOATS = {"i8", "u8", "i4", "u4", "nf4"}, {"f32", "bf16", "f16"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
@@ -60,6 +62,11 @@ class OpenVINORuntime(Runtime):
             return Availability(ok=False, reason="openvino is not installed", fix="pip install 'bakeoff[openvino]'")
         found = ", ".join(openvino.Core().available_devices)
         return Availability(ok=True, reason=f"openvino {openvino.__version__}: {found}")
+
+    @classmethod
+    def obstacle(cls, precision: str) -> Availability | None:
+        said = {**_WIDENED, **_WIDE}.get(precision) if overflows_bytes() else None
+        return Availability(ok=True, reason=said) if said else None
 
     def __init__(self, part: PartFiles, placement: Placement) -> None:
         import openvino
@@ -163,10 +170,8 @@ def _avoid_overflow(model: Any, precision: str, settings: dict[str, Any]) -> str
         return None
     if any(operation.get_type_name() == "FakeQuantize" for operation in model.get_ops()):
         settings["LP_TRANSFORMS_MODE"] = False
-        return f"{OVERFLOWS}: layers of {precision} are multiplied in floats"
-    if precision in _ROUNDED:
-        return f"{OVERFLOWS}: OpenVINO doesn't round activations as they come"
-    return None
+        return _WIDENED["w8a8"]
+    return _WIDE.get(precision)
 
 
 def _name(node: Any, declared: set[str]) -> str:  # noqa: ANN401 - openvino is untyped

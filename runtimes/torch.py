@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..components.component import WRAPPER
 from ..components.low_bit import SCALE
 from ..errors import InputError
-from ..hardware import OVERFLOWS, Availability, choose_device, usable_cores
+from ..hardware import OVERFLOWS, Availability, choose_device, overflows_bytes, usable_cores
 from ..lora import added
 from ..weights import Checkpoint, layer_names
 from . import attention
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 _DTYPES = {"fp32": "float32", "fp16": "float16"}
 """Precision -> what is computed in, bfloat16 unless said: low-bit precisions are what weights are stored in."""
+_LIBRARIES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "int4": "torchao", "w8a8-dynamic": "torchao"}
+"""Precision -> what runs its codes."""
+_WIDENED = f"{OVERFLOWS}: layers of w8a8 are multiplied in floats"
 _HALF = {"bf16", "fp16"}
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _TORCH_NAMES = {"rocm": "cuda"}
@@ -92,6 +96,15 @@ class TorchRuntime(Runtime):
         except ImportError:
             return Availability(ok=False, reason="torch is not installed", fix="pip install torch")
         return Availability(ok=True, reason=f"torch {torch.__version__}")
+
+    @classmethod
+    def obstacle(cls, precision: str) -> Availability | None:
+        library = _LIBRARIES.get(precision)
+        if library and importlib.util.find_spec(library) is None:
+            return Availability(ok=False, reason=f"{library} is not installed", fix=f"pip install 'bakeoff[{library}]'")
+        if precision == "w8a8" and overflows_bytes():
+            return Availability(ok=True, reason=_WIDENED)
+        return None
 
     def __init__(self, part: PartFiles, placement: Placement) -> None:
         import torch
@@ -227,7 +240,7 @@ def _widened(module: nn.Module, device: str) -> str | None:
 
     layers = [layer for layer in module.modules() if isinstance(layer, ByteLayer) and layer.rounds]
     if device == "cpu" and any(not layer.integers for layer in layers):
-        return f"{OVERFLOWS}: layers of w8a8 are multiplied in floats"
+        return _WIDENED
     return f"on {device} layers of w8a8 are multiplied in floats" if layers and device != "cpu" else None
 
 

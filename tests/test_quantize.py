@@ -1,5 +1,6 @@
 """Low-bit weights: what a format does to numbers, and that every backend computes with exactly those."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import onnx
 import pytest
@@ -29,9 +31,10 @@ from bakeoff.errors import InputError, RecipeError, UnavailableError
 from bakeoff.exporters.capture import module_on_hollow, on_hollow
 from bakeoff.exporters.exporter import Subject
 from bakeoff.lora import Delta
+from bakeoff.precisions import cells, markdown
 from bakeoff.proof import relative_error
 from bakeoff.quantize.nf4 import LEVELS
-from bakeoff.recipe import Placement, parse
+from bakeoff.recipe import PRECISIONS, Placement, parse
 from bakeoff.runtimes.engine import load
 from bakeoff.runtimes.opening import open_part, read_folder
 from bakeoff.runtimes.runtime import PartFiles
@@ -630,3 +633,48 @@ def test_without_the_library_the_error_says_what_to_install(source, tmp_path, mo
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UnavailableError, match=f"{library}, which is not installed"):
         plugins.runtime("torch")(files, Placement(device="cpu"))
+
+
+def test_every_cell_is_there_or_has_a_reason():
+    found = cells()
+    assert len(found) == len(PRECISIONS) * len({cell.backend for cell in found})
+    for cell in found:
+        reasons = plugins.exporter(cell.backend).reasons
+        assert cell.exported != (cell.precision in reasons), cell
+        assert cell.exported or cell.reason == reasons[cell.precision]
+
+
+def test_the_page_has_the_table_of_precisions():
+    page = (Path(__file__).parent.parent / "docs" / "quantization.md").read_text()
+    assert "\n".join(markdown(cells())) in page
+
+
+def test_what_cant_be_baked_says_why(tmp_path):
+    with pytest.raises(RecipeError, match="torch can't bake fp8: torchao's 8-bit floats ask for"):
+        export("shapes", tmp_path / "out", parse("torch:fp8")[0])
+
+
+def test_what_isnt_installed_isnt_here(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else found(name))
+    here = {cell.precision: cell for cell in cells() if cell.backend == "torch"}
+    assert here["int8"].runs
+    assert here["int4"].exported
+    assert (here["int4"].runs, here["int4"].fix) == (False, "pip install 'bakeoff[torchao]'")
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "overflows"),
+    [
+        ("x86_64", "avx2 fma", True),
+        ("x86_64", "avx512f", True),
+        ("x86_64", "avx2 avx_vnni", False),
+        ("x86_64", "avx512f avx512_vnni", False),
+        ("AMD64", "", True),
+        ("aarch64", "", False),
+    ],
+)
+def test_which_processors_products_of_bytes_overflow(monkeypatch, machine, flags, overflows):
+    monkeypatch.setattr(hardware.platform, "machine", lambda: machine)
+    monkeypatch.setattr(hardware, "_cpuinfo", lambda: {"flags": flags})
+    assert hardware.overflows_bytes() is overflows
