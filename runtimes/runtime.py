@@ -93,6 +93,11 @@ class Runtime(ABC):
         return option in cls.options or (option == "mapped" and cls.held_mapped is not None)
 
     @classmethod
+    def obstacle(cls, precision: str) -> Availability | None:  # noqa: ARG003 - most run all that they can open
+        """Say what keeps a precision from running on this machine's CPU, or from running as it is meant to; else None."""
+        return None
+
+    @classmethod
     def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:  # noqa: ARG003 - not all can
         """Return the shapes of a part's weights that LoRAs can be added to, by their names in the checkpoint."""
         return {}
