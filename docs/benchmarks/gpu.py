@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -50,6 +52,8 @@ SHAPES_ARMS = (
     "tensorrt:fp16", "tensorrt:w8a8", "tensorrt:fp8",
 )  # fmt: skip
 """Those whose backend isn't here are left out, with the reason in the record."""
+TRIED_ARMS = ("torch:fp32", "torch:bf16", "torch:bf16+cuda_graphs", "torch:nf4", "tensorrt:fp16")
+"""With `--tiny`."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class Item:
 def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
     """Return all that there is to run, most telling first."""
     common = {"work": str(work), "device": device}
-    arms = [f"{arm}@{device}" for arm in SHAPES_ARMS]
+    arms = [f"{arm}@{device}" for arm in (TRIED_ARMS if tiny else SHAPES_ARMS)]
     judged = {"arms": arms, "blocks": 2 if tiny else 3, "prompts": 2 if tiny else 128, "steps": 2 if tiny else 20}
     first = [
         _picture(MODELS[name], arm, common, tiny=tiny) for name in MODELS for arm in ("eager bf16", "compiled blocks")
@@ -113,9 +117,9 @@ def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
     step = {**common, "model": "sdxl", "recipe": "onnx:fp16", "size": 128 if tiny else 1024, "tiny": tiny}
     return [
         *first[:2],
-        Item("shapes", "shapes", 170, {**common, **judged}),
+        Item("shapes", "shapes", 240, {**common, **judged}),
         *first[2:],
-        Item("sdxl, one step, ONNX Runtime", "onnx_step", 120, step),
+        Item("sdxl, one step, ONNX Runtime", "onnx_step", 240, step),
         *rest,
     ]
 
@@ -142,17 +146,23 @@ def run(item: Item, seconds: float, logs: Path) -> dict[str, Any]:
     command = [sys.executable, "-P", str(ITEMS_SCRIPT), item.kind, json.dumps(arguments)]
     started = time.monotonic()
     log = logs / f"{''.join(c if c.isalnum() else '-' for c in item.name)}.txt"
-    with log.open("w") as stream:
+    with (
+        log.open("w") as stream,
+        subprocess.Popen(  # noqa: S603 - our own script
+            command, stdout=subprocess.PIPE, stderr=stream, text=True, start_new_session=True
+        ) as process,
+    ):
         try:
-            done = subprocess.run(  # noqa: S603 - our own script
-                command, stdout=subprocess.PIPE, stderr=stream, text=True, timeout=seconds + _GRACE_S, check=False
-            )
-        except subprocess.TimeoutExpired:
+            output, _ = process.communicate(timeout=seconds + _GRACE_S)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             return {"failed": f"took longer than {seconds + _GRACE_S:.0f} s", "wall_s": round(seconds + _GRACE_S, 1)}
     wall = {"wall_s": round(time.monotonic() - started, 1)}
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        return {"failed": log.read_text()[-1500:], "exit_code": done.returncode, **wall}
+    lines = output.splitlines()
+    if process.returncode or not lines:
+        return {"failed": log.read_text()[-1500:], "exit_code": process.returncode, **wall}
     return {**json.loads(lines[-1]), **wall}
 
 
