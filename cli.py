@@ -19,6 +19,7 @@ from .choose import add_recipe
 from .doctor import add_doctor
 from .errors import ArtifactError, BakeoffError, InputError, ParityError, ResourceError, UsageError
 from .pictures import check_output, save
+from .placement import ATTENTIONS
 from .precisions import add_precisions
 from .progress import Steps
 from .recipe import LOAD_OPTIONS, OFFLOADS, SWITCHES, option_value, read
@@ -462,14 +463,29 @@ def _add_generate(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
     command.add_argument("--control-scale", type=float, default=1.0, help="how strongly (1)")
     _add_lora(command, "add to the weights as they are loaded")
     command.add_argument("--strength", type=float, help="over 0 to 1: how much of the picture is noised away")
-    command.add_argument("--device", default="auto")
-    command.add_argument("--threads", type=int)
-    command.add_argument("--compile", action="store_true", help="torch: run parts through torch.compile")
-    command.add_argument("--static", action="store_true", help="OpenVINO: compile for the shapes that parts get")
-    command.add_argument("--provider")
+    _add_device_options(command)
     _add_memory_options(command)
     command.set_defaults(run=_generate)
     return command
+
+
+def _add_device_options(command: argparse.ArgumentParser) -> None:
+    device = command.add_argument_group("device", "where parts run, and how")
+    device.add_argument("--device", default="auto")
+    device.add_argument(
+        "--devices", default="", metavar="PART@DEVICE,…", help="parts that run elsewhere: vae_decoder@cpu"
+    )
+    device.add_argument("--threads", type=int)
+    device.add_argument(
+        "--compile", nargs="?", const=True, default=False, metavar="HOW",
+        help="torch: torch.compile; full, or regional: repeated blocks alone",
+    )  # fmt: skip
+    device.add_argument("--cuda-graphs", action="store_true", help="record launches on a GPU, and replay them")
+    device.add_argument("--attention", choices=ATTENTIONS, help="torch: the attention kernel")
+    device.add_argument("--channels-last", choices=SWITCHES, default="auto", help="torch: the layout of convolutions")
+    device.add_argument("--static", action="store_true", help="OpenVINO: compile for the shapes that parts get")
+    device.add_argument("--provider", help="ONNX Runtime: an execution provider, by name")
+    device.add_argument("--provider-options", metavar="NAME=VALUE;…", help="ONNX Runtime: of that provider")
 
 
 def _add_memory_options(command: argparse.ArgumentParser) -> None:
@@ -479,7 +495,7 @@ def _add_memory_options(command: argparse.ArgumentParser) -> None:
         choices=OFFLOADS,
         default="auto",
         help="none: parts stay open; parts: those that are done are closed before others are opened; mapped: and weights "
-        "stay in their files, where the runtime can",
+        "stay in their files, where the runtime can; blocks: torch on a GPU, weights come a block at a time",
     )
     memory.add_argument("--vae-tiling", choices=SWITCHES, default="auto", help="decode in tiles (lossy: seams)")
     memory.add_argument("--vae-slicing", choices=SWITCHES, default="auto", help="decode a picture at a time")
@@ -491,7 +507,7 @@ def _add_memory_options(command: argparse.ArgumentParser) -> None:
 
 def _placement(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options of `load` that were given; text as in recipes."""
-    given = {name: getattr(options, name) for name in ("device", *LOAD_OPTIONS)}
+    given = {name: getattr(options, name) for name in ("device", "devices", *LOAD_OPTIONS)}
     return {
         name: option_value(name, value) if isinstance(value, str) else value
         for name, value in given.items()
