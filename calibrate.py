@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from .components.component import WRAPPER
 from .errors import UsageError
-from .models.prompts import read_prompts
+from .models.prompts import default_prompts, read_prompts
 from .progress import Steps
 from .quantize.calibration import Calibration
 from .runtimes.engine import load
-from .source import EMBEDDED, Source
+from .source import Source
 
 if TYPE_CHECKING:
     import argparse
@@ -98,11 +98,6 @@ def watch(made: Calibration, part: str, module: nn.Module) -> None:
     for path, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.register_forward_hook(hook(path.removeprefix(WRAPPER)))
-
-
-def default_prompts(model: str) -> str:
-    """Name the prompt set that fits a model."""
-    return "shapes-64" if model in EMBEDDED else "everyday-32"
 
 
 def size_of(options: argparse.Namespace) -> tuple[int, int] | None:

@@ -9,11 +9,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import trajectory
 from .artifact import Artifact, staged
 from .budget import Budget, Gate, decibels, granted, tolerance, upper_bound
+from .drawing import sit
 from .errors import ParityError, SourceError, UnavailableError
 from .memory import available_bytes, in_child
-from .proof import axes_of, family_part, fed, measure, mixture_of, record, recorded, relative_error
+from .proof import axes_of, family_part, fed, measure, record, recorded, relative_error
 from .recipe import Placement
 from .source import Source
 
@@ -58,15 +60,15 @@ def prove(
         "elsewhere": {module: str(path) for module, path in source.elsewhere.items()} if source else {},
         "budgets": {name: asdict(budget) for name, budget in gate.budgets.items()},
     }
-    parts, peak = in_child("bakeoff.parity:prove_here", arguments)
-    problems = [part["problem"] for part in parts.values() if part["problem"]]
+    found, peak = in_child("bakeoff.parity:prove_here", arguments)
+    problems = [each["problem"] for each in (*found["parts"].values(), found["trajectory"]) if each.get("problem")]
     if problems and not gate.allow_failing:
         fix = "bakeoff verify DIR --explain --source MODEL on an export with --allow-failing says where and why"
         raise ParityError("; ".join(problems), fix=fix)
     return {
         "status": FAILING if problems else PROVED,
         **({"reason": "; ".join(problems)} if problems else {}),
-        "parts": parts,
+        **found,
         "seconds": round(time.perf_counter() - started, 2),
         "peak_anon_bytes": peak.anon_bytes,
         "peak_rss_bytes": peak.rss_bytes,
@@ -140,23 +142,47 @@ def _needed_bytes(artifact: Artifact, source: Source | None) -> int:
 def prove_here(
     folder: str, source: str | None, elsewhere: Mapping[str, str], budgets: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Prove all parts in this process; runs in the child of `prove`."""
+    """Prove all parts, and what they draw, in this process; runs in the child of `prove`."""
     artifact = Artifact.open(Path(folder))
-    origin = None
-    if source:
-        found = {module: Path(path) for module, path in elsewhere.items()}
-        origin = replace(Source.open(source), elsewhere=found)
+    made_up = {} if source is None else _record(artifact, _origin(artifact, source, elsewhere))
     results = {}
     for name, entry in artifact.manifest.parts.items():
-        if entry.backend == "null":
-            continue
-        part = family_part(artifact, name)
-        if origin is not None:
-            record(part, mixture_of(entry), origin, artifact.folder / "proof")
-        budget = Budget(**budgets[name]) if name in budgets else None
-        results[name] = _prove_part(artifact, part, entry.precision, budget)
-        gc.collect()
-    return results
+        if entry.backend != "null":
+            budget = Budget(**budgets[name]) if name in budgets else None
+            found = _prove_part(artifact, family_part(artifact, name), entry.precision, budget)
+            results[name] = found | ({"why": made_up[name]} if name in made_up else {})
+            gc.collect()
+    return {"parts": results, "trajectory": trajectory.prove(artifact)}
+
+
+def _origin(artifact: Artifact, source: str, elsewhere: Mapping[str, str]) -> Source:
+    """Open the source that an artifact was made from, by its folders."""
+    opened = Source.open(source)
+    found = {module: Path(path) for module, path in elsewhere.items()}
+    return replace(
+        opened,
+        elsewhere=found,
+        family=opened.family.variant(artifact.manifest.variant),
+        variant=artifact.manifest.variant,
+    )
+
+
+def _record(artifact: Artifact, source: Source) -> dict[str, str]:
+    """Draw with the source, write into `proof/` what that gives; return part -> why its inputs are made up, of those."""
+    folder = artifact.folder / "proof"
+    session = sit(source, artifact.manifest.source["id"])
+    if session.obstacle is None:
+        trajectory.record(artifact, source, session, folder)
+    gc.collect()
+    why = session.obstacle or f"no drawing of a {artifact.manifest.family} pipeline comes to it"
+    made_up = {}
+    for name, entry in artifact.manifest.parts.items():
+        if entry.backend != "null":
+            cases = session.cases.get(name, ())
+            record(family_part(artifact, name), entry, source, folder, cases)
+            made_up |= {} if cases else {name: why}
+            gc.collect()
+    return made_up
 
 
 def _prove_part(artifact: Artifact, part: Part, precision: str, budget: Budget | None) -> dict[str, Any]:
@@ -180,6 +206,7 @@ def _prove_part(artifact: Artifact, part: Part, precision: str, budget: Budget |
         "tolerance": allowed,
         **({"budget": asdict(budget)} if budget else {}),
         **floors,
+        "inputs": found.inputs,
         "upper": upper_bound(rows) if rows else math.inf,
         "problem": problem,
         "cases": [asdict(case) for case in cases],

@@ -17,16 +17,18 @@ from . import plugins
 from .artifact import ACTIVATIONS
 from .budget import tolerance
 from .components.component import PROOF_SIZES, WRAPPER
+from .drawing import Case, sit
 from .weights import layer_names
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from .artifact import Artifact, PartEntry
     from .components.component import Component
     from .components.family import Part
+    from .drawing import Session
     from .quantize.mixture import Mixture
     from .runtimes.runtime import Runtime
     from .source import Source
@@ -85,20 +87,28 @@ def mixture_of(entry: PartEntry) -> Mixture:
     return plugins.mixture(entry.precision, entry.key_fields["recipe"].get("layers"))
 
 
-def record(part: Part, mixture: Mixture, source: Source, folder: Path) -> None:
-    """Write inputs, eager fp32 outputs and the floors of one part at three shapes and three timesteps."""
+def record(part: Part, entry: PartEntry, source: Source, folder: Path, given: Sequence[Case] = ()) -> None:
+    """Write inputs, eager fp32 outputs and the floors of one part.
+
+    Args:
+        part: of the family.
+        entry: how it was baked.
+        source: the model.
+        folder: the artifact's `proof`.
+        given: what it was given in real drawings; made up at three shapes and three timesteps where there is nothing.
+    """
     import torch
     from safetensors.torch import save_file
 
-    config = source.config(part.module)
+    config, mixture = source.config(part.module), mixture_of(entry)
     flat = part.component.flat(part.component.load(source.path(part.module), torch.float32))
+    cases = [_as_taken(case, entry) for case in given or _made_up(part.component, config)]
     tensors: Tensors = {}
     f0 = 0.0
-    for index, sizes in enumerate(PROOF_SIZES):
-        inputs = part.component.example(config, part.component.limit(config, sizes), seed=index)
-        expected = eager(part.component, flat, config, inputs)
-        f0 = max(f0, measure(_split(part.component, flat, config, inputs), expected, {}).error)
-        tensors |= {f"{index}.in.{name}": value for name, value in inputs.items()}
+    for index, case in enumerate(cases):
+        expected = eager(part.component, flat, config, case.inputs)
+        f0 = max(f0, measure(_split(part.component, flat, config, case.inputs), expected, {}).error)
+        tensors |= {f"{index}.in.{name}": value for name, value in case.inputs.items()}
         tensors |= {f"{index}.out.{name}": value.contiguous() for name, value in expected.items()}
     floors = {"f0": f0}
     if mixture.precision != "fp32":
@@ -108,7 +118,23 @@ def record(part: Part, mixture: Mixture, source: Source, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     file = folder / f"{part.name}.safetensors"
     file.unlink(missing_ok=True)  # it may be a link that shares its bytes
-    save_file(tensors, file, metadata={k: repr(v) for k, v in floors.items()})
+    calls = json.dumps([case.call for case in cases])
+    save_file(tensors, file, metadata={"calls": calls, **{k: repr(v) for k, v in floors.items()}})
+
+
+def _made_up(component: Component, config: Mapping[str, Any]) -> list[Case]:
+    limited = (component.limit(config, sizes) for sizes in PROOF_SIZES)
+    return [Case(component.example(config, sizes, seed=index)) for index, sizes in enumerate(limited)]
+
+
+def _as_taken(case: Case, entry: PartEntry) -> Case:
+    """Round what the part's file takes as whole numbers, such as a timestep: eager gets the same."""
+    whole = {port["name"] for port in entry.inputs if not port["dtype"].startswith(("float", "bfloat"))}
+    rounded = {
+        name: value.round() if name in whole and value.is_floating_point() else value
+        for name, value in case.inputs.items()
+    }
+    return Case(rounded, case.call)
 
 
 def _rounded_floor(
@@ -120,7 +146,7 @@ def _rounded_floor(
 ) -> float:
     """Return how far eager in a narrower dtype is from eager fp32; infinite where it overflows."""
     low = flat.to(dtype)
-    cases = [_case(tensors, index) for index in range(len(PROOF_SIZES))]
+    cases = _cases(tensors)
     return max(measure(eager(part.component, low, config, given, dtype), wide, {}).error for given, wide in cases)
 
 
@@ -171,6 +197,11 @@ def _split(component: Component, flat: Any, config: Mapping[str, Any], inputs: T
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def _cases(tensors: Tensors) -> tuple[tuple[Tensors, Tensors], ...]:
+    """Return inputs and outputs of each case, from tensors named `0.in.sample`."""
+    return tuple(_case(tensors, index) for index in range(len({name.partition(".")[0] for name in tensors})))
+
+
 def _case(tensors: Tensors, index: int) -> tuple[Tensors, Tensors]:
     def pick(kind: str) -> Tensors:
         prefix = f"{index}.{kind}."
@@ -205,12 +236,27 @@ class Recorded:
     """F0, and F1 where it was measured."""
     tolerance: float
     """Relative error that the part may have."""
+    calls: tuple[int | None, ...]
+    """Which call of the part in its drawing each case was, from 0; None: made up."""
+
+    @property
+    def inputs(self) -> str:
+        """Where the inputs are from: `recorded` in real drawings, or `made up`."""
+        return "made up" if None in self.calls else "recorded"
 
 
-def recorded(artifact: Artifact, name: str, source: Source | None = None) -> Recorded:
+def recorded(
+    artifact: Artifact, name: str, source: Source | None = None, session: Session | None = None
+) -> Recorded:
     """Read the cases of one part that were recorded with the artifact; record them elsewhere where they weren't.
 
     What the part is granted is what its manifest says, else what the floors justify.
+
+    Args:
+        artifact: of any recipe.
+        name: of the part.
+        source: the model, where something has to be recorded.
+        session: what was drawn with it, if it was.
     """
     from tempfile import TemporaryDirectory
 
@@ -220,7 +266,9 @@ def recorded(artifact: Artifact, name: str, source: Source | None = None) -> Rec
     if file.is_file() or source is None:
         return _read_recorded(file, entry.precision, known.get("tolerance"))
     with TemporaryDirectory() as folder:
-        record(family_part(artifact, name), mixture_of(entry), source, Path(folder))
+        part = family_part(artifact, name)
+        session = session or sit(source, artifact.manifest.source["id"])
+        record(part, entry, source, Path(folder), session.cases.get(name, ()))
         return _read_recorded(Path(folder) / file.name, entry.precision, known.get("tolerance"))
 
 
@@ -228,7 +276,9 @@ def _read_recorded(file: Path, precision: str, known: float | None) -> Recorded:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as stream:
-        floors = {key: float(value) for key, value in stream.metadata().items()}
+        about = stream.metadata()
         tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
-    cases = tuple(_case(tensors, index) for index in range(len(PROOF_SIZES)))
-    return Recorded(cases, floors, known or tolerance(precision, floors["f0"], floors.get("f1")))
+    cases = _cases(tensors)
+    calls = tuple(json.loads(about.pop("calls", "[]"))) or (None,) * len(cases)
+    floors = {key: float(value) for key, value in about.items()}
+    return Recorded(cases, floors, known or tolerance(precision, floors["f0"], floors.get("f1")), calls)

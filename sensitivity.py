@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import plugins
-from .calibrate import FEWEST_PROMPTS, default_prompts, size_of
+from .calibrate import FEWEST_PROMPTS, size_of
 from .errors import UsageError, unknown
-from .models.prompts import read_prompts
+from .models.prompts import default_prompts, read_prompts
 from .plan import open_calibration
 from .progress import Steps
 from .quantize.sensitivity import Layer, Sensitivity

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError, unknown
+from ..source import EMBEDDED
 from .scenes import is_held_out, random_scene
 
 if TYPE_CHECKING:
@@ -68,6 +69,11 @@ def read_prompts(name: str, count: int) -> tuple[Prompt, ...]:
         message = f"got {len(found)} prompts in {name}, expected at least {count}"
         raise UsageError(message, fix=f"ask for no more than {len(found)}, or give more prompts")
     return found[:count]
+
+
+def default_prompts(model: str) -> str:
+    """Name the prompt set that fits a model."""
+    return "shapes-64" if model in EMBEDDED else "everyday-32"
 
 
 def draw_prompt_set(name: str) -> list[str]:

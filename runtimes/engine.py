@@ -99,6 +99,11 @@ class Engine:
         return self.proof.get("status") == "proved"
 
     @property
+    def task(self) -> str:
+        """What the model is asked for where nothing is there to start from: text-to-image, or the one task that it can do."""
+        return self._task
+
+    @property
     def configuration(self) -> dict[str, dict[str, Any]]:
         """What each part read back that has been open: device, threads, precision executed, fallback, what is lossy.
 
@@ -138,6 +143,16 @@ class Engine:
         self.close()
         for station in self._stations.values():
             station.visitor = visitor
+
+    def watch(self, watcher: Callable[[str, Mapping[str, Tensor]], None] | None) -> None:
+        """Call `watcher(part, inputs)` before each run of a part; None: no more."""
+        for station in self._stations.values():
+            station.watcher = watcher
+
+    @property
+    def largest_bytes(self) -> int:
+        """Predicted anonymous memory of the largest part: what there must be, parts taking turns."""
+        return max((station.need.held_bytes for station in self._stations.values()), default=0)
 
     def close(self) -> None:
         """Release the runtimes. Opening them again is a matter of the next `generate`."""
@@ -190,7 +205,7 @@ class Engine:
             InputError: an argument can't be meant as it is.
             Cancelled: the callback returned False.
         """
-        scale = self._default_guidance(image, mask) if guidance_scale is None else guidance_scale
+        scale = self.default_guidance(image, mask) if guidance_scale is None else guidance_scale
         request = Limits(self.family, self._configs).check(
             prompts,
             negative_prompts,
@@ -301,7 +316,8 @@ class Engine:
         unguided = self.family.unconditional is None or max(request.guidance) <= self.family.unguided_at_most
         return None if unguided else [str(self.family.unconditional)] * len(request.prompts)
 
-    def _default_guidance(self, image: object, mask: object) -> float:
+    def default_guidance(self, image: object = None, mask: object = None) -> float:
+        """Return the guidance scale of the pipeline for a task, which is what is there to start from."""
         task = self._task if image is None else task_of(image, mask)
         name = self.family.pipelines.get(task)
         pipeline = self.pipeline_for(task) if name else self.pipeline

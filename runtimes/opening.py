@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .. import plugins
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..components.family import Family, Part
     from ..lora import Delta, Lora
     from ..recipe import Placement
+    from ..source import Source
     from .runtime import Runtime
 
 _FOREIGN_FILES = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
@@ -80,7 +81,7 @@ def read_folder(folder: Path) -> Baked:
         CorruptError: it is an artifact whose files aren't those that were written.
     """
     if (folder / MANIFEST).is_file():
-        return _read_artifact(Artifact.open(folder))
+        return of_artifact(Artifact.open(folder))
     if not folder.is_dir():
         message = f"no folder {folder}"
         raise ArtifactError(message, fix=f"bakeoff export shapes -o {folder} --recipe torch:fp32")
@@ -102,7 +103,30 @@ def read_folder(folder: Path) -> Baked:
     )
 
 
-def _read_artifact(artifact: Artifact) -> Baked:
+def of_source(source: Source, precision: str) -> Baked:
+    """Return a model as it is, to be run by torch in a precision: `fp32`, `bf16`, `fp16`."""
+    folders = {part.name: source.path(part.module) for part in source.parts}
+    parts = {
+        part.name: replace(_foreign_entry(folders[part.name], part, "torch"), precision=precision)
+        for part in source.parts
+    }
+    reason = "the model itself"
+    return Baked(
+        source.folder,
+        source.family,
+        parts,
+        folders,
+        {"status": "unproved", "reason": reason},
+        f"torch:{precision}",
+    )
+
+
+def of_artifact(artifact: Artifact) -> Baked:
+    """Return an artifact's parts.
+
+    Raises:
+        UnavailableError: no installed package knows its family.
+    """
     manifest = artifact.manifest
     family = next((family for family in plugins.families() if family.name == manifest.family), None)
     if family is None:

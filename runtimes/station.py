@@ -43,6 +43,8 @@ class Station:
         """How the last batch was cut for it: pictures one at a time (`slicing`), tiles' side in pixels (`tiling`)."""
         self.visitor: Callable[[str, nn.Module], None] | None = None
         """Called with the part's name and its module whenever it was opened."""
+        self.watcher: Callable[[str, Mapping[str, Tensor]], None] | None = None
+        """Called with the part's name and what it is given, before each run."""
         self._in_batch = False
         self._told: dict[str, Any] | None = None
         self._deltas: Mapping[str, Sequence[Delta]] = {}
@@ -99,6 +101,8 @@ class Station:
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         runtime = self._opened()
+        if self.watcher:
+            self.watcher(self.part.name, inputs)
         started = time.perf_counter()
         outputs = runtime.run(inputs)
         if self.stages:
