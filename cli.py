@@ -27,9 +27,9 @@ from .reports.command import add_compare, add_report
 from .sensitivity import add_sensitivity
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from .artifact import Artifact
+    from .artifact import Artifact, PartEntry
     from .budget import Gate
     from .plan import Plan
     from .recipe import Placement, Recipe
@@ -48,7 +48,6 @@ exit codes:
   130 stopped on request
 """
 _INTERRUPTED = 130
-_LOW_BIT = ("int8", "int4", "int4 in bytes", "nf4")
 _WORTH_SHOWING_BYTES = 10_000
 
 
@@ -338,11 +337,21 @@ def _show(artifact: Artifact, *, as_json: bool) -> None:
         weights = ", ".join(
             f"{size / 1e6:.1f} MB {dtype}" for dtype, size in part.weight_bytes.items() if size > _WORTH_SHOWING_BYTES
         )
-        shares = "".join(
-            f", {share:.1%} in {dtype}" for dtype, share in part.weight_shares.items() if dtype in _LOW_BIT
-        )
-        print(f"  {name:14} {part.backend}:{part.precision:6} {parity}  {weights} ({part.weights}){shares}")
+        print(f"  {name:14} {part.backend}:{part.precision:6} {parity}  {weights} ({part.weights})")
+        for line in _shares(part):
+            print(f"  {'':14} {line}")
     print(f"  key {manifest.key}")
+
+
+def _shares(part: PartEntry) -> Iterator[str]:
+    """Say how many of a part's weights are codes, of which kinds, and why others aren't."""
+    from collections import Counter
+
+    if part.stated_share is not None:
+        codes = ", ".join(f"{share:.1%} {dtype}" for dtype, share in part.weight_shares.items())
+        yield f"{part.stated_share:.1%} of its weights are as {part.precision} states: {codes}"
+    for reason, count in Counter(part.kept.values()).most_common():
+        yield f"{count} left wide: {reason}"
 
 
 def _proof(proof: Any) -> str:  # noqa: ANN401 - a JSON object

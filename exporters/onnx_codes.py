@@ -156,11 +156,11 @@ class Encoder:
     ) -> list[Streamed]:
         """Widen codes as they run; between roundings of what goes in and out ONNX Runtime makes QLinearConv of it.
 
-        Each channel has a zero point of its own: where ONNX Runtime makes weights unsigned, for CPUs without VNNI, it
-        would put one number where it then asks for as many as there are scales.
+        Each channel has a zero point, each weight tensors of its own for these: where ONNX Runtime makes weights unsigned, for
+        CPUs without VNNI, it would put one number where it asks for as many as there are scales, and what is shared twice.
         """
         streams = self._rows(value, entry)
-        inputs = [*(self._initializer(tensor) for tensor in streams), self._zeros(entry.shape[0])]
+        inputs = [*(self._initializer(tensor) for tensor in streams), self._zeros(value, entry.shape[0])]
         wide = _node("DequantizeLinear", inputs, {"axis": 0}, name=f"{value.name}.float32")
         users = [user for user, _ in value.uses()]
         _replace_uses(value, wide.outputs[0])
@@ -269,17 +269,16 @@ class Encoder:
             self._model.graph.initializers[name] = value
         return self._model.graph.initializers[name]
 
-    def _zeros(self, count: int) -> onnx_ir.Value:
+    def _zeros(self, weight: onnx_ir.Value, count: int) -> onnx_ir.Value:
         import numpy as np
         import onnx_ir
 
-        name = f"{OWN}zeros.{count}"
-        if name not in self._model.graph.initializers:
-            tensor = onnx_ir.tensor(np.zeros(count, np.int8), name=name)
-            shape, kind = onnx_ir.Shape([count]), onnx_ir.TensorType(tensor.dtype)
-            value = onnx_ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
-            self._model.graph.initializers[name] = value
-        return self._model.graph.initializers[name]
+        name = f"{OWN}{weight.name}.zeros"
+        tensor = onnx_ir.tensor(np.zeros(count, np.int8), name=name)
+        shape, kind = onnx_ir.Shape([count]), onnx_ir.TensorType(tensor.dtype)
+        value = onnx_ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
+        self._model.graph.initializers[name] = value
+        return value
 
     def _replace(self, node: onnx_ir.Node, new: list[onnx_ir.Node]) -> None:
         import onnx_ir

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel
 
+import bakeoff
 from bakeoff import hardware, plugins
 from bakeoff.bake import export
 from bakeoff.components.byte_layers import ByteLayer
@@ -32,7 +33,8 @@ from bakeoff.exporters.capture import module_on_hollow, on_hollow
 from bakeoff.exporters.exporter import Subject
 from bakeoff.lora import Delta
 from bakeoff.precisions import cells, markdown
-from bakeoff.proof import relative_error
+from bakeoff.proof import names_in, relative_error, scales_of
+from bakeoff.quantize.calibration import Calibration
 from bakeoff.quantize.nf4 import LEVELS
 from bakeoff.recipe import PRECISIONS, Placement, parse
 from bakeoff.runtimes.engine import load
@@ -40,6 +42,7 @@ from bakeoff.runtimes.opening import open_part, read_folder
 from bakeoff.runtimes.runtime import PartFiles
 from bakeoff.weights import Checkpoint
 
+SHAPES = Path(bakeoff.__file__).parent / "models" / "shapes"
 FORMATS = ["int8", "int4", "nf4"]
 BACKENDS = {"onnx": 1e-5, "openvino": 1e-2, "torch": 1e-2}
 """Backend -> distance to eager float32 with rounded weights: the last two compute in bfloat16."""
@@ -291,6 +294,9 @@ def test_sums_of_large_products_dont_overflow(extreme_source, tmp_path, backend,
     with plugins.runtime(backend)(files, Placement(device="cpu", threads=1, offload=offload)) as runtime:
         got = runtime.run(inputs)
         said = runtime.configuration
+        if backend == "onnx":
+            inside = runtime.tap(inputs, list(expected))
+            assert all(relative_error(inside[key].float(), got[key]) < 2e-2 for key in expected)
     for key, tensor in expected.items():
         assert relative_error(got[key], tensor) < (2e-2 if precision == "w8a8" else BACKENDS[backend]), key
     if backend == "openvino" and precision != "int8" and hardware.overflows_bytes():
@@ -480,7 +486,37 @@ def test_the_manifest_says_what_was_kept_and_why(baked):
     assert part["kept"]["text_model.embeddings.token_embedding.weight"] == "ONNX Runtime has no nf4 weights for Gather"
     assert part["weight_bytes"]["nf4"] > part["weight_bytes"]["bfloat16"]
     assert part["weight_shares"]["nf4"] == pytest.approx(0.92, abs=0.05)
+    assert part["stated_share"] == part["weight_shares"]["nf4"]
     assert sum(part["weight_shares"].values()) == pytest.approx(1, abs=1e-3)
+    wide = json.loads((baked("torch:fp32") / "bakeoff.json").read_text())["parts"]["text_encoder"]
+    assert "stated_share" not in wide
+
+
+def test_torchs_own_codes_open_in_bakeoff_and_nowhere_else(tmp_path):
+    entries = Checkpoint.open(SHAPES / "text_encoder").entries
+    seen = Calibration({"model": "shapes"})
+    for name, entry in entries.items():
+        if len(entry.shape) == 2 and "embedding" not in name:
+            seen.see("text_encoder", name.removesuffix(".weight"), rows(scale=0.5), rows())
+    seen.save(tmp_path / "seen.safetensors")
+    recipe = parse("null:fp32,text_encoder=torch:w8a8")[0]
+    export("shapes", tmp_path / "out", recipe, prove=False, calibration=tmp_path / "seen.safetensors")
+    opened = read_folder(tmp_path / "out")
+    part, folder = opened.family.part("text_encoder"), opened.folders["text_encoder"]
+    eager = part.component.flat(part.component.load(SHAPES / "text_encoder", torch.float32))
+    mixture, scales = plugins.mixture("w8a8"), scales_of(folder)
+    mixture.round_module(eager, names_in(eager, Checkpoint.open(SHAPES / "text_encoder")), scales)
+    inputs = part.component.example(opened.config("text_encoder"), Sizes(2, 8, 8, 12), seed=0)
+    with open_part(folder, part, opened.parts[part.name], Placement(device="cpu")) as runtime:
+        got = runtime.run(inputs)["last_hidden_state"]
+    with torch.no_grad():
+        expected = eager(inputs["input_ids"])[0]
+    assert relative_error(got, expected) < 3e-2
+    assert opened.artifact.manifest.parts["text_encoder"].stated_share > 0.85
+    with pytest.raises(InputError, match="its weights are codes"):
+        opened.shapes("text_encoder")
+    with pytest.raises(ValueError, match="bakeoff"):
+        CLIPTextModel.from_pretrained(folder, local_files_only=True)
 
 
 def test_codes_take_no_loras(baked, tmp_path):
