@@ -20,6 +20,7 @@ from .doctor import add_doctor
 from .errors import ArtifactError, BakeoffError, InputError, ParityError, ResourceError, UsageError
 from .pictures import check_output, save
 from .placement import ATTENTIONS
+from .precisions import add_precisions
 from .progress import Steps
 from .recipe import LOAD_OPTIONS, OFFLOADS, SWITCHES, option_value, read
 from .reports.command import add_compare, add_report
@@ -95,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         add_doctor,
+        add_precisions,
         _add_export,
         _add_plan,
         _add_inspect,

@@ -56,7 +56,7 @@ def _refuse(baked: Baked, placement: Placement, parts: Sequence[Part], option: s
         runtime = plugins.runtime(baked.parts[part.name].backend)
         if not runtime.serves(option, baked.config(part.module)):
             continue
-        reason = runtime.obstacle(option, placement.of(part.name)) if runtime.probe().ok else None
+        reason = runtime.option_obstacle(option, placement.of(part.name)) if runtime.probe().ok else None
         if reason is None:
             return
         reasons.append(reason)

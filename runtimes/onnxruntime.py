@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ArtifactError, UnavailableError
-from ..hardware import Availability, usable_cores
+from ..hardware import Availability, overflows_bytes, usable_cores
 from . import onnx_graph, onnx_weights, providers
 from .onnx_binding import DeviceBinding
 from .runtime import Operation, PartFiles, Runtime
@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 _ERRORS_ONLY = 3
+_ROUNDING = ("DynamicQuantizeLinear", "QuantizeLinear")
+"""What rounds activations."""
+_EXACT_PRODUCTS = "session.x64quantprecision"
+"""Where the CPU's products of unsigned and signed bytes overflow, weights become unsigned, whose kernels are exact. It takes
+weights that are constants, so their transpositions have to be folded."""
 _FLOAT_PRODUCTS = ("Conv", "Gemm", "MatMul", "MatMulBnb4", "MatMulNBits")
 """The last two have low-bit weights, which they widen as they go."""
-_INT8_PRODUCTS = ("ConvInteger", "MatMulInteger", "QGemm", "QLinearConv", "QLinearMatMul")
+_INT8_PRODUCTS = ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul")
 
 
 class OnnxRuntime(Runtime):
@@ -59,7 +64,7 @@ class OnnxRuntime(Runtime):
         return providers.choose(placement)[1]
 
     @classmethod
-    def obstacle(cls, option: str, placement: Placement) -> tuple[str, str] | None:
+    def option_obstacle(cls, option: str, placement: Placement) -> tuple[str, str] | None:
         return providers.obstacle(option, placement)
 
     def __init__(self, part: PartFiles, placement: Placement) -> None:
@@ -76,6 +81,10 @@ class OnnxRuntime(Runtime):
         options.log_severity_level = _ERRORS_ONLY
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         mapped = placement.offload == "mapped"
+        overflows = overflows_bytes() and any(operators[name] for name in _ROUNDING)
+        keeps = mapped and not overflows
+        if overflows:
+            options.add_session_config_entry(_EXACT_PRODUCTS, "1")
         if mapped:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -83,7 +92,7 @@ class OnnxRuntime(Runtime):
             options.enable_mem_pattern = False
         asked = providers.options_of(provider, device, part.precision, placement)
         kept = onnx_weights.adapt(options, part.folder, part.deltas)
-        self._session: Any = _opened(part, options, providers.listed(provider, asked), mapped=mapped)
+        self._session: Any = _opened(part, options, providers.listed(provider, asked), folds=not keeps)
         del kept
         ran = self._session.get_providers()[0]
         if ran != provider:
@@ -101,6 +110,7 @@ class OnnxRuntime(Runtime):
             "cuda_graphs": graphs and ran == provider,
             "threads": self._session.get_session_options().intra_op_num_threads,
             "precision": _precisions(operators),
+            "unsigned_weights": overflows,
             "mapped": mapped,
             "nodes": _nodes_by_provider(self._session),
             "fallback": fallback,
@@ -140,7 +150,7 @@ class OnnxRuntime(Runtime):
         self._session = self._binding = None
 
 
-def _opened(part: PartFiles, options: Any, listed: list[Any], *, mapped: bool) -> Any:  # noqa: ANN401 - onnxruntime is untyped
+def _opened(part: PartFiles, options: Any, listed: list[Any], *, folds: bool) -> Any:  # noqa: ANN401 - onnxruntime is untyped
     """Open a session; a provider that refuses the model, or an option, is said to have done so.
 
     Raises:
@@ -148,7 +158,7 @@ def _opened(part: PartFiles, options: Any, listed: list[Any], *, mapped: bool) -
     """
     import onnxruntime
 
-    disabled = ["ConstantFolding"] if mapped else []
+    disabled = [] if folds else ["ConstantFolding"]
     file = part.folder / "model.onnx"
     try:
         return onnxruntime.InferenceSession(file, options, providers=listed, disabled_optimizers=disabled)

@@ -93,8 +93,13 @@ class Runtime(ABC):
         return option in cls.options or (option == "mapped" and cls.held_mapped is not None)
 
     @classmethod
-    def obstacle(cls, option: str, placement: Placement) -> tuple[str, str] | None:  # noqa: ARG003 - most have none
+    def option_obstacle(cls, option: str, placement: Placement) -> tuple[str, str] | None:  # noqa: ARG003 - most have none
         """Say why an option that the runtime has can't be had where a part would run, and the fix; None if it can."""
+        return None
+
+    @classmethod
+    def obstacle(cls, precision: str) -> Availability | None:  # noqa: ARG003 - most run all that they can open
+        """Say what keeps a precision from running on this machine's CPU, or from running as it is meant to; else None."""
         return None
 
     @classmethod

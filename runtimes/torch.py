@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..components.component import WRAPPER
+from ..components.low_bit import SCALE
 from ..errors import InputError, UsageError
-from ..hardware import Availability, choose_device, usable_cores
+from ..hardware import OVERFLOWS, Availability, choose_device, overflows_bytes, usable_cores
 from ..lora import added
 from ..weights import Checkpoint, layer_names
 from . import acceleration, attention
@@ -28,11 +30,14 @@ if TYPE_CHECKING:
 
 _DTYPES = {"fp32": "float32", "fp16": "float16"}
 """Precision -> what is computed in, bfloat16 unless said: low-bit precisions are what weights are stored in."""
+_LIBRARIES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "int4": "torchao", "w8a8-dynamic": "torchao"}
+"""Precision -> what runs its codes."""
+_WIDENED = f"{OVERFLOWS}: layers of w8a8 are multiplied in floats"
 _HALF = {"bf16", "fp16"}
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _TORCH_NAMES = {"rocm": "cuda"}
-_CODED = (".SCB", ".absmax", "._weight_qdata")
-"""What some names of tensors end in where bitsandbytes or torchao keeps codes."""
+_CODED = (".SCB", ".absmax", "._weight_qdata", SCALE)
+"""What some names of tensors end in where there are codes of bitsandbytes, torchao or our own."""
 _GIVEN = "/input"
 """What the name of what a layer is given ends in."""
 
@@ -60,7 +65,7 @@ class TorchRuntime(Runtime):
         return super().serves(option, config)
 
     @classmethod
-    def obstacle(cls, option: str, placement: Placement) -> tuple[str, str] | None:
+    def option_obstacle(cls, option: str, placement: Placement) -> tuple[str, str] | None:
         device = cls.device_for(placement)
         if option == "compile":
             return acceleration.compiler_obstacle(device)
@@ -110,6 +115,15 @@ class TorchRuntime(Runtime):
             return Availability(ok=False, reason="torch is not installed", fix="pip install torch")
         return Availability(ok=True, reason=f"torch {torch.__version__}")
 
+    @classmethod
+    def obstacle(cls, precision: str) -> Availability | None:
+        library = _LIBRARIES.get(precision)
+        if library and importlib.util.find_spec(library) is None:
+            return Availability(ok=False, reason=f"{library} is not installed", fix=f"pip install 'bakeoff[{library}]'")
+        if precision == "w8a8" and overflows_bytes():
+            return Availability(ok=True, reason=_WIDENED)
+        return None
+
     def __init__(self, part: PartFiles, placement: Placement) -> None:
         import torch
 
@@ -138,7 +152,7 @@ class TorchRuntime(Runtime):
         compiling = None if acceleration.compiler_obstacle(device) else placement.compile
         self._module: Any
         self._module, compiled = acceleration.compile_module(module, compiling or False)
-        graphs = placement.cuda_graphs and self.obstacle("cuda_graphs", placement) is None
+        graphs = placement.cuda_graphs and self.option_obstacle("cuda_graphs", placement) is None
         self._call: Any = self._graphs(wide, blocks) if graphs else self._module
         self.configuration = {
             "device": device,
@@ -153,7 +167,7 @@ class TorchRuntime(Runtime):
             "mapped": mapped,
             "attention_slicing": placement.attention_slicing,
             "lossy": [f"token_merging={placement.token_merging}"] if merged else [],
-            "fallback": fallback,
+            "fallback": "; ".join(filter(None, (fallback, _widened(module, device)))) or None,
         }
 
     def _graphs(self, wide: list[str], blocks: Blocks | None) -> acceleration.Graphs:
@@ -267,9 +281,27 @@ def _precision(module: nn.Module, dtype: str) -> str | dict[str, int]:
     """Name what is computed in; where there are products of integers, count the layers of each kind."""
     from torch import nn
 
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    integer = sum(getattr(layer.weight, "act_quant_kwargs", None) is not None for layer in layers)
+    from ..components.byte_layers import ByteLayer
+
+    kinds = (nn.Linear, nn.Conv2d, ByteLayer)
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, kinds)]
+    integer = sum(
+        layer.rounds and layer.integers
+        if isinstance(layer, ByteLayer)
+        else getattr(layer.weight, "act_quant_kwargs", None) is not None
+        for layer in layers
+    )
     return {"int8": integer, dtype: len(layers) - integer} if integer else dtype
+
+
+def _widened(module: nn.Module, device: str) -> str | None:
+    """Say that codes are multiplied in floats, where they are: what comes out is the same."""
+    from ..components.byte_layers import ByteLayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, ByteLayer) and layer.rounds]
+    if device == "cpu" and any(not layer.integers for layer in layers):
+        return _WIDENED
+    return f"on {device} layers of w8a8 are multiplied in floats" if layers and device != "cpu" else None
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ LAYERS = [
     {"explain"},
     {"plan"},
     {"bake"},
-    {"bench", "calibrate", "doctor"},
+    {"bench", "calibrate", "doctor", "precisions"},
     {"repair", "studio"},
     {"choose", "sensitivity"},
     {"demo"},

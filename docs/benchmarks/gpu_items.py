@@ -281,7 +281,7 @@ def _possible(arms: list[str], device: str) -> tuple[list[str], dict[str, str]]:
         reason = available.reason if not available.ok else _elsewhere(runtime, placement, device)
         for option in ("compile", "cuda_graphs"):
             if reason is None and getattr(placement, option):
-                obstacle = runtime.obstacle(option, placement)
+                obstacle = runtime.option_obstacle(option, placement)
                 reason = obstacle and obstacle[0]
         if recipe.default.precision not in plugins.exporter(backend).precisions:
             reason = f"{backend} doesn't bake {recipe.default.precision}"
