@@ -28,6 +28,7 @@ _WEIGHT_WIDTHS = {
     "bfloat16": 2,
     "float16": 2,
     "int8": 1,
+    "fp8": 1,
     "int4": 0.5,
     "int4 in bytes": 1,
     "nf4": 0.5,
