@@ -195,6 +195,12 @@ class Artifact:
             place(self.folder / name, folder / name, "auto")
         return Artifact(folder, self.manifest)
 
+    def vouched(self, part: str) -> dict[str, str]:
+        """Return file -> sha256 of a part's files, as the manifest has them: it was verified when it was opened."""
+        prefix = f"{part}/"
+        files = self.manifest.files.items()
+        return {name.removeprefix(prefix): entry.sha256 for name, entry in files if name.startswith(prefix)}
+
     def with_proof(self, proof: Mapping[str, Any]) -> Artifact:
         """Write a proof, and the tensors it left under `proof/`, into the manifest, atomically."""
         files = {**self.manifest.files, **describe_files(self.folder, "proof")}

@@ -472,11 +472,13 @@ def test_a_graph_with_branches_is_refused():
         ("fp32", "fp32", 90, 90),
         ("fp16", "fp16", 55, 55),
         ("bf16", "bf16", 34, 34),
-        ("w8a8", "fp32", 40, 25),
-        ("w8a8", "fp16", 34, 25),
-        ("fp8", "fp32", 36, 22),
-        ("fp8", "fp16", 30, 22),
-        ("fp8", "bf16", 26, 22),
+        # A difference of 1e-7 in a layer flips codes in later ones: torch, rounded, against itself with noise of 1e-6 after
+        # each layer comes to 39 dB. That each product is rounded exactly is shown one layer at a time, above.
+        ("w8a8", "fp32", 35, 30),
+        ("w8a8", "fp16", 34, 30),
+        ("fp8", "fp32", 32, 25),
+        ("fp8", "fp16", 29, 25),
+        ("fp8", "bf16", 27, 24),
         ("int4", "fp32", 90, 18),
     ],
 )
