@@ -111,7 +111,8 @@ class Station:
             self.before(self)
             placement = replace(self._placement, offload="mapped" if self.mapped else "none")
             folder = self._baked.folders[self.part.name]
-            self.runtime = open_part(folder, self.part, self._entry, placement, self._deltas)
+            vouched = self._baked.vouched(self.part.name)
+            self.runtime = open_part(folder, self.part, self._entry, placement, self._deltas, vouched)
             self.runtime.between_runs(same=self._in_batch)
             if self.visitor:
                 self.visitor(self.part.name, self.runtime.module())
@@ -124,8 +125,8 @@ class Station:
             self.runtime.between_runs(same=same)
 
     def adapt(self, deltas: Mapping[str, Sequence[Delta]]) -> None:
-        """Open with other LoRAs from now on."""
-        if deltas or self._deltas:
+        """Go on with other LoRAs; it is opened anew where its runtime can't exchange them."""
+        if (deltas or self._deltas) and not (self.runtime and self.runtime.adapt(deltas)):
             self.close()
         self._deltas = deltas
 
