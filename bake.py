@@ -29,12 +29,14 @@ from .artifact import (
     sweep,
 )
 from .budget import Gate, check_parts
+from .components.component import Sizes
 from .errors import CorruptError, ParityError, RecipeError, UsageError
 from .exporters.capture import module_on_hollow, on_hollow
 from .exporters.exporter import Subject
 from .lora import merge
 from .memory import give_back
 from .plan import check_room, is_calibrated, merged_modules, mixture_of, plan
+from .quantize.fp8 import Fp8
 from .recipe import to_dict
 from .runtimes.opening import port_to_dict
 from .weights import layer_names, place, sha256
@@ -50,6 +52,9 @@ if TYPE_CHECKING:
     from .source import Source
 
     Progress = Callable[[str], None]
+
+_BOUNDLESS = Sizes(1 << 20, 1 << 20, 1 << 20, 1 << 20)
+"""Asked of a component, it says what it limits."""
 
 
 def export(
@@ -221,6 +226,8 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
         capture=on_hollow(name, part.component, config, origin, work / part.module),
         module=module_on_hollow(part.component, origin, work / part.module),
         weights=planned.weights,
+        options=recipe.options,
+        limits=part.component.limit(config, _BOUNDLESS).as_dict(),
     )
     shutil.copyfile(origin / "config.json", folder / "config.json")
     if subject.activations:
@@ -248,12 +255,13 @@ def _activations(planned: Plan, part: Part) -> dict[str, tuple[float, float]]:
     """Return the calibrated scales of a part's layers, under their names in the checkpoint."""
     if planned.calibration is None or not is_calibrated(planned.parts[part.name]):
         return {}
-    scales = planned.calibration.scales(part.name)
+    mixture = mixture_of(planned.parts[part.name])
+    method = next((each.calibration_method for each in mixture.formats.values() if isinstance(each, Fp8)), "mse")
+    scales = planned.calibration.scales(part.name, method)
     if not scales:
         message = f"the calibration says nothing of {part.name}"
         raise UsageError(message, fix=f"give it another precision, such as --recipe …,{part.name}=BACKEND:bf16")
     names = layer_names(scales, planned.source.checkpoint(part.module))
-    mixture = mixture_of(planned.parts[part.name])
     named = {names[path]: both for path, both in scales.items() if path in names}
     return {name: both for name, both in named.items() if (kind := mixture.format_of(name)) and kind.calibrated}
 
@@ -298,6 +306,12 @@ def _copy_host_files(source: Source, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _hardware(planned: Plan) -> dict[str, Any] | None:
+    """Return part -> what its files are bound to; None where none are bound."""
+    bound = {name: fields["bound"] for name, fields in planned.part_fields.items() if "bound" in fields}
+    return bound or None
+
+
 def _write_manifest(planned: Plan, folder: Path, entries: dict[str, PartEntry]) -> None:
     source = planned.source
     manifest = Manifest(
@@ -312,7 +326,7 @@ def _write_manifest(planned: Plan, folder: Path, entries: dict[str, PartEntry]) 
         | ({"loras": [{"file": lora.file.name, **lora.fields} for lora in planned.loras]} if planned.loras else {})
         | ({"calibration": planned.calibration.info} if planned.calibration else {}),
         recipe={"asked": to_dict(planned.recipe), "resolved": {n: r.as_dict() for n, r in planned.parts.items()}},
-        hardware=None,
+        hardware=_hardware(planned),
         parts=entries,
         files=describe_files(folder),
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from . import plugins
 from .artifact import key_of
 from .errors import RecipeError, ResourceError, UnavailableError, UsageError, unknown
+from .exporters.exporter import BoundExporter
 from .forecast import Forecast
 from .lora import Lora
 from .memory import available_bytes
@@ -102,6 +103,9 @@ def plan(
 
 def _check_backend(part: str, recipe: PartRecipe) -> None:
     exporter = plugins.exporter(recipe.backend)
+    if isinstance(exporter, BoundExporter) and not (found := exporter.probe()).ok:
+        message = f"{part}: can't export to {recipe.backend} here: {found.reason}"
+        raise UnavailableError(message, fix=found.fix)
     missing = [package for package in exporter.packages() if not _is_installed(package)]
     if missing:
         message = f"{part}: to export to {recipe.backend} takes {', '.join(missing)}, which can't be found"
@@ -114,8 +118,11 @@ def _check_backend(part: str, recipe: PartRecipe) -> None:
     for option, value in recipe.options.items():
         if option not in exporter.options:
             raise RecipeError(unknown(f"option of {recipe.backend}", option, exporter.options))
-        if value not in exporter.options[option]:
-            raise RecipeError(unknown(f"value of {recipe.backend}'s {option}", value, exporter.options[option]))
+        known = exporter.options[option]
+        if known and value not in known:
+            raise RecipeError(unknown(f"value of {recipe.backend}'s {option}", value, known))
+    if isinstance(exporter, BoundExporter):
+        exporter.check(recipe.precision, recipe.options)
 
 
 def _is_installed(package: str) -> bool:
@@ -186,17 +193,19 @@ def _part_fields(
     weights: str,
     calibration: Calibration | None,
 ) -> dict[str, Any]:
+    exporter = plugins.exporter(recipe.backend)
     own = [lora.fields for lora in loras if part.module in lora.deltas]
     formats = sorted(f"{each.name}@{each.version}" for each in mixture_of(recipe).formats.values())
     return {
         "source": source.hashes(part.module),
         "component": f"{part.component.name}@{part.component.version}",
-        "exporter": f"{recipe.backend}@{plugins.exporter(recipe.backend).version}",
+        "exporter": f"{recipe.backend}@{exporter.version}",
         "recipe": recipe.as_dict(),
         "weights": "own" if weights == "copy" else "shared where possible",
         **({"format": ", ".join(formats)} if formats else {}),
         **({"calibration": calibration.info["sha256"]} if calibration and is_calibrated(recipe) else {}),
         **({"loras": own} if own else {}),
+        **(exporter.key_fields(recipe.precision, recipe.options) if isinstance(exporter, BoundExporter) else {}),
     }
 
 
@@ -237,8 +246,9 @@ def check_room(planned: Plan, target: Path) -> None:
 
 def _other_recipes() -> Iterator[Recipe]:
     for backend in plugins.names("exporters"):
-        if backend != "null":
-            yield from (Recipe(PartRecipe(backend, precision)) for precision in plugins.exporter(backend).precisions)
+        exporter = plugins.exporter(backend)
+        if backend != "null" and not (isinstance(exporter, BoundExporter) and not exporter.probe().ok):
+            yield from (Recipe(PartRecipe(backend, precision)) for precision in exporter.precisions)
 
 
 def why_rebuild(artifact: Artifact, planned: Plan) -> list[str]:

@@ -223,7 +223,9 @@ def _time_ratio(before: Artifact, after: Artifact, part: str) -> float:
     times: tuple[list[float], list[float]] = ([], [])
     found = family_part(after, part)
     opened = [
-        open_part(each.folder / part, found, each.manifest.parts[part], Placement(device="cpu"))
+        open_part(
+            each.folder / part, found, each.manifest.parts[part], Placement(device="cpu"), vouched=each.vouched(part)
+        )
         for each in (before, after)
     ]
     for turn in range(_REPEATS + 1):
