@@ -4,12 +4,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INTEROP_BIN := .venv-interop/bin
 INTEROP_READY := .venv-interop/.ready
+ORT_OPENVINO_BIN := .venv-ort-openvino/bin
+ORT_OPENVINO_READY := .venv-ort-openvino/.ready
 GENAI_BIN := .venv-genai/bin
 GENAI_READY := .venv-genai/.ready
 SDCPP_BIN := .venv-sdcpp/bin
 SDCPP_READY := .venv-sdcpp/.ready
 
-.PHONY: demo test test-all test-interop test-interop-sdcpp lint bench bench-attention bench-engine bench-full-size bench-memory bench-precisions bench-shapes bench-statistics families shapes clean
+.PHONY: demo test test-all test-interop test-interop-sdcpp lint bench bench-attention bench-engine bench-full-size bench-memory bench-precisions bench-shapes bench-statistics families gpu shapes clean
 
 demo: $(READY)  ## Export the embedded model for each backend, generate, compare.
 	$(BIN)/bakeoff demo -o demo
@@ -20,8 +22,8 @@ test: $(READY)  ## The tests that a change should pass: under 10 minutes on 2 co
 test-all: $(READY)  ## All tests but those that need other environments.
 	$(BIN)/python -P -m pytest -n auto --dist loadfile -m 'not interop'
 
-test-interop: $(READY) $(INTEROP_READY) $(GENAI_READY)  ## Open our artifacts with Optimum and OpenVINO GenAI.
-	INTEROP_PYTHON=$(INTEROP_BIN)/python GENAI_PYTHON=$(GENAI_BIN)/python $(BIN)/python -P -m pytest -m interop
+test-interop: $(READY) $(INTEROP_READY) $(GENAI_READY) $(ORT_OPENVINO_READY)  ## Open our artifacts with Optimum, OpenVINO GenAI and ONNX Runtime's OpenVINO provider.
+	INTEROP_PYTHON=$(INTEROP_BIN)/python GENAI_PYTHON=$(GENAI_BIN)/python ORT_OPENVINO_PYTHON=$(ORT_OPENVINO_BIN)/python $(BIN)/python -P -m pytest -m interop
 
 test-interop-sdcpp: $(READY) $(SDCPP_READY)  ## Compare with stable-diffusion.cpp at SD 1.5's sizes (compiles it, ten minutes; 5 GB of disk).
 	SDCPP_PYTHON=$(SDCPP_BIN)/python $(BIN)/python -P -m pytest -m interop -k stable_diffusion_cpp
@@ -64,6 +66,9 @@ bench-shapes: $(READY)  ## How often the embedded model draws what its prompt sa
 bench-statistics: $(READY)  ## How often the bench's verdicts are right, over simulated experiments of known truth.
 	$(BIN)/python -P docs/benchmarks/planted_truth.py docs/benchmarks/planted_truth.json
 
+gpu: $(READY)  ## On a machine with an NVIDIA GPU: everything that it can show, in ten minutes; again, what is missing.
+	$(BIN)/python -P docs/benchmarks/gpu.py build/gpu/record.json
+
 shapes: $(READY)  ## Train the embedded model again, from nothing but the scene generator (an hour and a half on 2 cores).
 	$(BIN)/python -P -m bakeoff.models.training build/shapes
 
@@ -84,10 +89,17 @@ $(GENAI_READY): tests/interop/genai-constraints.txt
 	$(GENAI_BIN)/pip install -q --disable-pip-version-check -c $< openvino-genai openvino-tokenizers openvino numpy
 	touch $@
 
+$(ORT_OPENVINO_READY): $(READY)
+	$(PYTHON) -m venv .venv-ort-openvino
+	$(ORT_OPENVINO_BIN)/python -c "import site; print('import site; site.addsitedir(\"$(abspath $(VENV))/lib/python%d.%d/site-packages\")' % __import__('sys').version_info[:2])" \
+		> $$($(ORT_OPENVINO_BIN)/python -c "import site; print(site.getsitepackages()[0])")/others.pth
+	$(ORT_OPENVINO_BIN)/pip install -q --disable-pip-version-check --no-deps onnxruntime-openvino
+	touch $@
+
 $(SDCPP_READY): tests/interop/sdcpp-constraints.txt
 	$(PYTHON) -m venv .venv-sdcpp
 	$(SDCPP_BIN)/pip install -q --disable-pip-version-check -c $< stable-diffusion-cpp-python numpy
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-interop .venv-genai .venv-sdcpp build demo
+	rm -rf $(VENV) .venv-interop .venv-genai .venv-ort-openvino .venv-sdcpp build demo

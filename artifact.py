@@ -55,6 +55,8 @@ class PartEntry:
     """dtype or low-bit format -> its share of the weights, by their number."""
     kept: Mapping[str, str] = field(default_factory=dict)
     """Matrix or convolution that a low-bit recipe left in a wider dtype -> why."""
+    stated_share: float | None = None
+    """Of `weight_shares`, what is in the type that the precision states, for those of low bits: int8 for w8a8."""
 
 
 def shares_of(weight_bytes: Mapping[str, int]) -> dict[str, float]:
@@ -62,6 +64,11 @@ def shares_of(weight_bytes: Mapping[str, int]) -> dict[str, float]:
     counts = {name: size / _WEIGHT_WIDTHS[name] for name, size in weight_bytes.items() if name in _WEIGHT_WIDTHS}
     total = sum(counts.values())
     return {name: round(count / total, 4) for name, count in sorted(counts.items())} if total else {}
+
+
+def stated_share(shares: Mapping[str, float], name: str) -> float:
+    """Return the share of a low-bit format's weights, however they are stored (`int4`, `int4 in bytes`)."""
+    return round(sum(share for label, share in shares.items() if label.split()[0] == name), 4)
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,8 @@ class Manifest:
         if self.variant is None:
             del content["variant"]
         for part in content["parts"].values():
-            for name in ("kept", "weight_shares"):
-                if not part[name]:
+            for name in ("kept", "weight_shares", "stated_share"):
+                if part[name] is None or part[name] == {}:
                     del part[name]
         content["sha256"] = hashlib.sha256(_canonical(content).encode()).hexdigest()
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -25,6 +25,7 @@ from .artifact import (
     scratch,
     shares_of,
     staged,
+    stated_share,
     sweep,
 )
 from .budget import Gate, check_parts
@@ -226,6 +227,7 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
         (folder / ACTIVATIONS).write_text(json.dumps(subject.activations, indent=1) + "\n")
     lowered = exporter.lower(subject, folder)
     _refuse_unchanged(subject, lowered)
+    shares, weight_format = shares_of(lowered.weight_bytes), subject.mixture.formats.get(recipe.precision)
     return PartEntry(
         backend=recipe.backend,
         precision=recipe.precision,
@@ -235,7 +237,8 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
         outputs=[port_to_dict(port) for port in outputs],
         weights=lowered.weights,
         weight_bytes=lowered.weight_bytes,
-        weight_shares=shares_of(lowered.weight_bytes),
+        weight_shares=shares,
+        stated_share=stated_share(shares, weight_format.name) if weight_format else None,
         kept=lowered.kept,
         tools=_versions(exporter),
     )

@@ -18,7 +18,7 @@ FP32_LEAST = 2e-5
 """F0 can be nearly nothing; 2e-5 (94 dB) is the least that an fp32 part is granted."""
 LOW_PRECISION_FLOORS = 2.0
 """A part in less than fp32 may lie this many F1 from eager fp32."""
-_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_T_95 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
 """Two-sided 95 % quantiles of Student's t for 1, 2, 3… degrees of freedom."""
 
 

@@ -77,7 +77,7 @@ def calibrate(
         }
     )
     with load(source.folder, device="cpu") as engine:
-        engine.visit(partial(_watch, made))
+        engine.visit(partial(watch, made))
         options: dict[str, Any] = {"guidance_scale": guidance_scale}
         for start in range(0, len(texts), _BATCH):
             progress(f"[{start // _BATCH + 1}/{-(-len(texts) // _BATCH)}] drawing {_BATCH} prompts at a time")
@@ -88,7 +88,7 @@ def calibrate(
     return made
 
 
-def _watch(made: Calibration, part: str, module: nn.Module) -> None:
+def watch(made: Calibration, part: str, module: nn.Module) -> None:
     """Let a calibration see what each matrix and convolution is given and makes."""
     from torch import nn
 

@@ -19,15 +19,17 @@ from .choose import add_recipe
 from .doctor import add_doctor
 from .errors import ArtifactError, BakeoffError, InputError, ParityError, ResourceError, UsageError
 from .pictures import check_output, save
+from .placement import ATTENTIONS
+from .precisions import add_precisions
 from .progress import Steps
 from .recipe import LOAD_OPTIONS, OFFLOADS, SWITCHES, option_value, read
 from .reports.command import add_compare, add_report
 from .sensitivity import add_sensitivity
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from .artifact import Artifact
+    from .artifact import Artifact, PartEntry
     from .budget import Gate
     from .plan import Plan
     from .recipe import Placement, Recipe
@@ -46,7 +48,6 @@ exit codes:
   130 stopped on request
 """
 _INTERRUPTED = 130
-_LOW_BIT = ("int8", "int4", "int4 in bytes", "nf4")
 _WORTH_SHOWING_BYTES = 10_000
 
 
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         add_doctor,
+        add_precisions,
         _add_export,
         _add_plan,
         _add_inspect,
@@ -335,11 +337,21 @@ def _show(artifact: Artifact, *, as_json: bool) -> None:
         weights = ", ".join(
             f"{size / 1e6:.1f} MB {dtype}" for dtype, size in part.weight_bytes.items() if size > _WORTH_SHOWING_BYTES
         )
-        shares = "".join(
-            f", {share:.1%} in {dtype}" for dtype, share in part.weight_shares.items() if dtype in _LOW_BIT
-        )
-        print(f"  {name:14} {part.backend}:{part.precision:6} {parity}  {weights} ({part.weights}){shares}")
+        print(f"  {name:14} {part.backend}:{part.precision:6} {parity}  {weights} ({part.weights})")
+        for line in _shares(part):
+            print(f"  {'':14} {line}")
     print(f"  key {manifest.key}")
+
+
+def _shares(part: PartEntry) -> Iterator[str]:
+    """Say how many of a part's weights are codes, of which kinds, and why others aren't."""
+    from collections import Counter
+
+    if part.stated_share is not None:
+        codes = ", ".join(f"{share:.1%} {dtype}" for dtype, share in part.weight_shares.items())
+        yield f"{part.stated_share:.1%} of its weights are as {part.precision} states: {codes}"
+    for reason, count in Counter(part.kept.values()).most_common():
+        yield f"{count} left wide: {reason}"
 
 
 def _proof(proof: Any) -> str:  # noqa: ANN401 - a JSON object
@@ -474,14 +486,29 @@ def _add_generate(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
     command.add_argument("--control-scale", type=float, default=1.0, help="how strongly (1)")
     _add_lora(command, "add to the weights as they are loaded")
     command.add_argument("--strength", type=float, help="over 0 to 1: how much of the picture is noised away")
-    command.add_argument("--device", default="auto")
-    command.add_argument("--threads", type=int)
-    command.add_argument("--compile", action="store_true", help="torch: run parts through torch.compile")
-    command.add_argument("--static", action="store_true", help="OpenVINO: compile for the shapes that parts get")
-    command.add_argument("--provider")
+    _add_device_options(command)
     _add_memory_options(command)
     command.set_defaults(run=_generate)
     return command
+
+
+def _add_device_options(command: argparse.ArgumentParser) -> None:
+    device = command.add_argument_group("device", "where parts run, and how")
+    device.add_argument("--device", default="auto")
+    device.add_argument(
+        "--devices", default="", metavar="PART@DEVICE,…", help="parts that run elsewhere: vae_decoder@cpu"
+    )
+    device.add_argument("--threads", type=int)
+    device.add_argument(
+        "--compile", nargs="?", const=True, default=False, metavar="HOW",
+        help="torch: torch.compile; full, or regional: repeated blocks alone",
+    )  # fmt: skip
+    device.add_argument("--cuda-graphs", action="store_true", help="record launches on a GPU, and replay them")
+    device.add_argument("--attention", choices=ATTENTIONS, help="torch: the attention kernel")
+    device.add_argument("--channels-last", choices=SWITCHES, default="auto", help="torch: the layout of convolutions")
+    device.add_argument("--static", action="store_true", help="OpenVINO: compile for the shapes that parts get")
+    device.add_argument("--provider", help="ONNX Runtime: an execution provider, by name")
+    device.add_argument("--provider-options", metavar="NAME=VALUE;…", help="ONNX Runtime: of that provider")
 
 
 def _add_memory_options(command: argparse.ArgumentParser) -> None:
@@ -491,7 +518,7 @@ def _add_memory_options(command: argparse.ArgumentParser) -> None:
         choices=OFFLOADS,
         default="auto",
         help="none: parts stay open; parts: those that are done are closed before others are opened; mapped: and weights "
-        "stay in their files, where the runtime can",
+        "stay in their files, where the runtime can; blocks: torch on a GPU, weights come a block at a time",
     )
     memory.add_argument("--vae-tiling", choices=SWITCHES, default="auto", help="decode in tiles (lossy: seams)")
     memory.add_argument("--vae-slicing", choices=SWITCHES, default="auto", help="decode a picture at a time")
@@ -503,7 +530,7 @@ def _add_memory_options(command: argparse.ArgumentParser) -> None:
 
 def _placement(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options of `load` that were given; text as in recipes."""
-    given = {name: getattr(options, name) for name in ("device", *LOAD_OPTIONS)}
+    given = {name: getattr(options, name) for name in ("device", "devices", *LOAD_OPTIONS)}
     return {
         name: option_value(name, value) if isinstance(value, str) else value
         for name, value in given.items()

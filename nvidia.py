@@ -5,10 +5,21 @@ NVML comes with the driver; its Python binding is `nvidia-ml-py` (`pip install '
 
 from __future__ import annotations
 
+import os
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-_THROTTLING = {"SwPowerCap": "power cap", "HwSlowdown": "hardware slowdown", "SwThermalSlowdown": "heat"}
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+_THROTTLING = {
+    "SwPowerCap": "power cap",
+    "HwSlowdown": "hardware slowdown",
+    "SwThermalSlowdown": "heat",
+    "HwThermalSlowdown": "heat",
+    "HwPowerBrakeSlowdown": "power brake",
+}
 
 
 @cache
@@ -20,9 +31,27 @@ def _devices() -> tuple[Any, list[Any]]:
         return None, []
     try:
         pynvml.nvmlInit()
-        return pynvml, [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return pynvml, _visible(pynvml, handles)
     except pynvml.NVMLError:
         return None, []
+
+
+def _visible(nvml: Any, handles: list[Any]) -> list[Any]:  # noqa: ANN401 - the binding has no types
+    """Leave out the GPUs that CUDA_VISIBLE_DEVICES hides, whose energy and processes aren't ours.
+
+    By UUID, or by index, which is CUDA's where CUDA_DEVICE_ORDER is PCI_BUS_ID or there is one kind of GPU.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return handles
+    wanted = [each.strip() for each in named.split(",") if each.strip()]
+    names = [_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+    return [
+        handle
+        for index, (handle, name) in enumerate(zip(handles, names, strict=True))
+        if any(each == str(index) or (not each.isdecimal() and name.startswith(each)) for each in wanted)
+    ]
 
 
 def _told(function: Any, *arguments: Any) -> Any:  # noqa: ANN401 - the binding has no types
@@ -35,12 +64,14 @@ def _told(function: Any, *arguments: Any) -> Any:  # noqa: ANN401 - the binding 
 
 
 def describe() -> list[dict[str, Any]]:
-    """Describe every GPU: name, driver, memory in bytes, power limit in watts."""
+    """Describe every GPU: name, compute capability, driver, its CUDA, memory in bytes, power limit in watts."""
     nvml, devices = _devices()
     return [
         {
             "name": _text(nvml.nvmlDeviceGetName(device)),
+            "compute_capability": _dotted(_told(nvml.nvmlDeviceGetCudaComputeCapability, device)),
             "driver": _text(nvml.nvmlSystemGetDriverVersion()),
+            "driver_cuda": _cuda(_told(nvml.nvmlSystemGetCudaDriverVersion)),
             "memory_bytes": nvml.nvmlDeviceGetMemoryInfo(device).total,
             "power_limit_w": _thousandth(_told(nvml.nvmlDeviceGetPowerManagementLimit, device)),
         }
@@ -48,26 +79,53 @@ def describe() -> list[dict[str, Any]]:
     ]
 
 
-def process_bytes(pid: int) -> int | None:
-    """Return the device memory that a process holds now, on all GPUs, or None where nothing tells."""
+def _processes() -> list[Any]:
+    """Return what computes on any GPU. A process is there once a GPU; in a container its `pid` may be the host's."""
     nvml, devices = _devices()
-    held = [
-        process.usedGpuMemory
-        for device in devices
-        for process in _told(nvml.nvmlDeviceGetComputeRunningProcesses, device) or ()
-        if process.pid == pid and process.usedGpuMemory
-    ]
+    return [process for device in devices for process in _told(nvml.nvmlDeviceGetComputeRunningProcesses, device) or ()]
+
+
+def process_bytes(pid: int) -> int | None:
+    """Return the device memory that a process holds now, on all GPUs, or None where nothing tells.
+
+    In a container that sees the host's numbers of processes, a single process there can be no other than ours.
+    """
+    found = _processes()
+    own = [process for process in found if process.pid == pid]
+    if not own and len({process.pid for process in found}) == 1 and _is_elsewhere(found[0].pid):
+        own = found
+    held = [process.usedGpuMemory for process in own if process.usedGpuMemory]
     return sum(held) if held else None
 
 
-def foreign_processes(pid: int) -> int:
-    """Count the compute processes on all GPUs besides one."""
+def foreign_processes(ours: Collection[int]) -> int:
+    """Count the processes that compute on GPUs besides ours.
+
+    In a container that sees the host's numbers, those of ours can't be told apart: as many as we have are left out.
+    """
+    pids = {process.pid for process in _processes()}
+    others = pids - set(ours)
+    unknown = {pid for pid in others if _is_elsewhere(pid)}
+    unseen = len(set(ours) - pids) if unknown else 0
+    return len(others - unknown) + max(len(unknown) - unseen, 0)
+
+
+def _is_elsewhere(pid: int) -> bool:
+    """Say whether a process has no number here: it is outside of this container, or only its number is."""
+    return not Path(f"/proc/{pid}").exists()
+
+
+def clocks() -> list[dict[str, int | None]]:
+    """Return each GPU's clock now and at most, in MHz, and its temperature in °C."""
     nvml, devices = _devices()
-    return sum(
-        process.pid != pid
+    return [
+        {
+            "sm_mhz": _told(nvml.nvmlDeviceGetClockInfo, device, nvml.NVML_CLOCK_SM),
+            "most_sm_mhz": _told(nvml.nvmlDeviceGetMaxClockInfo, device, nvml.NVML_CLOCK_SM),
+            "celsius": _told(nvml.nvmlDeviceGetTemperature, device, nvml.NVML_TEMPERATURE_GPU),
+        }
         for device in devices
-        for process in _told(nvml.nvmlDeviceGetComputeRunningProcesses, device) or ()
-    )
+    ]
 
 
 def throttled() -> list[str]:
@@ -75,9 +133,9 @@ def throttled() -> list[str]:
     nvml, devices = _devices()
     reasons = [_told(nvml.nvmlDeviceGetCurrentClocksEventReasons, device) or 0 for device in devices]
     bits = (
-        {text: getattr(nvml, f"nvmlClocksEventReason{name}", 0) for name, text in _THROTTLING.items()} if nvml else {}
+        [(text, getattr(nvml, f"nvmlClocksEventReason{name}")) for name, text in _THROTTLING.items()] if devices else []
     )
-    return sorted({text for text, bit in bits.items() for reason in reasons if reason & bit})
+    return sorted({text for text, bit in bits for reason in reasons if reason & bit})
 
 
 def joules() -> dict[str, float]:
@@ -89,6 +147,15 @@ def joules() -> dict[str, float]:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+def _dotted(value: tuple[int, int] | None) -> str | None:
+    return None if value is None else f"{value[0]}.{value[1]}"
+
+
+def _cuda(value: int | None) -> str | None:
+    """Spell CUDA's version, which NVML tells as 13010 for 13.1."""
+    return None if value is None else f"{value // 1000}.{value % 1000 // 10}"
 
 
 def _thousandth(value: int | None) -> float | None:

@@ -107,7 +107,9 @@ def _check_backend(part: str, recipe: PartRecipe) -> None:
         message = f"{part}: to export to {recipe.backend} takes {', '.join(missing)}, which can't be found"
         raise UnavailableError(message, fix=f"pip install 'bakeoff[{recipe.backend}]'")
     if recipe.precision not in exporter.precisions:
-        message = f"{part}: {recipe.backend} can't bake {recipe.precision}; it bakes {', '.join(exporter.precisions)}"
+        why = getattr(exporter, "reasons", {}).get(recipe.precision, "it doesn't say why")
+        has = ", ".join(exporter.precisions)
+        message = f"{part}: {recipe.backend} can't bake {recipe.precision}: {why}; it bakes {has}"
         raise RecipeError(message, fix=f"--recipe {recipe.backend}:{exporter.precisions[0]}")
     for option, value in recipe.options.items():
         if option not in exporter.options:

@@ -6,79 +6,25 @@ import fnmatch
 import json
 import re
 import tomllib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import RecipeError, UsageError, unknown
+from .placement import LOAD_OPTIONS, OFFLOADS, SWITCHES, Placement, option_value
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
+
+__all__ = [
+    "LOAD_OPTIONS", "OFFLOADS", "PRECISIONS", "SWITCHES", "PartRecipe", "Placement", "Recipe", "from_dict", "from_toml",
+    "option_value", "parse", "read", "read_text", "to_dict", "to_toml",
+]  # fmt: skip
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic", "fp8")
-OFFLOADS = ("auto", "none", "parts", "mapped")
-SWITCHES = ("auto", "on", "off")
-_MOST_MERGED = 0.75
 _WORD = re.compile(r"[A-Za-z0-9_.-]+")
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where and how an artifact runs. Given to `load`, never part of an artifact's key."""
-
-    device: str = "auto"
-    threads: int | None = None
-    """None: as many as there are physical cores to use, alike for all runtimes."""
-    compile: bool = False
-    """torch.compile, in the torch runtime."""
-    static: bool = False
-    """OpenVINO: compile anew for each input's shapes, which may run faster, rather than once for any."""
-    provider: str | None = None
-    """An execution provider of ONNX Runtime, by name."""
-    offload: str = "auto"
-    """`none`: opened parts stay open; `parts`: those that are done are closed before others are opened; `mapped`: and
-    weights stay in their files, where the runtime can; `auto`: what the memory that is there asks for."""
-    vae_tiling: str = "auto"
-    """`on`, `off`, or `auto`: where one picture's activations wouldn't fit. Lossy: seams."""
-    vae_slicing: str = "auto"
-    """`on`, `off`, or `auto`: a picture at a time where a batch's activations wouldn't fit."""
-    attention_slicing: int | str | None = None
-    """Heads (of batch × heads) whose attention the torch runtime computes at a time, or `auto`: as many as 256 MB hold."""
-    token_merging: float = 0.0
-    """Share of tokens that UNets merge before self-attention in the torch runtime, over 0 to 0.75. Lossy."""
-
-    def __post_init__(self) -> None:
-        _check_count("threads", self.threads)
-        if self.attention_slicing != "auto":
-            _check_count("attention_slicing", self.attention_slicing, " or auto")
-        _check_word("offload", self.offload, OFFLOADS)
-        for name in ("vae_tiling", "vae_slicing"):
-            _check_word(name, getattr(self, name), SWITCHES)
-        if not isinstance(self.token_merging, int | float) or not 0 <= self.token_merging <= _MOST_MERGED:
-            message = f"got token_merging = {self.token_merging!r}, expected a share from 0 to {_MOST_MERGED}"
-            raise RecipeError(message)
-        if self.compile and (self.attention_slicing is not None or self.token_merging):
-            message = "got compile with attention_slicing or token_merging, expected one or the other: they change what is compiled"
-            raise RecipeError(message, fix="leave out compile")
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def _check_count(name: str, value: object, other: str = "") -> None:
-    if value is not None and (not isinstance(value, int) or value < 1):
-        message = f"got {name} = {value!r}, expected a whole number from 1{other}"
-        raise RecipeError(message)
-
-
-def _check_word(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        message = unknown(f"value of {name}:", str(value), known)
-        raise RecipeError(message)
-
-
-LOAD_OPTIONS = tuple(each.name for each in fields(Placement) if each.name != "device")
-"""What a recipe may carry after `+` that isn't baked."""
+_PLACED = re.compile(r"([a-z0-9_]+)@([a-z0-9_]+)")
+"""A part that differs in its device alone: `vae_decoder@cpu`."""
 
 
 @dataclass(frozen=True)
@@ -189,27 +135,50 @@ def parse(text: str) -> tuple[Recipe, Placement]:
     """
     default: PartRecipe | None = None
     parts: dict[str, PartRecipe] = {}
-    placements: list[Placement] = []
+    placed: dict[str, dict[str, Any]] = {}
     for piece in text.split(","):
-        part, equals, rest = _split_part(piece.strip())
-        recipe, placement = _parse_part(rest)
-        placements.append(placement)
-        if not equals and default is None:
-            default = recipe
-        elif equals and part not in parts:
-            parts[part] = recipe
-        else:
+        alone = _PLACED.fullmatch(piece.strip())
+        part, equals, rest = (alone[1], "=", "") if alone else _split_part(piece.strip())
+        known = placed if alone else parts
+        if part in known or (not part and default is not None):
             message = f"recipe {text!r} says twice what {part or 'every part'} is to be"
             raise RecipeError(message)
+        if alone:
+            placed[part] = {"device": alone[2]}
+            continue
+        recipe, placed[part] = _parse_part(rest)
+        if equals:
+            parts[part] = recipe
+        else:
+            default = recipe
     if default is None:
         message = (
             f"recipe {text!r} has no recipe for the other parts: expected backend:precision[,part=backend:precision…]"
         )
         raise RecipeError(message, fix=f"bakeoff export MODEL -o DIR --recipe torch:fp32,{text}")
-    if len(set(placements)) > 1:
-        message = f"recipe {text!r} places parts differently; one placement for all is supported"
-        raise RecipeError(message)
-    return Recipe(default, parts), placements[0]
+    return Recipe(default, parts), _placement(text, placed)
+
+
+def _placement(text: str, placed: Mapping[str, dict[str, Any]]) -> Placement:
+    """Return where all parts go; they may differ in their device alone.
+
+    Raises:
+        RecipeError: parts differ in another option of placement.
+    """
+    common = placed[""]
+    devices = {}
+    for part, own in placed.items():
+        differing = sorted(name for name, value in own.items() if name != "device" and common.get(name) != value)
+        if differing:
+            message = (
+                f"recipe {text!r} gives {differing[0]} to {part} alone; of placement parts differ in @device alone"
+            )
+            raise RecipeError(
+                message, fix=f"say +{differing[0]} of all parts: only those that have it are changed by it"
+            )
+        if part and "device" in own:
+            devices[part] = own["device"]
+    return Placement(**common, devices=devices)
 
 
 def _split_part(piece: str) -> tuple[str, str, str]:
@@ -217,7 +186,8 @@ def _split_part(piece: str) -> tuple[str, str, str]:
     return (match[1], "=", piece[match.end() :]) if match else ("", "", piece)
 
 
-def _parse_part(text: str) -> tuple[PartRecipe, Placement]:
+def _parse_part(text: str) -> tuple[PartRecipe, dict[str, Any]]:
+    """Return how a part is baked, and what the text says of placement."""
     body, _, device = text.partition("@")
     head, *options = body.split("+")
     backend, colon, precision = head.partition(":")
@@ -225,12 +195,12 @@ def _parse_part(text: str) -> tuple[PartRecipe, Placement]:
         message = f"got recipe {text!r}, expected backend:precision[+option…][@device], such as openvino:bf16"
         raise RecipeError(message)
     _check_precision(precision)
-    placement = Placement(device=device or "auto")
+    placement: dict[str, Any] = {"device": device} if device else {}
     baked: dict[str, str] = {}
     for option in options:
         key, _, value = option.partition("=")
         if key in LOAD_OPTIONS:
-            placement = _with_load_option(placement, key, value)
+            placement[key] = option_value(key, value)
         else:
             baked[key] = value
     return PartRecipe(backend, precision, baked), placement
@@ -239,36 +209,6 @@ def _parse_part(text: str) -> tuple[PartRecipe, Placement]:
 def _check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise RecipeError(unknown("precision", precision, PRECISIONS))
-
-
-def _with_load_option(placement: Placement, key: str, value: str) -> Placement:
-    return replace(placement, **{key: option_value(key, value)})
-
-
-def option_value(key: str, text: str) -> Any:  # noqa: ANN401 - of the option's type
-    """Read an option of `Placement` as the command line and recipes spell it."""
-    return _READ_OPTION.get(key, str)(text)
-
-
-def _whole(text: str) -> int | str:
-    """Return a whole number; the text itself where it is none, which `Placement` refuses by name."""
-    return int(text) if text.isdecimal() else text
-
-
-def _share(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-_READ_OPTION: dict[str, Callable[[str], Any]] = {
-    "compile": lambda _: True,
-    "static": lambda _: True,
-    "threads": _whole,
-    "attention_slicing": lambda text: _whole(text or "auto"),
-    "token_merging": _share,
-}
 
 
 def from_dict(data: Mapping[str, Any]) -> Recipe:

@@ -19,8 +19,8 @@ from .metrics import known
 AXES = ("steps", "size", "batch", "guidance_scale", "scheduler", "threads")
 """What may be swept; a size is `HEIGHTxWIDTH`, in pixels."""
 _SIZE = re.compile(r"(\d+)x(\d+)")
-_CONTINUES = re.compile(r"[a-z_0-9]+=[a-z]+:")
-"""How a piece after a comma goes on with the recipe before it: `openvino:int8,vae_decoder=torch:bf16`."""
+_CONTINUES = re.compile(r"[a-z_0-9]+=[a-z]+:|[a-z_0-9]+@[a-z]+$")
+"""How a piece after a comma goes on with the recipe before it: `openvino:int8,vae_decoder=torch:bf16,text_encoder@cpu`."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

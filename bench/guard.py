@@ -46,9 +46,20 @@ def read(pid: int) -> Reading:
         busy / tick,
         ticks[_STEAL] / tick,
         ours,
-        nvidia.foreign_processes(pid),
+        nvidia.foreign_processes(_family(pid)),
         tuple(nvidia.throttled()),
     )
+
+
+def _family(pid: int) -> set[int]:
+    """Return the processes that are ours: one that is watched, this one, and all that it has started."""
+    import psutil
+
+    try:
+        children = {child.pid for child in psutil.Process().children(recursive=True)}
+    except psutil.Error:
+        children = set()
+    return {pid, os.getpid(), *children}
 
 
 def between(before: Reading, after: Reading) -> dict[str, Any]:
@@ -71,6 +82,7 @@ def between(before: Reading, after: Reading) -> dict[str, Any]:
         "others_cores": round(others, 3),
         "stolen_cores": round(stolen, 3),
         "frequency_mhz": frequency_mhz(),
+        "gpu_clocks": nvidia.clocks(),
         "tainted": tainted,
     }
 

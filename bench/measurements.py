@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from .opening import Opener
     from .process import Process
 
-_BATCH = 8
-_OTHER_BATCH = 3
-"""Prompts in a batch of the pictures to judge; another number for the floor of fp32."""
+_OTHER_BATCHES = (3, 2)
+"""Prompts in a batch of the floor of fp32: the first that isn't the experiment's own."""
 _TRACED = 4
 """Prompts whose latents are kept after each step."""
 _AGAIN = 3
@@ -42,11 +41,15 @@ def pictures(opener: Opener, entry: Entry) -> dict[str, Any]:
 
 
 def _quality(opener: Opener, entry: Entry, process: Process) -> dict[str, Any]:
-    """Make all pictures once, and keep them; and of a few prompts the latents after each step."""
+    """Make all pictures once, and keep them; and of a few prompts the latents after each step.
+
+    In batches as they are timed: where a backend rounds activations as they come, a picture depends on its batch.
+    """
     import numpy as np
 
-    count, file = opener.declared.quality_prompts, opener.file(entry)
-    batch = _OTHER_BATCH if entry.arm.name == FLOOR_FP32 else _BATCH
+    count, file, batch = opener.declared.quality_prompts, opener.file(entry), entry.experiment.batch
+    if entry.arm.name == FLOOR_FP32:
+        batch = next(other for other in _OTHER_BATCHES if other != batch)
     batches = []
     for first in range(0, count, batch):
         process.ask("generate", rows=list(range(first, min(first + batch, count))))

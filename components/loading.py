@@ -58,11 +58,13 @@ def load_transformers(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.
     from transformers.utils import logging
 
     library = low_bit.method(folder)
-    if library:
+    if library and library != low_bit.OWN:
         low_bit.require(library)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
+        if library == low_bit.OWN:
+            return low_bit.load_transformers(model_class, folder).eval()
         module, found = model_class.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )

@@ -1,4 +1,4 @@
-"""Modules whose Linear layers hold codes of bitsandbytes or torchao, opened without a GPU or their wide weights."""
+"""Modules whose layers hold codes of bitsandbytes, torchao or our own, opened without a GPU or their wide weights."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _KEY = "quantization_config"
+OWN = "bakeoff"
+"""The method whose layers are `byte_layers`' own: no library has to be there."""
+SCALE, STEP = ".weight_scale", ".input_scale"
+"""What its files have beside a layer's codes (`.weight`, int8): a scale for each output channel, an activation's step."""
 
 
 def method(folder: Path) -> str | None:
-    """Return what runs a module folder's codes, bitsandbytes or torchao; None where its weights are none."""
+    """Return what runs a module folder's codes, bitsandbytes, torchao or `OWN`; None where its weights are none."""
     file = folder / "config.json"
     config = json.loads(file.read_text()) if file.is_file() else {}
     found = (config.get(_KEY) or {}).get("quant_method")
-    return found if found in {"bitsandbytes", "torchao"} else None
+    return found if found in {"bitsandbytes", "torchao", OWN} else None
 
 
 def load_diffusers(model_class: Any, folder: Path) -> nn.Module:  # noqa: ANN401 - a Diffusers class
@@ -38,21 +42,47 @@ def load_diffusers(model_class: Any, folder: Path) -> nn.Module:  # noqa: ANN401
     import torch
     from safetensors.torch import load_file
 
+    from . import byte_layers
+
     tensors: dict[str, Tensor] = {}
     files = Checkpoint.open(folder).files
     for file in files:
         tensors |= load_file(file)
     config = dict(model_class.load_config(folder, local_files_only=True))
     settings = config.pop(_KEY)
-    require(settings["quant_method"])
+    if settings["quant_method"] != OWN:
+        require(settings["quant_method"])
     with torch.device("meta"):
         module: nn.Module = model_class.from_config(config)
     if settings["quant_method"] == "torchao":
         tensors = torchao.joined(files, tensors)
+    elif settings["quant_method"] == OWN:
+        byte_layers.put(module, tensors, Checkpoint.open(folder))
     else:
         _replace_layers(module, tensors, settings)
     module.load_state_dict(tensors, assign=True, strict=False)
     keep_codes(module)
+    return module
+
+
+def load_transformers(model_class: Any, folder: Path) -> nn.Module:  # noqa: ANN401 - a Transformers class
+    """Open a Transformers module from our own codes.
+
+    Transformers makes what isn't in the checkpoint, positions for one, only where it opens weights: it gets empty ones.
+    """
+    from safetensors.torch import load_file
+
+    from . import byte_layers
+
+    checkpoint = Checkpoint.open(folder)
+    tensors: dict[str, Tensor] = {}
+    for file in checkpoint.files:
+        tensors |= load_file(file)
+    config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+    del config.quantization_config
+    wide = byte_layers.widened(tensors)
+    module: nn.Module = model_class.from_pretrained(None, config=config, state_dict=wide, dtype="bfloat16")
+    byte_layers.put(module, tensors, checkpoint)
     return module
 
 

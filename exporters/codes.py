@@ -1,4 +1,4 @@
-"""Checkpoints in which the weights of Linear layers are codes, in the layout of the library that runs them."""
+"""Checkpoints in which the weights of layers are codes, in the layout of the library that runs them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,12 @@ class Layout(ABC):
     """How a library stores the codes of a format, and what Diffusers and Transformers read to open them with it."""
 
     library: ClassVar[str]
+    convolutions: ClassVar[bool] = False
+    """Whether it has codes for convolutions, too."""
 
-    def __init__(self, mixture: Mixture) -> None:
+    def __init__(self, mixture: Mixture, activations: Mapping[str, tuple[float, float]] | None = None) -> None:
         self._mixture = mixture
+        self._activations = activations or {}
         self.format: Format = mixture.formats[mixture.precision]
 
     @property
@@ -81,14 +84,14 @@ class Layout(ABC):
         """Return what bytes count as -> how many will be written, from headers alone."""
         totals: dict[str, int] = defaultdict(int)
         for entry in checkpoint.entries.values():
-            left = len(entry.shape) > 2 or self._mixture.obstacle(entry.name, entry.shape)  # noqa: PLR2004 - a convolution
+            left = (len(entry.shape) > 2 and not self.convolutions) or self._mixture.obstacle(entry.name, entry.shape)  # noqa: PLR2004 - a convolution
             stored = {_WIDE: entry.bytes_in(_WIDE)} if left else self.stored_bytes(entry)
             for label, size in stored.items():
                 totals[label] += size
         return dict(totals)
 
     def write(self, checkpoint: Checkpoint, module: nn.Module, folder: Path) -> dict[str, str]:
-        """Write a module's checkpoint with codes for its Linear layers, and say so in its `config.json`.
+        """Write a module's checkpoint with codes for its layers, and say so in its `config.json`.
 
         Args:
             checkpoint: of the module.
@@ -98,13 +101,14 @@ class Layout(ABC):
         Returns:
             Matrix or convolution that is left as it is -> why.
         """
-        layers = _linear_layers(module, checkpoint)
+        layers = self._layers(module, checkpoint)
         kept: dict[str, str] = {}
         tensors: list[Streamed] = []
         for entry in checkpoint.entries.values():
             obstacle = self._mixture.obstacle(entry.name, entry.shape)
             if obstacle is None and entry.name not in layers:
-                obstacle = f"{self.library} has codes for Linear layers alone"
+                kinds = "Linear layers and convolutions" if self.convolutions else "Linear layers"
+                obstacle = f"{self.library} has codes for {kinds} alone"
             if obstacle is None:
                 tensors += self.encode(entry)
                 continue
@@ -118,10 +122,10 @@ class Layout(ABC):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         return kept
 
+    def _layers(self, module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+        """Return the weight's name in the checkpoint -> path in the module, of each layer that can hold codes."""
+        from torch import nn
 
-def _linear_layers(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the weight's name in the checkpoint -> path in the module, of each Linear layer."""
-    from torch import nn
-
-    paths = [path for path, layer in module.named_modules() if type(layer) is nn.Linear]
-    return {f"{name}.weight": path for path, name in layer_names(paths, checkpoint).items()}
+        kinds = {nn.Linear, nn.Conv2d} if self.convolutions else {nn.Linear}
+        paths = [path for path, layer in module.named_modules() if type(layer) in kinds]
+        return {f"{name}.weight": path for path, name in layer_names(paths, checkpoint).items()}

@@ -76,6 +76,8 @@ class Exporter(Protocol):
     version: ClassVar[int]
     """Raised when a change here changes the files: part of an artifact's key."""
     precisions: ClassVar[tuple[str, ...]]
+    reasons: ClassVar[Mapping[str, str]]
+    """Precision of recipes that it doesn't have -> why; none is left out of both."""
     layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]]
     """Precision of a part -> those that some of its layers may have instead; none unless said."""
     options: ClassVar[Mapping[str, tuple[str, ...]]]

@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from ..weights import Checkpoint
     from .exporter import Subject
 
+_REASON = "it computes nothing: one precision is enough"
+
 
 class NullExporter:
     version: ClassVar[int] = 1
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    reasons: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("bf16", "fp16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic", "fp8"), _REASON
+    )
     layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 

@@ -29,6 +29,8 @@ DTYPES = {
 """safetensors' dtype -> ONNX's."""
 DYNAMIC, STATIC = "w8a8-dynamic", "w8a8"
 """Precisions whose products are of integers: activations are rounded as they come, or with scales that were calibrated."""
+OWN = "bakeoff."
+"""What the names of constants begin with that stand beside codes: steps and zero points."""
 _CONTRIB = "com.microsoft"
 _LARGEST_BLOCK, _LEAST_BLOCK = 256, 16
 """What ONNX Runtime's block-wise operators take; blocks are powers of two."""
@@ -152,9 +154,13 @@ class Encoder:
     def _convolutions(
         self, value: onnx_ir.Value, entry: Entry, activations: tuple[float, float] | None
     ) -> list[Streamed]:
-        """Widen codes as they run; between roundings of what goes in and out ONNX Runtime makes QLinearConv of it."""
+        """Widen codes as they run; between roundings of what goes in and out ONNX Runtime makes QLinearConv of it.
+
+        Each channel has a zero point, each weight tensors of its own for these: where ONNX Runtime makes weights unsigned, for
+        CPUs without VNNI, it would put one number where it asks for as many as there are scales, and what is shared twice.
+        """
         streams = self._rows(value, entry)
-        inputs = [self._initializer(tensor) for tensor in streams]
+        inputs = [*(self._initializer(tensor) for tensor in streams), self._zeros(value, entry.shape[0])]
         wide = _node("DequantizeLinear", inputs, {"axis": 0}, name=f"{value.name}.float32")
         users = [user for user, _ in value.uses()]
         _replace_uses(value, wide.outputs[0])
@@ -254,7 +260,7 @@ class Encoder:
         import onnx_ir
 
         array = {0: np.int8(0), 128: np.uint8(128)}[number] if isinstance(number, int) else np.float32(number)
-        name = f"bakeoff.{array.dtype}.{array!s}"
+        name = f"{OWN}{array.dtype}.{array!s}"
         if name not in self._model.graph.initializers:
             tensor = onnx_ir.tensor(np.asarray(array), name=name)
             value = onnx_ir.Value(
@@ -262,6 +268,17 @@ class Encoder:
             )
             self._model.graph.initializers[name] = value
         return self._model.graph.initializers[name]
+
+    def _zeros(self, weight: onnx_ir.Value, count: int) -> onnx_ir.Value:
+        import numpy as np
+        import onnx_ir
+
+        name = f"{OWN}{weight.name}.zeros"
+        tensor = onnx_ir.tensor(np.zeros(count, np.int8), name=name)
+        shape, kind = onnx_ir.Shape([count]), onnx_ir.TensorType(tensor.dtype)
+        value = onnx_ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
+        self._model.graph.initializers[name] = value
+        return value
 
     def _replace(self, node: onnx_ir.Node, new: list[onnx_ir.Node]) -> None:
         import onnx_ir

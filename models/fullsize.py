@@ -32,8 +32,8 @@ def models() -> dict[str, dict[str, Any]]:
     return known
 
 
-def config(model: str, module: str) -> tuple[str, str, dict[str, Any]]:
-    """Return library, class and config of one module of a model.
+def config(model: str, module: str, *, small: bool = False) -> tuple[str, str, dict[str, Any]]:
+    """Return library, class and config of one module of a model; with `small` of the family's tiny one.
 
     Raises:
         UsageError: there is no such model.
@@ -41,11 +41,19 @@ def config(model: str, module: str) -> tuple[str, str, dict[str, Any]]:
     known = models()
     if model not in known:
         raise UsageError(unknown("model", model, known))
-    library, class_name, small = tiny.family_of(known[model]["family"]).tiny[module]
-    return library, class_name, {**small, **known[model]["changes"].get(module, {})}
+    library, class_name, own = tiny.family_of(known[model]["family"]).tiny[module]
+    return library, class_name, {**own, **({} if small else known[model]["changes"].get(module, {}))}
 
 
-def build(model: str, folder: Path, *, dtype: str = "bfloat16", hollow: bool = False, seed: int = 0) -> Path:
+def build(
+    model: str,
+    folder: Path,
+    *,
+    dtype: str = "bfloat16",
+    hollow: bool = False,
+    small: bool = False,
+    seed: int = 0,
+) -> Path:
     """Write a Diffusers folder of a model's size; return the folder.
 
     Args:
@@ -53,6 +61,7 @@ def build(model: str, folder: Path, *, dtype: str = "bfloat16", hollow: bool = F
         folder: a new folder.
         dtype: of the weights, as torch spells it.
         hollow: write headers and holes instead of values.
+        small: in the family's tiny size, to try what is done with the model.
         seed: of the weights.
 
     Raises:
@@ -63,7 +72,7 @@ def build(model: str, folder: Path, *, dtype: str = "bfloat16", hollow: bool = F
         raise UsageError(unknown("model", model, known))
     tiny.write_host(known[model]["family"], folder)
     for name in known[model]["changes"]:
-        write_module(*config(model, name), folder / name, dtype=dtype, hollow=hollow, seed=seed)
+        write_module(*config(model, name, small=small), folder / name, dtype=dtype, hollow=hollow, seed=seed)
     return folder
 
 

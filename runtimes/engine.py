@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import time
 from collections import defaultdict
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from .. import plugins
-from ..errors import Cancelled, ParityError, UsageError
+from ..errors import Cancelled, ParityError
 from ..lora import Lora, deltas_of
 from ..recipe import Placement
+from .idle import refuse_idle_options
 from .image import as_pictures
 from .keeper import Keeper
 from .opening import Baked, read_folder
@@ -21,7 +23,7 @@ from .request import Limits, row_generator, task_of
 from .station import Station
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -78,7 +80,7 @@ class Engine:
         self.family = baked.family
         self.recipe = baked.recipe
         self.proof = baked.proof
-        _refuse_idle_options(baked, placement)
+        refuse_idle_options(baked, placement)
         self._baked = baked
         self._configs = {module: baked.config(module) for module in baked.modules}
         self._stations = {
@@ -284,13 +286,24 @@ class Engine:
                 "controlnet_conditioning_scale": request.control_scale,
             }
         given = {name: value for name, value in arguments.items() if name in taken and value is not None}
-        with torch.no_grad(), self._keeper.batch(pipeline, request):
+        with torch.no_grad(), self._keeper.batch(pipeline, request), self._steady():
             pictures = pipeline(**given).images
         if not np.isfinite(pictures).all():
             message = "the pipeline produced NaN or infinite pixels"
             raise ParityError(message, fix="try a recipe in fp32; bakeoff verify --parity names a part that overflows")
         uint8: NDArray[np.uint8] = (pictures * 255).round().astype(np.uint8)
         return uint8
+
+    @contextlib.contextmanager
+    def _steady(self) -> Iterator[None]:
+        """Let what the pipeline gives a part at every step, such as the prompt's embeddings, go to its device once."""
+        for station in self._stations.values():
+            station.in_batch(same=True)
+        try:
+            yield
+        finally:
+            for station in self._stations.values():
+                station.in_batch(same=False)
 
     def _guidance(self, request: Request) -> float | RowGuidance:
         if len(set(request.guidance)) == 1:
@@ -324,29 +337,6 @@ def _start(request: Request) -> dict[str, Any]:
     return {"generator": generators, **{name: value for name, value in started.items() if value is not None}}
 
 
-def _refuse_idle_options(baked: Baked, placement: Placement) -> None:
-    """Refuse an option of placement that no part's runtime has: it would do nothing."""
-    parts = [part for part in baked.family.parts if part.name in baked.parts]
-    asked = {
-        "compile": placement.compile,
-        "static": placement.static,
-        "provider": placement.provider,
-        "attention_slicing": placement.attention_slicing,
-        "token_merging": placement.token_merging,
-        "mapped": placement.offload == "mapped",
-    }
-    for option in [name for name, value in asked.items() if value]:
-        if not any(plugins.runtime(baked.parts[p.name].backend).serves(option, baked.config(p.module)) for p in parts):
-            kinds = ", ".join(sorted({entry.backend for entry in baked.parts.values()}))
-            message = f"{option} does nothing here: {baked.folder} has parts of {kinds} alone"
-            if option == "token_merging":
-                message = f"{option} does nothing here: it is for UNets with cross-attention in the torch runtime"
-            raise UsageError(message, fix=f"leave out {'offload=mapped' if option == 'mapped' else option}")
-    if placement.vae_tiling == "on" and not any(part.name == "vae_decoder" for part in parts):
-        message = f"vae_tiling does nothing here: {baked.folder} has no vae_decoder"
-        raise UsageError(message, fix="leave out vae_tiling")
-
-
 def _step_end(callback: Callback | None) -> Callable[..., dict[str, Any]] | None:
     tell = _after_step(callback)
     if tell is None:
@@ -376,10 +366,15 @@ def load(
     folder: str | Path,
     *,
     device: str = "auto",
+    devices: Mapping[str, str] | str = "",
     threads: int | None = None,
-    compile: bool = False,  # noqa: A002 - torch's own word
+    compile: bool | str = False,  # noqa: A002 - torch's own word
+    cuda_graphs: bool = False,
+    attention: str | None = None,
+    channels_last: str = "auto",
     static: bool = False,
     provider: str | None = None,
+    provider_options: str | None = None,
     offload: str = "auto",
     vae_tiling: str = "auto",
     vae_slicing: str = "auto",
@@ -392,12 +387,18 @@ def load(
     Args:
         folder: the artifact.
         device: `cpu`, `cuda`, `rocm`, `xpu`, `mps`, `directml`, OpenVINO's `gpu` and `npu`, or `auto`.
+        devices: part -> its device, where that is another: `{"vae_decoder": "cpu"}`, or `vae_decoder@cpu,…`.
         threads: CPU threads of every runtime; by default the physical cores that this process may use.
-        compile: run torch parts through torch.compile.
+        compile: run torch parts through torch.compile: `full` (or True), or `regional`, their repeated blocks alone.
+        cuda_graphs: record what torch or ONNX Runtime launches on a GPU once a shape, and replay it.
+        attention: the attention kernel of torch parts: `flash`, `efficient`, `cudnn` or `math`.
+        channels_last: `on`, `off`, or `auto`: lay out convolutions of torch parts channels-last.
         static: compile OpenVINO parts for the shapes that they get; the last two sets of shapes are kept.
         provider: an execution provider for ONNX Runtime, by name.
+        provider_options: that provider's options, as ONNX Runtime names them: `name=value;name=value`.
         offload: `none` keeps parts open; `parts` closes those that are done before others are opened; `mapped` also
-            leaves weights in their files, where the runtime can; `auto` does what the memory that is there asks for.
+            leaves weights in their files, where the runtime can; `blocks`: torch on a GPU, weights come from host memory
+            a block at a time; `auto` does what the memory that is there asks for.
         vae_tiling: `on`, `off`, or `auto`: decode in tiles where a picture's activations wouldn't fit (lossy).
         vae_slicing: `on`, `off`, or `auto`: decode a picture at a time where a batch's wouldn't fit.
         attention_slicing: torch: heads (of batch × heads) whose attention is computed at a time, or `auto`.
@@ -408,13 +409,19 @@ def load(
         ArtifactError: the folder can't be opened.
         CorruptError: a file is missing or has another size than was written.
         UnavailableError: a backend isn't installed.
+        UsageError: an option would do nothing here.
     """
     placement = Placement(
         device=device,
+        devices=devices,
         threads=threads,
         compile=compile,
+        cuda_graphs=cuda_graphs,
+        attention=attention,
+        channels_last=channels_last,
         static=static,
         provider=provider,
+        provider_options=provider_options,
         offload=offload,
         vae_tiling=vae_tiling,
         vae_slicing=vae_slicing,

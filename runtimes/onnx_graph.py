@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..hardware import overflows_bytes
 from .layers import read_layers
 from .runtime import Operation
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from torch import Tensor
+
+_ZERO_POINTS = {"MatMulInteger": 3, "MatMulIntegerToFloat": 5}
+"""Products of integers -> the place of the weights' zero point among their inputs."""
 
 
 def operations(folder: Path) -> list[Operation]:
@@ -41,6 +46,8 @@ def tap(folder: Path, session: Any, inputs: dict[str, Tensor], names: list[str])
     import torch
 
     model = onnx.load(folder / "model.onnx", load_external_data=False)
+    if overflows_bytes():
+        _make_unsigned(model.graph)
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     options = onnxruntime.SessionOptions()
@@ -52,3 +59,36 @@ def tap(folder: Path, session: Any, inputs: dict[str, Tensor], names: list[str])
     taken = {item.name for item in opened.get_inputs()}
     results = opened.run(names, {name: tensor.numpy() for name, tensor in inputs.items() if name in taken})
     return {name: torch.from_numpy(array) for name, array in zip(names, results, strict=True)}
+
+
+def _make_unsigned(graph: Any) -> None:  # noqa: ANN401 - onnx is untyped
+    """Give products unsigned weights around 128, as a session does with `session.x64quantprecision` where it optimises."""
+    import onnx
+
+    tensor = onnx.helper.make_tensor
+    graph.initializer.append(tensor("bakeoff.128", onnx.TensorProto.INT32, [], [128]))
+    graph.initializer.append(tensor("bakeoff.middle", onnx.TensorProto.UINT8, [], [128]))
+    made: set[str] = set()
+    nodes = []
+    for node in list(graph.node):
+        place = _ZERO_POINTS.get(node.op_type)
+        if place is not None:
+            weight = node.input[1]
+            nodes += [] if weight in made else _unsigned(weight)
+            made.add(weight)
+            node.input[1] = f"{weight}.unsigned"
+            node.input.extend([""] * (place + 1 - len(node.input)))
+            node.input[place] = "bakeoff.middle"
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _unsigned(weight: str) -> Iterator[Any]:
+    """Yield what adds 128 to signed bytes."""
+    import onnx
+
+    wide, moved = f"{weight}.int32", f"{weight}.moved"
+    yield onnx.helper.make_node("Cast", [weight], [wide], to=onnx.TensorProto.INT32)
+    yield onnx.helper.make_node("Add", [wide, "bakeoff.128"], [moved])
+    yield onnx.helper.make_node("Cast", [moved], [f"{weight}.unsigned"], to=onnx.TensorProto.UINT8)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import ArtifactError, UnavailableError, unknown
-from ..hardware import Availability, choose_device, usable_cores
-from . import onnx_graph, onnx_weights
+from ..errors import ArtifactError, UnavailableError
+from ..hardware import Availability, overflows_bytes, usable_cores
+from . import onnx_graph, onnx_weights, providers
+from .onnx_binding import DeviceBinding
 from .runtime import Operation, PartFiles, Runtime
 
 if TYPE_CHECKING:
@@ -18,19 +19,16 @@ if TYPE_CHECKING:
 
     from ..recipe import Placement
 
-_PROVIDERS = {
-    "cuda": "CUDAExecutionProvider",
-    "rocm": "MIGraphXExecutionProvider",
-    "directml": "DmlExecutionProvider",
-    "gpu": "OpenVINOExecutionProvider",
-    "cpu": "CPUExecutionProvider",
-}
-_DEVICES = {provider: device for device, provider in _PROVIDERS.items()}
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 _ERRORS_ONLY = 3
+_ROUNDING = ("DynamicQuantizeLinear", "QuantizeLinear")
+"""What rounds activations."""
+_EXACT_PRODUCTS = "session.x64quantprecision"
+"""Where the CPU's products of unsigned and signed bytes overflow, weights become unsigned, whose kernels are exact. It takes
+weights that are constants, so their transpositions have to be folded."""
 _FLOAT_PRODUCTS = ("Conv", "Gemm", "MatMul", "MatMulBnb4", "MatMulNBits")
 """The last two have low-bit weights, which they widen as they go."""
-_INT8_PRODUCTS = ("ConvInteger", "MatMulInteger", "QGemm", "QLinearConv", "QLinearMatMul")
+_INT8_PRODUCTS = ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul")
 
 
 class OnnxRuntime(Runtime):
@@ -44,8 +42,8 @@ class OnnxRuntime(Runtime):
     held: ClassVar[Mapping[str, float]] = {"float32": 1.1, "bfloat16": 3.9, "int8": 2.2, "int4": 4, "nf4": 4}
     held_mapped: ClassVar[Mapping[str, float] | None] = {**held, "float32": 0.02, "bfloat16": 0.25}
     live_maps: ClassVar[Mapping[str, float]] = {"fp32": 25}
-    options: ClassVar[frozenset[str]] = frozenset({"provider"})
-    devices: ClassVar[tuple[str, ...]] = tuple(_PROVIDERS)
+    options: ClassVar[frozenset[str]] = frozenset({"provider", "provider_options", "cuda_graphs"})
+    devices: ClassVar[tuple[str, ...]] = tuple(providers.BY_DEVICE)
 
     @classmethod
     def probe(cls) -> Availability:
@@ -63,42 +61,56 @@ class OnnxRuntime(Runtime):
 
     @classmethod
     def device_for(cls, placement: Placement) -> str:
-        return _DEVICES.get(_provider(placement)[0], "other")
+        return providers.choose(placement)[1]
+
+    @classmethod
+    def option_obstacle(cls, option: str, placement: Placement) -> tuple[str, str] | None:
+        return providers.option_obstacle(option, placement)
 
     def __init__(self, part: PartFiles, placement: Placement) -> None:
         import onnxruntime
 
         super().__init__(part, placement)
         operators = _operators(part.folder)
-        provider, fallback = _provider(placement)
+        provider, device, fallback = providers.choose(placement)
+        graphs = placement.cuda_graphs and provider in providers.NVIDIA
+        providers.prepare(provider)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = placement.threads or usable_cores()
         options.inter_op_num_threads = 1
         options.log_severity_level = _ERRORS_ONLY
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         mapped = placement.offload == "mapped"
+        overflows = overflows_bytes() and any(operators[name] for name in _ROUNDING)
+        keeps = mapped and not overflows
+        if overflows:
+            options.add_session_config_entry(_EXACT_PRODUCTS, "1")
         if mapped:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        if provider == "DmlExecutionProvider":  # which asks for it
+            options.enable_mem_pattern = False
+        asked = providers.options_of(provider, device, part.precision, placement)
         kept = onnx_weights.adapt(options, part.folder, part.deltas)
-        self._session: Any = onnxruntime.InferenceSession(
-            part.folder / "model.onnx",
-            options,
-            providers=list(dict.fromkeys([provider, "CPUExecutionProvider"])),
-            disabled_optimizers=["ConstantFolding"] if mapped else [],
-        )
+        self._session: Any = _opened(part, options, providers.listed(provider, asked), folds=not keeps)
         del kept
         ran = self._session.get_providers()[0]
-        if ran != provider and not fallback:
-            fallback = f"ONNX Runtime couldn't start {provider}: using {ran}"
+        if ran != provider:
+            fallback = _not_started(provider, ran, placement)
         actual = {i.name: (_DTYPES.get(i.type, i.type), len(i.shape)) for i in self._session.get_inputs()}
         self._output_dtypes = {o.name: _DTYPES.get(o.type, o.type) for o in self._session.get_outputs()}
+        self._binding: DeviceBinding | None = None
+        if ran in providers.NVIDIA:
+            self._binding = DeviceBinding(self._session, "cuda", self._output_dtypes, graphs=graphs)
         self._adopt(actual, set(self._output_dtypes))
         self.configuration = {
-            "device": _DEVICES.get(ran, ran),
+            "device": device if ran == provider else "cpu",
             "providers": self._session.get_providers(),
+            "provider_options": self._session.get_provider_options().get(ran, {}),
+            "cuda_graphs": graphs and ran == provider,
             "threads": self._session.get_session_options().intra_op_num_threads,
             "precision": _precisions(operators),
+            "unsigned_weights": overflows,
             "mapped": mapped,
             "nodes": _nodes_by_provider(self._session),
             "fallback": fallback,
@@ -108,6 +120,8 @@ class OnnxRuntime(Runtime):
         import numpy as np
         import torch
 
+        if self._binding is not None:
+            return self._binding.run(inputs, outputs)
         binding = self._session.io_binding()
         for name, tensor in inputs.items():
             dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
@@ -127,24 +141,44 @@ class OnnxRuntime(Runtime):
     def _tap(self, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         return onnx_graph.tap(self.part.folder, self._session, inputs, names)
 
+    def between_runs(self, *, same: bool) -> None:
+        if self._binding is not None:
+            self._binding.same.forget()
+            self._binding.same.active = same
+
     def close(self) -> None:
-        self._session = None
+        self._session = self._binding = None
 
 
-def _provider(placement: Placement) -> tuple[str, str | None]:
+def _opened(part: PartFiles, options: Any, listed: list[Any], *, folds: bool) -> Any:  # noqa: ANN401 - onnxruntime is untyped
+    """Open a session; a provider that refuses the model, or an option, is said to have done so.
+
+    Raises:
+        UnavailableError: with ONNX Runtime's reason.
+    """
     import onnxruntime
 
-    available = onnxruntime.get_available_providers()
-    if placement.provider:
-        if placement.provider not in available:
-            message = unknown("execution provider", placement.provider, available)
-            raise UnavailableError(message, fix="install the onnxruntime package that has it, such as onnxruntime-gpu")
-        return placement.provider, None
-    device, fallback = choose_device(placement.device, tuple(_PROVIDERS), "onnxruntime")
-    provider = _PROVIDERS[device]
-    if provider not in available:
-        return "CPUExecutionProvider", f"this ONNX Runtime has no {provider}: using cpu"
-    return provider, fallback
+    disabled = [] if folds else ["ConstantFolding"]
+    file = part.folder / "model.onnx"
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=listed, disabled_optimizers=disabled)
+    except Exception as error:  # ONNX Runtime raises RuntimeError, ValueError and classes of its own
+        if len(listed) == 1:  # the CPU's: the model's own fault
+            raise
+        message = f"{part.name} can't be opened by {listed[0][0]}: {error}"
+        raise UnavailableError(message, fix="leave out what it refuses, or run the part on cpu") from error
+
+
+def _not_started(provider: str, ran: str, placement: Placement) -> str:
+    """Say that ONNX Runtime chose another provider.
+
+    Raises:
+        UnavailableError: the provider, or something that only it has, was asked for by name.
+    """
+    message = f"ONNX Runtime couldn't start {provider}"
+    if placement.provider or placement.provider_options or placement.cuda_graphs:
+        raise UnavailableError(message, fix="its own log on stderr says what it lacks; or let the part run on cpu")
+    return f"{message}: using {ran}"
 
 
 def _nodes_by_provider(session: Any) -> dict[str, int]:  # noqa: ANN401 - onnxruntime is untyped

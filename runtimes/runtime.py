@@ -93,6 +93,16 @@ class Runtime(ABC):
         return option in cls.options or (option == "mapped" and cls.held_mapped is not None)
 
     @classmethod
+    def obstacle(cls, precision: str) -> Availability | None:  # noqa: ARG003 - most run all that they can open
+        """Say what keeps a precision from running on this machine's CPU, or from running as it is meant to; else None."""
+        return None
+
+    @classmethod
+    def option_obstacle(cls, option: str, placement: Placement) -> tuple[str, str] | None:  # noqa: ARG003 - most have none
+        """Say why an option that the runtime has can't be had where a part would run, and the fix; None if it can."""
+        return None
+
+    @classmethod
     def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:  # noqa: ARG003 - not all can
         """Return the shapes of a part's weights that LoRAs can be added to, by their names in the checkpoint."""
         return {}
@@ -193,6 +203,12 @@ class Runtime(ABC):
         """Execute with checked inputs; `names` are none of theirs."""
         self.operations()
         raise NotImplementedError
+
+    def between_runs(self, *, same: bool) -> None:  # noqa: B027 - most keep nothing
+        """Forget the tensors of earlier runs; with `same`, those that are the same in the next ones needn't cross again.
+
+        What is the same: the same memory, which nothing but torch writes.
+        """
 
     def synchronize(self) -> None:  # noqa: B027 - most have nothing to do
         """Wait until the device has finished; nothing to do where `run` returns finished tensors."""

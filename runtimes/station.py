@@ -28,7 +28,7 @@ class Station:
     """A part's place in the engine: opens the runtime when it is first needed, and times it."""
 
     def __init__(self, baked: Baked, part: Part, placement: Placement) -> None:
-        self._baked, self.part, self._placement = baked, part, placement
+        self._baked, self.part, self._placement = baked, part, placement.of(part.name)
         self._entry = baked.parts[part.name]
         self.runtime: Runtime | None = None
         self.seconds = 0.0
@@ -45,6 +45,7 @@ class Station:
         """Called with the part's name and its module whenever it was opened."""
         self.watcher: Callable[[str, Mapping[str, Tensor]], None] | None = None
         """Called with the part's name and what it is given, before each run."""
+        self._in_batch = False
         self._told: dict[str, Any] | None = None
         self._deltas: Mapping[str, Sequence[Delta]] = {}
 
@@ -115,9 +116,16 @@ class Station:
             placement = replace(self._placement, offload="mapped" if self.mapped else "none")
             folder = self._baked.folders[self.part.name]
             self.runtime = open_part(folder, self.part, self._entry, placement, self._deltas)
+            self.runtime.between_runs(same=self._in_batch)
             if self.visitor:
                 self.visitor(self.part.name, self.runtime.module())
         return self.runtime
+
+    def in_batch(self, *, same: bool) -> None:
+        """Say that a batch begins, in which what is given again is the same, or ends."""
+        self._in_batch = same
+        if self.runtime is not None:
+            self.runtime.between_runs(same=same)
 
     def adapt(self, deltas: Mapping[str, Sequence[Delta]]) -> None:
         """Open with other LoRAs from now on."""

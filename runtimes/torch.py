@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..components.component import WRAPPER
-from ..errors import InputError
-from ..hardware import Availability, choose_device, usable_cores
+from ..components.low_bit import SCALE
+from ..errors import InputError, UsageError
+from ..hardware import OVERFLOWS, Availability, choose_device, overflows_bytes, usable_cores
 from ..lora import added
 from ..weights import Checkpoint, layer_names
-from . import attention
+from . import acceleration, attention
+from .blocks import Blocks
+from .crossing import Crossing
 from .islands import keep_wide
 from .runtime import Operation, PartFiles, Runtime
 
@@ -25,11 +30,14 @@ if TYPE_CHECKING:
 
 _DTYPES = {"fp32": "float32", "fp16": "float16"}
 """Precision -> what is computed in, bfloat16 unless said: low-bit precisions are what weights are stored in."""
+_LIBRARIES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "int4": "torchao", "w8a8-dynamic": "torchao"}
+"""Precision -> what runs its codes."""
+_WIDENED = f"{OVERFLOWS}: layers of w8a8 are multiplied in floats"
 _HALF = {"bf16", "fp16"}
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _TORCH_NAMES = {"rocm": "cuda"}
-_CODED = (".SCB", ".absmax", "._weight_qdata")
-"""What some names of tensors end in where bitsandbytes or torchao keeps codes."""
+_CODED = (".SCB", ".absmax", "._weight_qdata", SCALE)
+"""What some names of tensors end in where there are codes of bitsandbytes, torchao or our own."""
 _GIVEN = "/input"
 """What the name of what a layer is given ends in."""
 
@@ -41,7 +49,9 @@ class TorchRuntime(Runtime):
     `offload=mapped` these, too.
     """
 
-    options: ClassVar[frozenset[str]] = frozenset({"compile", "attention_slicing"})
+    options: ClassVar[frozenset[str]] = frozenset(
+        {"compile", "cuda_graphs", "attention", "channels_last", "attention_slicing", "blocks"}
+    )
     held: ClassVar[Mapping[str, float]] = dict.fromkeys(("float32", "bfloat16", "float16"), 0.02)
     held_mapped: ClassVar[Mapping[str, float] | None] = held
     live_maps: ClassVar[Mapping[str, float]] = {"fp32": 16, "bf16": 10}
@@ -53,6 +63,19 @@ class TorchRuntime(Runtime):
         if option == "token_merging":
             return attention.can_merge(config)
         return super().serves(option, config)
+
+    @classmethod
+    def option_obstacle(cls, option: str, placement: Placement) -> tuple[str, str] | None:
+        device = cls.device_for(placement)
+        if option == "compile":
+            return acceleration.compiler_obstacle(device)
+        if option == "attention":
+            return acceleration.attention_obstacle(str(placement.attention), device)
+        if option == "cuda_graphs" and device not in {"cuda", "rocm"}:
+            return f"it would run on {device}, CUDA graphs are NVIDIA's and AMD's", "leave out cuda_graphs"
+        if option == "blocks" and device == "cpu":
+            return "it would run on cpu, where weights are already", "offload=mapped"
+        return None
 
     @classmethod
     def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:
@@ -92,6 +115,15 @@ class TorchRuntime(Runtime):
             return Availability(ok=False, reason="torch is not installed", fix="pip install torch")
         return Availability(ok=True, reason=f"torch {torch.__version__}")
 
+    @classmethod
+    def obstacle(cls, precision: str) -> Availability | None:
+        library = _LIBRARIES.get(precision)
+        if library and importlib.util.find_spec(library) is None:
+            return Availability(ok=False, reason=f"{library} is not installed", fix=f"pip install 'bakeoff[{library}]'")
+        if precision == "w8a8" and overflows_bytes():
+            return Availability(ok=True, reason=_WIDENED)
+        return None
+
     def __init__(self, part: PartFiles, placement: Placement) -> None:
         import torch
 
@@ -101,9 +133,11 @@ class TorchRuntime(Runtime):
         computed = _DTYPES.get(part.precision, "bfloat16")
         self._dtype: torch.dtype = getattr(torch, computed)
         self._device = torch.device(_TORCH_NAMES.get(device, device))
-        mapped = placement.offload == "mapped"
-        self._channels_last = part.precision != "fp32" and not mapped
-        module = part.build(computed).to(self._device)
+        mapped, in_blocks = placement.offload == "mapped", placement.offload == "blocks"
+        self._channels_last = _channels_last(placement, part.precision)
+        self._crossing = Crossing(self._device)
+        module = part.build(computed)
+        module = module if in_blocks else module.to(self._device)
         wide = keep_wide(module, part.folder, self._dtype) if part.precision in _HALF else []
         _adapt(module, part.deltas)
         merged = attention.merge_tokens(module, placement.token_merging)
@@ -112,32 +146,61 @@ class TorchRuntime(Runtime):
             self._slicing = attention.SlicedAttention(placement.attention_slicing)
         if self._channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._module: Any = torch.compile(module) if placement.compile else module
+        blocks = Blocks(part.name, module, self._device) if in_blocks else None
+        if placement.attention:
+            self._slicing = acceleration.ChosenAttention(placement.attention)
+        compiling = None if acceleration.compiler_obstacle(device) else placement.compile
+        self._module: Any
+        self._module, compiled = acceleration.compile_module(module, compiling or False)
+        graphs = placement.cuda_graphs and self.option_obstacle("cuda_graphs", placement) is None
+        self._call: Any = self._graphs(wide, blocks) if graphs else self._module
         self.configuration = {
             "device": device,
             "threads": self._threads,
             "precision": _precision(module, computed),
             "float32_layers": wide,
-            "compile": placement.compile,
+            "compile": compiled,
+            "cuda_graphs": graphs,
+            "attention": getattr(self._slicing, "counts", None),
+            "channels_last": self._channels_last,
+            "blocks": blocks.count if blocks else None,
             "mapped": mapped,
             "attention_slicing": placement.attention_slicing,
             "lossy": [f"token_merging={placement.token_merging}"] if merged else [],
-            "fallback": fallback,
+            "fallback": "; ".join(filter(None, (fallback, _widened(module, device)))) or None,
         }
+
+    def _graphs(self, wide: list[str], blocks: Blocks | None) -> acceleration.Graphs:
+        """Return what records and replays the module.
+
+        Raises:
+            UsageError: it waits for the device, or moves weights, while it runs.
+        """
+        reason = "some layers stay in float32 and look at their values" if wide else None
+        reason = "its weights come and go" if blocks else reason
+        if reason:
+            message = f"{self.part.name} can't be recorded as a CUDA graph: {reason}"
+            raise UsageError(message, fix="leave out cuda_graphs")
+        return acceleration.Graphs(self.part.name, self._module)
 
     def _run(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         import torch
 
         assert self._module is not None, "closed"  # noqa: S101
-        arguments = [self._prepare(inputs[port.name], port.exact) for port in self.inputs]
+        arguments = self._arguments(inputs)
         with torch.no_grad(), _threads(self._threads), self._slicing:
-            results = self._module(*arguments)
-        return {name: result.to("cpu").contiguous() for name, result in zip(outputs, results, strict=True)}
+            results = self._call(*arguments)
+        return dict(zip(outputs, self._crossing.to_host(results), strict=True))
 
-    def _prepare(self, tensor: Tensor, exact: bool) -> Tensor:  # noqa: FBT001 - a port's own
+    def _arguments(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        return [
+            self._crossing.to_device(port.name, inputs[port.name], partial(self._prepare, exact=port.exact))
+            for port in self.inputs
+        ]
+
+    def _prepare(self, tensor: Tensor, *, exact: bool) -> Tensor:
         import torch
 
-        tensor = tensor.to(self._device)
         if tensor.is_floating_point() and not exact:
             tensor = tensor.to(self._dtype)
         if self._channels_last and tensor.ndim == 4:  # noqa: PLR2004 - pictures and latents
@@ -176,7 +239,7 @@ class TorchRuntime(Runtime):
         paths = {name.removesuffix(_GIVEN) for name in names}
         layers = {path: layer for path, layer in self._layers().items() if path in paths}
         handles = [layer.register_forward_hook(watch(path)) for path, layer in layers.items()]
-        arguments = [self._prepare(inputs[port.name], port.exact) for port in self.inputs]
+        arguments = self._arguments(inputs)
         try:
             with torch.no_grad(), _threads(self._threads), self._slicing:
                 self._module(*arguments)
@@ -191,8 +254,19 @@ class TorchRuntime(Runtime):
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
+    def between_runs(self, *, same: bool) -> None:
+        self._crossing.same.forget()
+        self._crossing.same.active = same
+
     def close(self) -> None:
-        self._module = None
+        self._module = self._call = None
+        self._crossing.same.forget()
+
+
+def _channels_last(placement: Placement, precision: str) -> bool:
+    if placement.channels_last == "auto":
+        return precision != "fp32" and placement.offload != "mapped"
+    return placement.channels_last == "on"
 
 
 def _adapt(module: nn.Module, deltas: Mapping[str, Sequence[Delta]]) -> None:
@@ -207,9 +281,27 @@ def _precision(module: nn.Module, dtype: str) -> str | dict[str, int]:
     """Name what is computed in; where there are products of integers, count the layers of each kind."""
     from torch import nn
 
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    integer = sum(getattr(layer.weight, "act_quant_kwargs", None) is not None for layer in layers)
+    from ..components.byte_layers import ByteLayer
+
+    kinds = (nn.Linear, nn.Conv2d, ByteLayer)
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, kinds)]
+    integer = sum(
+        layer.rounds and layer.integers
+        if isinstance(layer, ByteLayer)
+        else getattr(layer.weight, "act_quant_kwargs", None) is not None
+        for layer in layers
+    )
     return {"int8": integer, dtype: len(layers) - integer} if integer else dtype
+
+
+def _widened(module: nn.Module, device: str) -> str | None:
+    """Say that codes are multiplied in floats, where they are: what comes out is the same."""
+    from ..components.byte_layers import ByteLayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, ByteLayer) and layer.rounds]
+    if device == "cpu" and any(not layer.integers for layer in layers):
+        return _WIDENED
+    return f"on {device} layers of w8a8 are multiplied in floats" if layers and device != "cpu" else None
 
 
 @contextlib.contextmanager

@@ -19,6 +19,15 @@ def test_doctor(run_json):
     assert all(each["ok"] for each in found["backends"].values())
 
 
+def test_precisions(run_json, run_cli):
+    found = run_json("precisions")
+    assert {cell["backend"] for cell in found} >= {"onnx", "openvino", "torch"}
+    assert all(cell["reason"] for cell in found if not (cell["exported"] and cell["runs"]))
+    printed = run_cli("precisions").stdout
+    assert printed.splitlines()[0].split() == sorted({cell["backend"] for cell in found})
+    assert "torch:fp8: torchao's 8-bit floats ask for" in printed
+
+
 def test_generate_writes_a_png_and_says_how_it_came_about(run_json, baked, tmp_path):
     from PIL import Image
 

@@ -15,7 +15,7 @@ FOLDERS = sorted(
 
 LAYERS = [
     {"errors"},
-    {"nvidia"},
+    {"nvidia", "placement"},
     {"budget", "recipe", "artifact", "hardware", "weights", "memory", "pictures", "progress", "verdict"},
     {"components", "quantize", "reports", "home", "hub"},
     {"single_file", "variants"},
@@ -31,7 +31,7 @@ LAYERS = [
     {"explain"},
     {"plan"},
     {"bake"},
-    {"bench", "calibrate", "doctor"},
+    {"bench", "calibrate", "doctor", "precisions"},
     {"repair", "studio"},
     {"choose", "sensitivity"},
     {"demo"},

@@ -135,7 +135,7 @@ def test_a_budget_refuses_marks_and_stays(tmp_path, capsys):
     assert main(strict) == ParityError.exit_code, "the same export again"
     assert main(["verify", str(target), "--parity"]) == 0
     assert main(["verify", str(target), "--parity", "--json"]) == 0
-    assert Artifact.open(target).manifest.proved["status"] == "failing"
+    assert Artifact.open(target).manifest.proof["status"] == "failing"
 
 
 def test_a_looser_budget_needs_a_reason(tmp_path, capsys):

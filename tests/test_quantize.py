@@ -1,5 +1,6 @@
 """Low-bit weights: what a format does to numbers, and that every backend computes with exactly those."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import onnx
 import pytest
@@ -20,22 +22,27 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel
 
-from bakeoff import plugins
+import bakeoff
+from bakeoff import hardware, plugins
 from bakeoff.bake import export
+from bakeoff.components.byte_layers import ByteLayer
 from bakeoff.components.component import Component, Port, Sizes
 from bakeoff.components.loading import load_diffusers
 from bakeoff.errors import InputError, RecipeError, UnavailableError
 from bakeoff.exporters.capture import module_on_hollow, on_hollow
 from bakeoff.exporters.exporter import Subject
 from bakeoff.lora import Delta
-from bakeoff.proof import relative_error
+from bakeoff.precisions import cells, markdown
+from bakeoff.proof import names_in, relative_error, scales_of
+from bakeoff.quantize.calibration import Calibration
 from bakeoff.quantize.nf4 import LEVELS
-from bakeoff.recipe import Placement, parse
+from bakeoff.recipe import PRECISIONS, Placement, parse
 from bakeoff.runtimes.engine import load
 from bakeoff.runtimes.opening import open_part, read_folder
 from bakeoff.runtimes.runtime import PartFiles
 from bakeoff.weights import Checkpoint
 
+SHAPES = Path(bakeoff.__file__).parent / "models" / "shapes"
 FORMATS = ["int8", "int4", "nf4"]
 BACKENDS = {"onnx": 1e-5, "openvino": 1e-2, "torch": 1e-2}
 """Backend -> distance to eager float32 with rounded weights: the last two compute in bfloat16."""
@@ -216,7 +223,12 @@ def test_activations_are_rounded_as_they_come(source, tmp_path, backend):
         )
     with plugins.runtime(backend)(files, Placement(device="cpu", threads=1)) as runtime:
         got = runtime.run(inputs)
-        ran = runtime.configuration["precision"]
+        ran, fallback = (runtime.configuration[name] for name in ("precision", "fallback"))
+    if backend == "openvino" and hardware.overflows_bytes():
+        assert "doesn't round activations" in fallback
+        assert all(relative_error(got[key], wide) < 1e-5 for key, wide in zip(("tokens", "mixed"), eager, strict=True))
+        return
+    assert fallback is None
     for key, wide, rounded in zip(("tokens", "mixed"), eager, alike, strict=True):
         assert 1e-4 < relative_error(got[key], wide) < 2e-2
         if backend == "onnx":
@@ -225,7 +237,7 @@ def test_activations_are_rounded_as_they_come(source, tmp_path, backend):
     assert backend != "torch" or ran == {"int8": 2, "bfloat16": 1}
 
 
-@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_activations_are_rounded_with_calibrated_scales(source, tmp_path, backend):
     made, scales = Mixed(), {"matrix": (0.01, 0.02), "vector": (0.03, 0.02), "take": (0.03, 0.02)}
     files, _ = lower(made, source, tmp_path, backend, "w8a8", scales)
@@ -241,12 +253,89 @@ def test_activations_are_rounded_with_calibrated_scales(source, tmp_path, backen
         operators = Counter(node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node)
         assert operators["MatMulIntegerToFloat"] == 2
         assert operators["QuantizeLinear"] == 4
-    else:
+        assert ran == {"float32": 1, "int8": 2}  # the convolution becomes QLinearConv when it is opened
+    elif backend == "torch":
+        assert ran == ("bfloat16" if hardware.overflows_bytes() else {"int8": 3, "bfloat16": 0})
+    elif not hardware.overflows_bytes():
         assert sum(ran.get(kind, 0) for kind in ("i8", "u8")) == 3
     for key, far, near in zip(("tokens", "mixed"), wide, expected, strict=True):
         most = 4e-3 if backend == "onnx" else 1.5e-2  # a value between two steps may go either way
         assert relative_error(got[key], near) < most, key
         assert relative_error(got[key], far) < 5e-2
+
+
+@pytest.fixture(scope="module")
+def extreme_source(tmp_path_factory):
+    """A module folder whose weights' codes are all 127 or -127, the table's values all 1 or -1."""
+    folder = tmp_path_factory.mktemp("extreme")
+    generator = torch.Generator().manual_seed(0)
+    layers = Layers().to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            parameter.copy_(torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1)
+    layers.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("offload", ["none", "mapped"])
+@pytest.mark.parametrize("precision", ["int8", "w8a8", "w8a8-dynamic"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_of_large_products_dont_overflow(extreme_source, tmp_path, backend, precision, offload):
+    """On a CPU without VNNI, 255 × 127 + 255 × 127 is 32,767 in the quickest kernels: half of what it should be."""
+    if precision not in plugins.exporter(backend).precisions:
+        pytest.skip(f"no {backend}:{precision}")
+    made, scales = Mixed(), {"matrix": (0.8 / 127, 0.1), "vector": (1 / 127, 1.0), "take": (1 / 127, 1.0)}
+    files, _ = lower(made, extreme_source, tmp_path, backend, precision, scales)
+    inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
+    inputs |= {name: inputs[name].sign() for name in ("time", "picture")}
+    with torch.no_grad():
+        eager = plugins.mixture(precision).round_module(made.load(extreme_source, torch.float32), {}, scales)
+        expected = dict(zip(("tokens", "mixed"), made.flat(eager)(*inputs.values()), strict=True))
+    with plugins.runtime(backend)(files, Placement(device="cpu", threads=1, offload=offload)) as runtime:
+        got = runtime.run(inputs)
+        said = runtime.configuration
+        if backend == "onnx":
+            inside = runtime.tap(inputs, list(expected))
+            assert all(relative_error(inside[key].float(), got[key]) < 2e-2 for key in expected)
+    for key, tensor in expected.items():
+        assert relative_error(got[key], tensor) < (2e-2 if precision == "w8a8" else BACKENDS[backend]), key
+    if backend == "openvino" and precision != "int8" and hardware.overflows_bytes():
+        assert "no VNNI" in said["fallback"]
+        assert not {"i8", "u8"} & set(said["precision"])
+
+
+def test_torch_multiplies_integers_where_the_cpu_can(source, tmp_path):
+    """Codes of at most 64 overflow nowhere: so oneDNN's kernels can be held to floats here, whatever the CPU."""
+    made, scales = Mixed(), {"matrix": (0.01, 0.02), "vector": (0.03, 0.02), "take": (0.03, 0.02)}
+    files, _ = lower(made, source, tmp_path, "torch", "w8a8", scales)
+    inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
+    with plugins.runtime("torch")(files, Placement(device="cpu", threads=1)) as runtime:
+        layers = [layer for layer in runtime.module().modules() if isinstance(layer, ByteLayer)]
+        outputs = []
+        for layer in layers:
+            layer.weight.data = layer.weight.clamp(-64, 63)
+        for integers in (False, True):
+            for layer in layers:
+                layer.integers = integers
+            outputs.append(runtime.run(inputs))
+    assert len(layers) == 3
+    for key, wide in outputs[0].items():
+        assert relative_error(outputs[1][key], wide) < 5e-3, key
+    assert any(layer._packed is not None for layer in layers)
+
+
+def test_a_layer_that_was_not_calibrated_keeps_its_activations(source, tmp_path):
+    made, scales = Mixed(), {"matrix": (0.01, 0.02)}
+    files, lowered = lower(made, source, tmp_path, "torch", "w8a8", scales)
+    inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
+    with torch.no_grad():
+        eager = plugins.mixture("w8a8").round_module(made.load(source, torch.float32), {}, scales)
+        expected = dict(zip(("tokens", "mixed"), made.flat(eager)(*inputs.values()), strict=True))
+    with plugins.runtime("torch")(files, Placement(device="cpu", threads=1)) as runtime:
+        got = runtime.run(inputs)
+    assert all(relative_error(got[key], tensor) < 1e-2 for key, tensor in expected.items())
+    assert lowered.weight_bytes["int8"] == 192 * 128 + 64 * 128 + 64 * 16 * 9
+    assert lowered.kept == {"table.weight": "bakeoff has codes for Linear layers and convolutions alone"}
 
 
 class Attending(Mixed):
@@ -397,7 +486,37 @@ def test_the_manifest_says_what_was_kept_and_why(baked):
     assert part["kept"]["text_model.embeddings.token_embedding.weight"] == "ONNX Runtime has no nf4 weights for Gather"
     assert part["weight_bytes"]["nf4"] > part["weight_bytes"]["bfloat16"]
     assert part["weight_shares"]["nf4"] == pytest.approx(0.92, abs=0.05)
+    assert part["stated_share"] == part["weight_shares"]["nf4"]
     assert sum(part["weight_shares"].values()) == pytest.approx(1, abs=1e-3)
+    wide = json.loads((baked("torch:fp32") / "bakeoff.json").read_text())["parts"]["text_encoder"]
+    assert "stated_share" not in wide
+
+
+def test_torchs_own_codes_open_in_bakeoff_and_nowhere_else(tmp_path):
+    entries = Checkpoint.open(SHAPES / "text_encoder").entries
+    seen = Calibration({"model": "shapes"})
+    for name, entry in entries.items():
+        if len(entry.shape) == 2 and "embedding" not in name:
+            seen.see("text_encoder", name.removesuffix(".weight"), rows(scale=0.5), rows())
+    seen.save(tmp_path / "seen.safetensors")
+    recipe = parse("null:fp32,text_encoder=torch:w8a8")[0]
+    export("shapes", tmp_path / "out", recipe, prove=False, calibration=tmp_path / "seen.safetensors")
+    opened = read_folder(tmp_path / "out")
+    part, folder = opened.family.part("text_encoder"), opened.folders["text_encoder"]
+    eager = part.component.flat(part.component.load(SHAPES / "text_encoder", torch.float32))
+    mixture, scales = plugins.mixture("w8a8"), scales_of(folder)
+    mixture.round_module(eager, names_in(eager, Checkpoint.open(SHAPES / "text_encoder")), scales)
+    inputs = part.component.example(opened.config("text_encoder"), Sizes(2, 8, 8, 12), seed=0)
+    with open_part(folder, part, opened.parts[part.name], Placement(device="cpu")) as runtime:
+        got = runtime.run(inputs)["last_hidden_state"]
+    with torch.no_grad():
+        expected = eager(inputs["input_ids"])[0]
+    assert relative_error(got, expected) < 3e-2
+    assert opened.artifact.manifest.parts["text_encoder"].stated_share > 0.85
+    with pytest.raises(InputError, match="its weights are codes"):
+        opened.shapes("text_encoder")
+    with pytest.raises(ValueError, match="bakeoff"):
+        CLIPTextModel.from_pretrained(folder, local_files_only=True)
 
 
 def test_codes_take_no_loras(baked, tmp_path):
@@ -550,3 +669,48 @@ def test_without_the_library_the_error_says_what_to_install(source, tmp_path, mo
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UnavailableError, match=f"{library}, which is not installed"):
         plugins.runtime("torch")(files, Placement(device="cpu"))
+
+
+def test_every_cell_is_there_or_has_a_reason():
+    found = cells()
+    assert len(found) == len(PRECISIONS) * len({cell.backend for cell in found})
+    for cell in found:
+        reasons = plugins.exporter(cell.backend).reasons
+        assert cell.exported != (cell.precision in reasons), cell
+        assert cell.exported or cell.reason == reasons[cell.precision]
+
+
+def test_the_page_has_the_table_of_precisions():
+    page = (Path(__file__).parent.parent / "docs" / "quantization.md").read_text()
+    assert "\n".join(markdown(cells())) in page
+
+
+def test_what_cant_be_baked_says_why(tmp_path):
+    with pytest.raises(RecipeError, match="torch can't bake fp8: torchao's 8-bit floats ask for"):
+        export("shapes", tmp_path / "out", parse("torch:fp8")[0])
+
+
+def test_what_isnt_installed_isnt_here(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else found(name))
+    here = {cell.precision: cell for cell in cells() if cell.backend == "torch"}
+    assert here["int8"].runs
+    assert here["int4"].exported
+    assert (here["int4"].runs, here["int4"].fix) == (False, "pip install 'bakeoff[torchao]'")
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "overflows"),
+    [
+        ("x86_64", "avx2 fma", True),
+        ("x86_64", "avx512f", True),
+        ("x86_64", "avx2 avx_vnni", False),
+        ("x86_64", "avx512f avx512_vnni", False),
+        ("AMD64", "", True),
+        ("aarch64", "", False),
+    ],
+)
+def test_which_processors_products_of_bytes_overflow(monkeypatch, machine, flags, overflows):
+    monkeypatch.setattr(hardware.platform, "machine", lambda: machine)
+    monkeypatch.setattr(hardware, "_cpuinfo", lambda: {"flags": flags})
+    assert hardware.overflows_bytes() is overflows

@@ -74,12 +74,13 @@ def calibration(folder: Path, work: Path) -> Path:
 def calibrate_here(folder: str, output: str) -> None:
     import numpy as np
 
+    from bakeoff.calibrate import watch
     from bakeoff.quantize.calibration import Calibration
     from bakeoff.weights import Checkpoint, layer_names
 
     seen, given = Calibration(), {}
     with _opened(Arm("torch", "fp32"), Path(folder), Path(folder), threads=1) as runtime:
-        runtime.observe(lambda layer, before, after: seen.see(PART, layer, before, after))
+        watch(seen, PART, runtime.module())
         for seed, timestep in enumerate(TIMESTEPS):
             step = inputs(Path(folder), CALIBRATED, seed, timestep)
             runtime.run(step)

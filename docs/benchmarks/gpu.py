@@ -1,0 +1,302 @@
+"""`make gpu`: everything that an NVIDIA GPU can show, in ten minutes: `python gpu.py RECORD.json`.
+
+Items run one after another in processes of their own, most telling first; the record is written after each, and the
+page beside it. Run again, it goes on with what is missing. Full-size models have random weights that are drawn on the
+device: their seconds, memory and energy are those of the real ones, their pictures are noise.
+
+`--device cpu --tiny` runs the same code with tiny models on a CPU: to try it, its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from bakeoff import hardware
+from bakeoff.errors import BakeoffError
+
+ITEMS_SCRIPT = Path(__file__).with_name("gpu_items.py")
+SCHEMA = 1
+_LEAST_S = 15.0
+"""Less than this isn't worth starting a process for."""
+_GRACE_S = 20.0
+"""What an item may take beyond its budget before its process is ended."""
+PACKAGES = (
+    "bakeoff",
+    "torch",
+    "diffusers",
+    "transformers",
+    "bitsandbytes",
+    "torchao",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "tensorrt-cu13",
+)
+ANCHORS = {
+    "model": "FLUX.1-dev, 28 steps, 1024×1024, bfloat16, one H200",
+    "seconds": {"Diffusers": 5.58, "Diffusers, compiled": 4.32, "Diffusers, compiled, FlashAttention 3": 3.73},
+    "label": "published by others for the real weights on their machine; not measured here",
+}
+SHAPES_ARMS = (
+    "torch:fp32", "torch:bf16", "torch:fp16", "torch:bf16+cuda_graphs", "torch:bf16+compile=regional",
+    "torch:int8", "torch:nf4", "torch:w8a8-dynamic", "torch:fp8", "onnx:fp32", "onnx:fp16", "tensorrt:fp32",
+    "tensorrt:fp16", "tensorrt:w8a8", "tensorrt:fp8",
+)  # fmt: skip
+"""Those whose backend isn't here are left out, with the reason in the record."""
+TRIED_ARMS = ("torch:fp32", "torch:bf16", "torch:bf16+cuda_graphs", "torch:nf4", "tensorrt:fp16")
+"""With `--tiny`."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A full-size model, and the work that it gets."""
+
+    name: str
+    steps: int
+    guidance: float | None = None
+    """None: the pipeline's own."""
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("flux.1-dev", 28),
+        Model("sdxl", 30),
+        Model("sd-3.5-medium", 28),
+        Model("z-image", 20),
+        Model("sd-3.5-large", 28),
+    )
+}
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "eager bf16": ("bf16", {}),
+    "compiled blocks": ("bf16", {"compile": "regional"}),
+    "CUDA graphs": ("bf16", {"cuda_graphs": True}),
+    "compiled blocks, CUDA graphs": ("bf16", {"compile": "regional", "cuda_graphs": True}),
+    "nf4": ("nf4", {}),
+    "int8": ("int8", {}),
+    "fp8, compiled blocks": ("fp8", {"compile": "regional"}),
+    "w8a8-dynamic, compiled blocks": ("w8a8-dynamic", {"compile": "regional"}),
+    "compiled whole": ("bf16", {"compile": "full"}),
+}
+"""Arm -> precision, placement; in the order in which they are run."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to run: a function of `gpu_items.py`, its arguments, and the seconds that it may take."""
+
+    name: str
+    kind: str
+    budget_s: float
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
+    """Return all that there is to run, most telling first."""
+    common = {"work": str(work), "device": device}
+    arms = [f"{arm}@{device}" for arm in (TRIED_ARMS if tiny else SHAPES_ARMS)]
+    judged = {"arms": arms, "blocks": 2 if tiny else 3, "prompts": 2 if tiny else 128, "steps": 2 if tiny else 20}
+    first = [
+        _picture(MODELS[name], arm, common, tiny=tiny) for name in MODELS for arm in ("eager bf16", "compiled blocks")
+    ]
+    rest = [
+        _picture(model, arm, common, tiny=tiny)
+        for arm in ARMS
+        for model in MODELS.values()
+        if arm not in {"eager bf16", "compiled blocks"}
+    ]
+    step = {**common, "model": "sdxl", "recipe": "onnx:fp16", "size": 128 if tiny else 1024, "tiny": tiny}
+    return [
+        *first[:2],
+        Item("shapes", "shapes", 240, {**common, **judged}),
+        *first[2:],
+        Item("sdxl, one step, ONNX Runtime", "onnx_step", 240, step),
+        *rest,
+    ]
+
+
+def _picture(model: Model, arm: str, common: dict[str, Any], *, tiny: bool) -> Item:
+    precision, placement = ARMS[arm]
+    arguments = {
+        **common,
+        "model": model.name,
+        "precision": precision,
+        "placement": placement,
+        "steps": 2 if tiny else model.steps,
+        "size": 64 if tiny else 1024,
+        "guidance": model.guidance,
+        "pictures": 2 if tiny else 3,
+        "tiny": tiny,
+    }
+    return Item(f"{model.name}, {arm}", "picture", 150 if placement.get("compile") == "full" else 75, arguments)
+
+
+def run(item: Item, seconds: float, logs: Path) -> dict[str, Any]:
+    """Run an item in a process of its own that ends when its time is over."""
+    arguments = item.arguments | ({} if item.kind == "shapes" else {"budget_s": seconds})
+    command = [sys.executable, "-P", str(ITEMS_SCRIPT), item.kind, json.dumps(arguments)]
+    started = time.monotonic()
+    log = logs / f"{''.join(c if c.isalnum() else '-' for c in item.name)}.txt"
+    with (
+        log.open("w") as stream,
+        subprocess.Popen(  # noqa: S603 - our own script
+            command, stdout=subprocess.PIPE, stderr=stream, text=True, start_new_session=True
+        ) as process,
+    ):
+        try:
+            output, _ = process.communicate(timeout=seconds + _GRACE_S)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return {"failed": f"took longer than {seconds + _GRACE_S:.0f} s", "wall_s": round(seconds + _GRACE_S, 1)}
+    wall = {"wall_s": round(time.monotonic() - started, 1)}
+    lines = output.splitlines()
+    if process.returncode or not lines:
+        return {"failed": log.read_text()[-1500:], "exit_code": process.returncode, **wall}
+    return {**json.loads(lines[-1]), **wall}
+
+
+def is_done(outcome: dict[str, Any] | None) -> bool:
+    """Say whether an item needn't run again: it has figures, or can't run here."""
+    return outcome is not None and "failed" not in outcome and "not_run" not in outcome
+
+
+def open_record(file: Path, device: str, *, tiny: bool) -> dict[str, Any]:
+    """Return the record so far, or a new one.
+
+    Raises:
+        BakeoffError: it is another machine's, or of another size.
+    """
+    machine = hardware.describe()
+    fresh = {"schema": SCHEMA, "machine": machine, "device": device, "tiny": tiny, "versions": _versions()}
+    if not file.exists():
+        return {**fresh, "anchors": ANCHORS, "items": {}}
+    found: dict[str, Any] = json.loads(file.read_text())
+    for name, value in (("device", device), ("tiny", tiny), ("cpu", machine["cpu"]), ("gpus", machine["gpus"])):
+        had = found[name] if name in found else found["machine"][name]
+        if had != value:
+            message = f"{file} was recorded with {name} = {had}, here it is {value}"
+            raise BakeoffError(message, fix="choose another file, or remove this one")
+    return {**found, "versions": fresh["versions"]}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write(file: Path, record: dict[str, Any]) -> None:
+    """Write the record and its page, each at once."""
+    for path, text in ((file, json.dumps(record, indent=1) + "\n"), (file.with_suffix(".md"), page(record))):
+        partial = path.with_suffix(".partial")
+        partial.write_text(text)
+        partial.replace(path)
+
+
+def page(record: dict[str, Any]) -> str:
+    """Return the record in words and tables."""
+    gpus = ", ".join(gpu["name"] for gpu in record["machine"]["gpus"]) or "no GPU"
+    lines = ["# What the GPU showed", "", f"`{record['command']}` on {gpus}; {record['machine']['cpu']}."]
+    lines += [", ".join(f"{name} {each}" for name, each in record["versions"].items()) + ".", ""]
+    if record["tiny"] or record["device"] != "cuda":
+        lines += [f"**Tiny models on {record['device']}: the script was tried, no figure here means anything.**", ""]
+    lines += ["Weights of full-size models are random: seconds, memory and energy are theirs, pictures are noise.", ""]
+    lines += ["| model, arm | a picture, s | a step, ms | first picture, s | memory, GB | energy, J | |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    lines += [_row(name, outcome) for name, outcome in record["items"].items() if name != "shapes"]
+    anchors = record["anchors"]
+    lines += ["", f"Anchors: {anchors['model']}: "]
+    lines[-1] += ", ".join(f"{name} {each} s" for name, each in anchors["seconds"].items()) + f" ({anchors['label']})."
+    judged = record["items"].get("shapes", {})
+    lines += ["", "## The embedded model", "", judged.get("markdown") or _remark(judged) or "not run"]
+    for arm, reason in judged.get("left_out", {}).items():
+        lines.append(f"- left out: `{arm}`: {reason}")
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, outcome: dict[str, Any]) -> str:
+    memory = (outcome.get("memory") or {}).values()
+    joules = outcome.get("energy_j_per_picture") or outcome.get("energy_j_per_step")
+    cells = [
+        _figure(outcome.get("median_picture_s"), "{:.3f}"),
+        _figure(outcome.get("step_s"), "{:.2f}", 1e3),
+        _figure(outcome.get("first_picture_s"), "{:.1f}"),
+        _figure(max((each for each in memory if each), default=None), "{:.2f}", 1e-9),
+        _figure(sum(joules.values()) if joules else None, "{:.0f}"),
+        _remark(outcome),
+    ]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _figure(value: float | None, text: str, times: float = 1.0) -> str:
+    return "–" if value is None else text.format(value * times)
+
+
+def _remark(outcome: dict[str, Any]) -> str:
+    for word in ("skipped", "failed", "not_run"):
+        if word in outcome:
+            said = " ".join(str(outcome[word]).split())[-200:]
+            return f"{word.replace('_', ' ')}: {said}".replace("|", "/")
+    tainted = (outcome.get("guard") or {}).get("tainted", [])
+    turns = ["parts took turns on the device"] if outcome.get("offload") == "parts" else []
+    return "; ".join([*turns, *tainted])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--tiny", action="store_true", help="tiny models: to try the script")
+    parser.add_argument("--minutes", type=float, default=10.0, help="after which nothing more is started (10)")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="items with one of these words in their names")
+    parser.add_argument("--work", type=Path, help="folder for what is built; by default beside the record")
+    options = parser.parse_args()
+    there = hardware.devices()[options.device]
+    if not there.ok:
+        print(f"make gpu runs on {options.device}, but {there.reason}.\n  hint: {there.fix}", file=sys.stderr)
+        print("  hint: --device cpu --tiny tries the script here", file=sys.stderr)
+        return 5
+    ends = time.monotonic() + 60 * options.minutes
+    options.record.parent.mkdir(parents=True, exist_ok=True)
+    work = (options.work or options.record.parent / "gpu-work").resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    record = open_record(options.record, options.device, tiny=options.tiny)
+    record["command"] = " ".join(["python", "docs/benchmarks/gpu.py", *sys.argv[1:]])
+    for item in items(options.device, work, tiny=options.tiny):
+        if (options.only and not any(word in item.name for word in options.only)) or is_done(
+            record["items"].get(item.name)
+        ):
+            continue
+        left = ends - time.monotonic() - _GRACE_S
+        outcome = (
+            run(item, min(item.budget_s, left), work)
+            if left >= _LEAST_S
+            else {"not_run": f"{max(left, 0):.0f} s were left of {options.minutes:g} minutes; run it again"}
+        )
+        record["items"][item.name] = {**outcome, "arguments": asdict(item)["arguments"]}
+        print(
+            f"{item.name}: {_remark(outcome) or _figure(outcome.get('median_picture_s'), '{:.3f} s a picture')}",
+            file=sys.stderr,
+        )
+        write(options.record, record)
+    print(options.record.with_suffix(".md").read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

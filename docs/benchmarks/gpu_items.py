@@ -1,0 +1,313 @@
+"""What `gpu.py` runs in child processes, one item each: `python gpu_items.py KIND ARGUMENTS.json`, the result on stdout.
+
+An item that can't run here returns `skipped` with the reason; one that fails returns `failed`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bakeoff import nvidia, plugins
+from bakeoff.bench import energy, guard
+from bakeoff.errors import BakeoffError
+from bakeoff.models import fullsize
+from bakeoff.recipe import Placement
+
+PROMPT = "a large red circle on a white background, a photograph, daylight"
+_ROOM = 0.92
+"""Share of the device's memory that weights and activations may take together."""
+_ACTIVATIONS = 6_000_000_000
+"""Counted for a picture of 1024² on top of weights: the VAE decoder's feature maps for the most part."""
+_SHARES = {"nf4": 0.29, "int8": 0.51, "w8a8-dynamic": 0.51, "fp8": 0.51}
+"""Bytes of a denoiser in a precision for one in bfloat16, scales included."""
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When the item has to be done: it stops between pictures rather than being stopped."""
+
+    at: float
+
+    @property
+    def left_s(self) -> float:
+        return self.at - time.monotonic()
+
+
+def picture(
+    model: str,
+    work: str,
+    precision: str,
+    device: str,
+    placement: dict[str, Any],
+    steps: int,
+    size: int,
+    guidance: float | None,
+    pictures: int,
+    budget_s: float,
+    *,
+    tiny: bool,
+) -> dict[str, Any]:
+    """Time pictures of a full-size model whose weights are drawn on the device, first one apart."""
+    import torch
+
+    from bakeoff.models.drawn import DENOISERS, open_drawn
+    from bakeoff.runtimes.engine import Engine
+
+    deadline = Deadline(time.monotonic() + budget_s)
+    dtype = "float16" if precision == "fp16" else "bfloat16"
+    folder = Path(work) / f"{model}-{dtype}{'-tiny' if tiny else ''}"
+    if not (folder / "model_index.json").exists():
+        fullsize.build(model, folder, dtype=dtype, hollow=True, small=tiny)
+    weights = _weight_bytes(folder, precision)
+    placement = {**placement, **_room(weights, device)}
+    if "skipped" in placement:
+        return placement
+    asked = {"steps": steps, "size": (size, size), "seeds": 1, "stages": True}
+    asked |= {} if guidance is None else {"guidance_scale": guidance}
+    started = time.perf_counter()
+    with Engine(open_drawn(folder, precision, device), Placement(device, **placement)) as engine:
+        first = engine.generate(PROMPT, **asked)
+        first_s = time.perf_counter() - started
+        _reset_peak()
+        before, counted, timed = guard.read(os.getpid()), energy.read(), []
+        while len(timed) < pictures and (not timed or deadline.left_s > 1.3 * timed[-1].seconds["total"]):
+            timed.append(engine.generate(PROMPT, **asked))
+        spent, after = energy.between(counted, energy.read()), guard.read(os.getpid())
+        told = engine.configuration
+    denoiser = next(name for name in first.seconds if name in DENOISERS)
+    seconds = [result.seconds["total"] for result in timed]
+    return {
+        "first_picture_s": round(first_s, 3),
+        "picture_s": [round(each, 4) for each in seconds],
+        "median_picture_s": round(statistics.median(seconds), 4),
+        "step_s": round(statistics.median(each.seconds[denoiser] for each in timed) / steps, 5),
+        "stages_s": {name: round(value, 4) for name, value in timed[-1].seconds.items()},
+        "pixels_std": round(float(timed[-1].images.std()), 3),
+        "weight_bytes": sum(weights.values()),
+        "memory": device_memory(),
+        "energy_j_per_picture": {name: round(each / len(timed), 2) for name, each in (spent or {}).items()} or None,
+        "guard": guard.between(before, after),
+        "offload": placement.get("offload", "none"),
+        "configuration": told[denoiser],
+        "notes": list(timed[-1].notes),
+        "versions": {"torch": torch.__version__},
+    }
+
+
+def _weight_bytes(folder: Path, precision: str) -> dict[str, int]:
+    """Return module -> bytes of its weights as they will lie on the device."""
+    from bakeoff.models.drawn import DENOISERS
+
+    sizes = {
+        module.name: sum(file.stat().st_size for file in module.glob("*.safetensors"))
+        for module in folder.iterdir()
+        if module.is_dir()
+    }
+    return {
+        name: round(size * (_SHARES.get(precision, 1.0) if name in DENOISERS else 1.0))
+        for name, size in sizes.items()
+        if size
+    }
+
+
+def _room(weights: dict[str, int], device: str) -> dict[str, Any]:
+    """Choose whether parts stay on the device together, take turns, or can't be had."""
+    if device != "cuda":
+        return {"offload": "none"}
+    import torch
+
+    free = torch.cuda.mem_get_info()[0] * _ROOM - _ACTIVATIONS
+    if sum(weights.values()) <= free:
+        return {"offload": "none"}
+    largest = max(weights, key=lambda name: weights[name])
+    if weights[largest] <= free:
+        return {"offload": "parts"}
+    needed, there = weights[largest] / 1e9, (free + _ACTIVATIONS) / 1e9
+    return {
+        "skipped": f"{largest} takes {needed:.1f} GB and {_ACTIVATIONS / 1e9:.0f} GB to run, {there:.1f} GB are free"
+    }
+
+
+def _reset_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def device_memory() -> dict[str, int | None]:
+    """Return what torch's allocator took of the device at most, and what the driver says of this process, in bytes."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "allocator_peak_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_peak_bytes": torch.cuda.max_memory_reserved(),
+        "process_bytes": nvidia.process_bytes(os.getpid()),
+    }
+
+
+def onnx_step(
+    model: str, work: str, recipe: str, device: str, size: int, budget_s: float, *, tiny: bool
+) -> dict[str, Any]:
+    """Export a denoiser to ONNX from random weights on disk, and time its steps on ONNX Runtime's provider."""
+    import torch
+
+    from bakeoff.bake import export
+    from bakeoff.components.component import Sizes
+    from bakeoff.recipe import parse
+    from bakeoff.runtimes.opening import open_part, read_folder
+
+    deadline = Deadline(time.monotonic() + budget_s)
+    chosen, placement = parse(f"{recipe}@{device}")
+    runtime_class = plugins.runtime(chosen.default.backend)
+    available = runtime_class.probe()
+    if not available.ok:
+        return {"skipped": f"{available.reason}: {available.fix}"}
+    if device != "cpu" and runtime_class.device_for(placement) != device:
+        return {"skipped": f"this ONNX Runtime has no provider for {device}: pip install 'bakeoff[onnx-gpu]'"}
+    source, target = (
+        Path(work) / f"{model}-random{'-tiny' if tiny else ''}",
+        Path(work) / f"{model}-onnx-{_plain(recipe)}",
+    )
+    if not source.exists():
+        fullsize.build(model, source, dtype="float16", small=tiny)
+    started = time.perf_counter()
+    artifact = export(str(source), target, _denoiser_alone(chosen, source), prove=False)
+    export_s = time.perf_counter() - started
+    folder = read_folder(artifact.folder)
+    part = next(part for part in folder.family.parts if part.name in {"unet", "transformer"})
+    config, latent = folder.config(part.module), size // 8
+    fed = part.component.example(config, part.component.limit(config, Sizes(2, latent, latent, 77)), 0)
+    seconds: list[float] = []
+    started = time.perf_counter()
+    with open_part(folder.folders[part.name], part, folder.parts[part.name], placement) as runtime:
+        inputs = {
+            port.name: fed[port.name].to(getattr(torch, port.dtype)).reshape([1] * port.rank)
+            if fed[port.name].ndim == 0
+            else fed[port.name]
+            for port in runtime.inputs
+        }
+        runtime.run(inputs)
+        first_s = time.perf_counter() - started
+        counted = energy.read()
+        while len(seconds) < 10 and deadline.left_s > 2 * (seconds[-1] if seconds else 1):  # noqa: PLR2004 - enough
+            begun = time.perf_counter()
+            runtime.run(inputs)
+            seconds.append(time.perf_counter() - begun)
+        spent = energy.between(counted, energy.read())
+        told = runtime.configuration
+        held = nvidia.process_bytes(os.getpid())
+    return {
+        "export_s": round(export_s, 1),
+        "first_step_s": round(first_s, 3),
+        "step_s": round(statistics.median(seconds), 5) if seconds else None,
+        "steps_timed": len(seconds),
+        "memory": {"process_bytes": held},
+        "energy_j_per_step": {name: round(each / len(seconds), 3) for name, each in (spent or {}).items()} or None,
+        "configuration": told,
+    }
+
+
+def _denoiser_alone(recipe: Any, source: Path) -> Any:  # noqa: ANN401 - a Recipe
+    """Return the recipe for the denoiser; all else stays torch's, which is linked."""
+    from bakeoff.recipe import PartRecipe, Recipe
+
+    name = "unet" if (source / "unet").is_dir() else "transformer"
+    return Recipe(PartRecipe("torch", "fp16"), {name: recipe.default})
+
+
+def _plain(text: str) -> str:
+    return "".join(each if each.isalnum() else "-" for each in text)
+
+
+def shapes(work: str, device: str, arms: list[str], blocks: int, prompts: int, steps: int) -> dict[str, Any]:
+    """Run an experiment on the embedded model: every arm, timed in turn and judged by its gates."""
+    from bakeoff.bench.experiment import from_dict
+    from bakeoff.bench.runner import run
+    from bakeoff.reports.summary import summarize
+    from bakeoff.reports.tables import as_json, markdown
+
+    found, left_out = _possible(arms, device)
+    declared = from_dict(
+        {
+            "model": "shapes",
+            "arms": found,
+            "baseline": found[0],
+            "reference": arms[0],
+            "blocks": blocks,
+            "repetitions": 3,
+            "quality_prompts": prompts,
+            "timed_prompts": min(8, prompts),
+            "steps": steps,
+            "guidance_scale": 3.0,
+            "resident": True,
+        }
+    )
+    folder = Path(work) / "shapes"
+    record = run(
+        declared, folder, lambda text, done, total: print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
+    )
+    summary = summarize(record)
+    return {
+        "arms": json.loads(as_json(summary)),
+        "markdown": markdown(summary),
+        "left_out": left_out,
+        "bench_record": str(folder / "record.json"),
+    }
+
+
+def _possible(arms: list[str], device: str) -> tuple[list[str], dict[str, str]]:
+    """Return the arms whose backend can run on the device, and why others can't."""
+    from bakeoff.recipe import parse
+
+    found, left_out = [], {}
+    for arm in arms:
+        recipe, placement = parse(arm)
+        backend = recipe.default.backend
+        if backend not in plugins.names("runtimes"):
+            left_out[arm] = f"no backend {backend} is installed"
+            continue
+        runtime = plugins.runtime(backend)
+        available = runtime.probe()
+        reason = available.reason if not available.ok else _elsewhere(runtime, placement, device)
+        for option in ("compile", "cuda_graphs"):
+            if reason is None and getattr(placement, option):
+                obstacle = runtime.obstacle(option, placement)
+                reason = obstacle and obstacle[0]
+        if recipe.default.precision not in plugins.exporter(backend).precisions:
+            reason = f"{backend} doesn't bake {recipe.default.precision}"
+        if reason is None:
+            found.append(arm)
+        else:
+            left_out[arm] = reason
+    return found, left_out
+
+
+def _elsewhere(runtime: Any, placement: Placement, device: str) -> str | None:  # noqa: ANN401 - a Runtime's class
+    chosen = runtime.device_for(placement)
+    return None if chosen == device else f"it would run on {chosen}, not on {device}"
+
+
+KINDS = {"picture": picture, "onnx_step": onnx_step, "shapes": shapes}
+
+
+def main() -> None:
+    kind, arguments = sys.argv[1], json.loads(sys.argv[2])
+    try:
+        result = KINDS[kind](**arguments)  # type: ignore[operator]
+    except BakeoffError as error:
+        result = {"skipped": error.message, "fix": error.fix}
+    sys.stdout.write(f"\n{json.dumps(result, default=str)}\n")
+
+
+if __name__ == "__main__":
+    main()

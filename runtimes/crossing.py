@@ -1,0 +1,68 @@
+"""Tensors on their way between host and device: pinned and asynchronous where there are two memories, and once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from torch import Tensor
+
+
+class Same:
+    """Remembers tensors by name, and what was made of them, while they stay the same.
+
+    The same memory, unwritten since: torch counts what it writes. What others write there (NumPy, through an array that
+    shares it) goes unseen, so it is for tensors of a pipeline's own, between its steps.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+        self._made: dict[str, tuple[tuple[Any, ...], Tensor, Any]] = {}
+
+    def get(self, name: str, tensor: Tensor, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever is made
+        """Return what was made of a tensor, or make it now."""
+        if not self.active or tensor.is_inference():
+            return make()
+        state = (tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype)  # noqa: SLF001 - torch's own count
+        known = self._made.get(name)
+        if known is None or known[0] != state:
+            known = self._made[name] = state, tensor, make()  # the tensor is held: its memory becomes no other's
+        return known[2]
+
+    def forget(self) -> None:
+        self._made.clear()
+
+
+class Crossing:
+    """The way to a torch device and back."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.same = Same()
+        self._pins = device.type in {"cuda", "xpu"}
+
+    def to_device(self, name: str, tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return a tensor on the device, after `make` has given it the dtype and layout that it needs there."""
+
+        def crossed() -> Tensor:
+            if self._pins and tensor.device.type == "cpu":
+                return make(tensor.pin_memory().to(self.device, non_blocking=True))
+            return make(tensor.to(self.device))
+
+        found: Tensor = self.same.get(name, tensor, crossed)
+        return found
+
+    def to_host(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return tensors in host memory, finished and contiguous; all copies are on their way before any is waited for."""
+        import torch
+
+        if not self._pins:
+            return [tensor.to("cpu").contiguous() for tensor in tensors]
+        results = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+        for result, tensor in zip(results, tensors, strict=True):
+            result.copy_(tensor, non_blocking=True)
+        torch.accelerator.current_stream(self.device).synchronize()
+        return results

@@ -1,0 +1,182 @@
+"""`make gpu`, tried on the CPU with tiny models: the same script, the same processes, the same record."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bakeoff import hardware
+from bakeoff.errors import BakeoffError, UnavailableError, UsageError
+from bakeoff.models import fullsize
+from bakeoff.models.drawn import PRECISIONS, open_drawn
+from bakeoff.recipe import Placement
+from bakeoff.runtimes.engine import Engine
+
+FOLDER = Path(__file__).parent.parent / "docs" / "benchmarks"
+SCRIPT = FOLDER / "gpu.py"
+
+
+def tried(record, *only, minutes="9"):
+    command = [sys.executable, "-P", str(SCRIPT), str(record), "--device", "cpu", "--tiny", "--minutes", minutes]
+    done = subprocess.run([*command, "--only", *only], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(record.read_text())
+
+
+@pytest.fixture(scope="module")
+def script():
+    return runpy.run_path(str(SCRIPT))
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    file = tmp_path_factory.mktemp("gpu") / "record.json"
+    return file, tried(file, "sdxl, eager", "sdxl, CUDA graphs")
+
+
+def test_an_item_has_seconds_and_says_on_what(record):
+    file, found = record
+    told = found["items"]["sdxl, eager bf16"]
+    assert len(told["picture_s"]) >= 1
+    assert 0 < told["step_s"] * 2 <= told["median_picture_s"]
+    assert told["first_picture_s"] > 0
+    assert told["pixels_std"] > 0
+    assert told["configuration"]["precision"] == "bfloat16"
+    assert told["configuration"]["device"] == "cpu"
+    assert "tainted" in told["guard"]
+    assert found["tiny"]
+    assert found["device"] == "cpu"
+    page = file.with_suffix(".md").read_text()
+    assert "no figure here means anything" in page
+    assert "5.58" in page
+    assert "not measured here" in page
+
+
+def test_what_cannot_run_is_skipped_with_the_reason(record):
+    _, found = record
+    told = found["items"]["sdxl, CUDA graphs"]
+    assert "CUDA graphs" in told["skipped"]
+    assert told["fix"]
+
+
+def test_it_goes_on_where_it_stopped(record):
+    file, found = record
+    again = tried(file, "sdxl, eager", "sdxl, nf4", minutes="0")
+    assert again["items"]["sdxl, eager bf16"] == found["items"]["sdxl, eager bf16"]
+    assert "run it again" in again["items"]["sdxl, nf4"]["not_run"]
+
+
+def test_another_machines_record_is_left_alone(record, script):
+    file, found = record
+    assert script["open_record"](file, "cpu", tiny=True)["items"]
+    for change in ({"device": "cuda"}, {"tiny": False}):
+        with pytest.raises(BakeoffError, match="was recorded with"):
+            script["open_record"](file, **{"device": "cpu", "tiny": True, **change})
+    assert json.loads(file.read_text())["items"].keys() >= found["items"].keys()
+
+
+def test_without_a_gpu_it_says_what_is_missing(tmp_path):
+    if hardware.devices()["cuda"].ok:
+        pytest.skip("there is a GPU: make gpu runs")
+    command = [sys.executable, "-P", str(SCRIPT), str(tmp_path / "record.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 5
+    assert "sees no CUDA device" in done.stderr
+    assert "hint:" in done.stderr
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_an_item_that_takes_too_long_is_ended_with_its_children(script, tmp_path, monkeypatch):
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import subprocess, sys, pathlib\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid))\n"
+        "child.wait()\n"
+    )
+    run = script["run"]
+    monkeypatch.setitem(run.__globals__, "ITEMS_SCRIPT", slow)
+    monkeypatch.setitem(run.__globals__, "_GRACE_S", 1.0)
+    outcome = run(script["Item"]("slow", "picture", 1.0), 1.0, tmp_path)
+    assert "took longer than 2 s" in outcome["failed"]
+    status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/status")
+    assert not status.exists() or "Z (zombie)" in status.read_text()
+
+
+def test_a_crash_is_the_items_own(script, tmp_path, monkeypatch):
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit('no such kernel')\n")
+    monkeypatch.setitem(script["run"].__globals__, "ITEMS_SCRIPT", broken)
+    outcome = script["run"](script["Item"]("broken", "picture", 5.0), 5.0, tmp_path)
+    assert "no such kernel" in outcome["failed"]
+    assert not script["is_done"](outcome)
+
+
+def test_what_there_is_to_run(script, tmp_path):
+    items = script["items"]("cuda", tmp_path, tiny=False)
+    names = [item.name for item in items]
+    assert len(set(names)) == len(names)
+    models = set(fullsize.models()) - {"sd-1.5"}
+    assert {item.arguments["model"] for item in items if item.kind == "picture"} == models
+    assert {item.arguments["precision"] for item in items if item.kind == "picture"} == {
+        "bf16", "nf4", "int8", "fp8", "w8a8-dynamic"
+    }  # fmt: skip
+    for item in items:
+        if item.kind == "picture":
+            Placement("cuda", **item.arguments["placement"])
+    (flux,) = [item for item in items if item.name == "flux.1-dev, eager bf16"]
+    assert (flux.arguments["steps"], flux.arguments["size"]) == (28, 1024)  # as the anchors
+
+
+def test_the_embedded_models_item_judges_and_says_what_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("BAKEOFF_HOME", str(tmp_path / "home"))
+    shapes = runpy.run_path(str(FOLDER / "gpu_items.py"))["shapes"]
+    arms = ["null:fp32@cpu", "null:fp32+cuda_graphs@cpu", "tensorrt:fp16@cpu", "torch:fp64@cpu"]
+    told = shapes(str(tmp_path), "cpu", arms[:3], blocks=2, prompts=2, steps=2)
+    assert [row["arm"] for row in told["arms"]["rows"] if "null" in row["arm"]]
+    assert told["left_out"].keys() >= {"tensorrt:fp16@cpu"}
+    assert "null:fp32@cpu" in told["markdown"]
+    assert Path(told["bench_record"]).is_file()
+
+
+@pytest.fixture(scope="module")
+def hollow(tmp_path_factory):
+    return fullsize.build("flux.1-dev", tmp_path_factory.mktemp("drawn") / "flux", hollow=True, small=True)
+
+
+@pytest.mark.parametrize("precision", [each for each in PRECISIONS if each != "fp8"])
+def test_weights_are_drawn_where_they_run(hollow, precision):
+    made = []
+    for _ in range(2):
+        with Engine(open_drawn(hollow, precision, "cpu"), Placement("cpu", threads=1)) as engine:
+            made.append(engine.generate("a cat", seeds=1, steps=1, size=(64, 64)).images)
+            kinds = {type(layer).__name__ for layer in engine._stations["transformer"].runtime.module().modules()}
+    assert (made[0] == made[1]).all()
+    assert made[0].std() > 1
+    wanted = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}.get(precision, "Linear")
+    assert wanted in kinds
+
+
+def test_8_bit_floats_are_refused_without_a_gpu_that_has_them(hollow):
+    with Engine(open_drawn(hollow, "fp8", "cpu"), Placement("cpu", threads=1)) as engine:
+        with pytest.raises(UnavailableError, match="compute capability 8.9"):
+            engine.generate("a cat", seeds=1, steps=1, size=(64, 64))
+    with pytest.raises(UsageError, match="'fp8'"):
+        open_drawn(hollow, "fp9", "cpu")
+
+
+@pytest.mark.slow
+def test_the_whole_script_runs_at_tiny_size(tmp_path):
+    """Everything that a GPU would run, compilers and ONNX export included."""
+    file = tmp_path / "record.json"
+    for _ in range(4):
+        found = tried(file, "")
+        if all("not_run" not in told and "failed" not in told for told in found["items"].values()):
+            break
+    failed = {name: told for name, told in found["items"].items() if "failed" in told or "not_run" in told}
+    assert not failed
+    assert found["items"]["shapes"]["left_out"]
+    assert found["items"]["sdxl, one step, ONNX Runtime"]["step_s"] > 0
