@@ -366,7 +366,17 @@ def _add_verify(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
         "verify", help="check that an artifact's files are those that were written"
     )
     command.add_argument("folder", type=Path)
-    command.add_argument("--parity", action="store_true", help="prove each part against what eager fp32 gave, too")
+    command.add_argument(
+        "--parity", action="store_true", help="prove each part, and what it draws, against what eager fp32 gave, too"
+    )
+    command.add_argument(
+        "--scorer",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --parity, of the embedded model: judge N prompts of shapes-1024 by what pictures show, against "
+        "eager fp32; the gate of low-bit recipes needs 1024 (minutes)",
+    )
     command.add_argument(
         "--explain", action="store_true", help="find where it departs from eager fp32, and why: needs --source"
     )
@@ -377,23 +387,27 @@ def _add_verify(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from . import parity
     from .artifact import Artifact
 
+    if options.scorer and not options.parity:
+        message = "got --scorer without --parity, which it belongs to"
+        raise UsageError(message, fix=f"bakeoff verify {options.folder} --parity --scorer {options.scorer}")
     artifact = Artifact.open(options.folder)
     if options.explain:
         return _explain(artifact, options)
     problems = _hash_all(artifact)
     if options.parity and not problems:
-        from . import parity
-
         source = parity.source_of(artifact, options.source, options.config) if options.source else None
-        artifact = parity.prove_in_place(artifact, source)
+        artifact = parity.prove_in_place(artifact, source, scorer_prompts=options.scorer)
     if options.json:
         _print_json({"folder": str(options.folder), "problems": problems, "proof": artifact.manifest.proof})
     elif not problems:
         print(
             f"{options.folder}: all {len(artifact.manifest.files)} files are as written; {_proof(artifact.manifest.proof)}"
         )
+        if options.parity:
+            print(*(f"  {line}" for line in parity.in_words(artifact.manifest.proof)), sep="\n")
     for problem in problems:
         _say(f"error: {problem}")
     if problems:

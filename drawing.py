@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from .components.component import Component, Sizes
+    from .components.component import Component, Port, Sizes
     from .source import Source
 
     Tensors = dict[str, Tensor]
@@ -224,7 +224,7 @@ def made_up_picture(height: int, width: int) -> NDArray[np.uint8]:
     """Return a disc before two slopes of colour, (H, W, 3)."""
     import numpy as np
 
-    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     disc = (x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.1  # noqa: PLR2004 - a radius of about a third
     channels = np.stack([x, y, np.where(disc, 1.0, 0.25)], -1)
     return (channels * 255).round().astype(np.uint8)
@@ -242,8 +242,21 @@ def _cases(component: Component, config: Mapping[str, Any], calls: Sequence[Sequ
         chosen = ({0, last // 2, last}, {last}, {0})[index]
         sizes = PROOF_SIZES[index]
         length = component.limit(config, sizes).sequence if sizes is PROOF_SIZES[-1] else None
-        found += [Case(_thinned(component, config, given[call], sizes, length), call) for call in sorted(chosen)]
+        for call in sorted(chosen):
+            whole = _joined(component.inputs(config), given, call, sizes.batch)
+            found.append(Case(_thinned(component, config, whole, sizes, length), call))
     return tuple(found)
+
+
+def _joined(ports: Sequence[Port], given: Sequence[Tensors], call: int, batch: int) -> Tensors:
+    """Return what a call was given; with other calls' rows where a pipeline gives a part one picture at a time."""
+    import torch
+
+    if any(port.dims[:1] != ("batch",) for port in ports) or len(given[call][ports[0].name]) >= batch:
+        return given[call]
+    shapes = {port.name: given[call][port.name].shape for port in ports}
+    alike = [each for each in given if all(each[name].shape == shape for name, shape in shapes.items())]
+    return {name: torch.cat([each[name] for each in alike]) for name in shapes}
 
 
 def _thinned(

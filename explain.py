@@ -1,6 +1,7 @@
-"""Find where an artifact departs from eager float32: part, case, layer, operator, and the likely cause.
+"""Find where an artifact departs from eager float32: part, step, layer, operator, and the likely cause.
 
-Part and case come from the recorded cases. The layer is the first one, as eager runs them, whose output is off: by
+Part and step come from the recorded cases: the first step, along the drawing that they are from, at which the part is
+beyond its tolerance. The layer is the first one, as eager runs them, whose output is off: by
 bisection on the backend's own tensors against eager's. A layer that is off is believed to be at fault once eager, given
 the very input that the backend gave it, makes something else of it; so what came from before isn't blamed on it.
 """
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .anatomy import Anatomy
 from .causes import HARMLESS, UNKNOWN, Cause, Evidence, find_cause, principal, run_with
+from .drawing import sit
 from .errors import UnavailableError, UsageError
 from .proof import fed, measure, mixture_of, recorded, relative_error
 from .recipe import Placement
@@ -48,6 +50,8 @@ class CaseError:
     sizes: Mapping[str, int]
     timestep: float | None
     error: float
+    call: int | None = None
+    """Which call of the part in its drawing it was, from 0; None where inputs are made up."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Explanation:
     tolerance: float
     cases: tuple[CaseError, ...]
     case: int
-    """The one that was looked into: of the largest error."""
+    """The one that was looked into: the first along the drawing that is beyond tolerance, else that of the largest error."""
     layer: str | None = None
     """By its name in the checkpoint; of what lies between layers, the module that it is in."""
     operator: str | None = None
@@ -95,13 +99,15 @@ def explain(artifact: Artifact, source: Source) -> list[Explanation]:
         UnavailableError: a backend can't be used here, or no part computes anything.
     """
     baked = read_folder(artifact.folder)
+    known = all((artifact.folder / "proof" / f"{name}.safetensors").is_file() for name in artifact.manifest.parts)
+    session = None if known else sit(source, artifact.manifest.source["id"])
     explained = []
     for name, entry in artifact.manifest.parts.items():
         if entry.backend != "null":
             part = baked.family.part(name)
             vouched = artifact.vouched(name)
             with open_part(artifact.folder / name, part, entry, Placement(device="cpu"), vouched=vouched) as runtime:
-                record = recorded(artifact, name, source)
+                record = recorded(artifact, name, source, session)
                 explained.append((_survey(runtime, name, record), part, record))
     if not explained:
         message = f"{artifact.folder} has parts of the null backend alone, which compute nothing"
@@ -112,15 +118,22 @@ def explain(artifact: Artifact, source: Source) -> list[Explanation]:
 
 
 def _survey(runtime: Runtime, name: str, record: Recorded) -> Explanation:
-    """Run the recorded cases; the worst one is to be looked into."""
+    """Run the recorded cases, and choose the one that is to be looked into."""
     cases = []
-    for inputs, expected in record.cases:
+    for (inputs, expected), call in zip(record.cases, record.calls, strict=True):
         sizes = {f"{key}.{axis}": size for key, tensor in inputs.items() for axis, size in enumerate(tensor.shape)}
         time = inputs.get("timestep")
         error = measure(runtime.run(fed(runtime, inputs)), expected, {}).error
-        cases.append(CaseError(sizes, None if time is None else float(time.flatten()[0]), error))
-    worst = max(range(len(cases)), key=lambda index: cases[index].error)
-    return Explanation(name, record.tolerance, tuple(cases), worst)
+        cases.append(CaseError(sizes, None if time is None else float(time.flatten()[0]), error, call))
+    return Explanation(name, record.tolerance, tuple(cases), _chosen(cases, record.tolerance))
+
+
+def _chosen(cases: Sequence[CaseError], tolerance: float) -> int:
+    """Return the index of the first case, along the drawing, that is beyond tolerance; else that of the largest error."""
+    beyond = [
+        (case.call, index) for index, case in enumerate(cases) if case.call is not None and case.error > tolerance
+    ]
+    return min(beyond)[1] if beyond else max(range(len(cases)), key=lambda index: cases[index].error)
 
 
 def _explain_part(
@@ -342,7 +355,7 @@ def _run(layer: nn.Module, given: Tensor) -> Tensor:
 
 
 def as_json(explanation: Explanation) -> dict[str, Any]:
-    """Return an explanation for JSON, in which what is infinite is a string."""
+    """Return an explanation for JSON, in which what is infinite is a string; `step` is the first that is beyond tolerance."""
     from dataclasses import asdict
 
     def plain(value: Any) -> Any:  # noqa: ANN401 - JSON
@@ -353,7 +366,9 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
         return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
     found: dict[str, Any] = plain(asdict(explanation))
-    return found | {"departs": explanation.departs, "fault": explanation.fault}
+    chosen = found["cases"][explanation.case]
+    step = {"call": chosen["call"], "timestep": chosen["timestep"]} if explanation.departs else None
+    return found | {"step": step, "departs": explanation.departs, "fault": explanation.fault}
 
 
 def in_words(explanation: Explanation) -> list[str]:
@@ -365,11 +380,22 @@ def in_words(explanation: Explanation) -> list[str]:
         f"  case      {e.case}{_time(e.cases[e.case])}: "
         + ", ".join(f"{k} {v}" for k, v in e.cases[e.case].sizes.items()),
     ]
+    lines += [f"  step      {_step(e, beyond)}"] if beyond else []
     if e.layer is not None:
         operation = f" ({e.operation})" if e.operation else ""
         lines += [f"  layer     {e.layer}", f"  operator  {e.operator or 'unknown'}{operation}"]
     lines.append(f"  cause     {e.cause}" + ("" if e.fault else ": no fault"))
     return lines + [f"  {name}: {_figure(value)}" for name, value in e.figures.items()]
+
+
+def _step(explanation: Explanation, beyond: Sequence[CaseError]) -> str:
+    """Say at which step of a drawing the part is first beyond its tolerance."""
+    case = explanation.cases[explanation.case]
+    if case.call is None:
+        return "unknown: this part's inputs are made up, not recorded in a drawing"
+    first = all(case in beyond for case in explanation.cases)
+    said = f"call {case.call} of the part in its drawing{_time(case)}: the first that is beyond tolerance"
+    return said + (", as are all that were recorded" if first else "")
 
 
 def _time(case: CaseError) -> str:

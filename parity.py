@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import trajectory
+from . import meaning, trajectory
 from .artifact import Artifact, staged
 from .budget import Budget, Gate, decibels, granted, tolerance, upper_bound
 from .drawing import sit
@@ -75,10 +75,19 @@ def prove(
     }
 
 
-def prove_in_place(artifact: Artifact, source: Source | None, gate: Gate | None = None) -> Artifact:
+def prove_in_place(
+    artifact: Artifact, source: Source | None, gate: Gate | None = None, scorer_prompts: int = 0
+) -> Artifact:
     """Prove an artifact again: a twin made of links takes its place once it is proved, else nothing changes on disk.
 
-    What it was granted before holds again, unless the gate says otherwise. One that was let pass stays marked.
+    What it was granted before holds again, unless the gate says otherwise. One that was let pass stays marked. What the
+    scorer said earlier is kept, where it isn't asked again.
+
+    Args:
+        artifact: of any recipe.
+        source: what it was made from.
+        gate: what it has to pass.
+        scorer_prompts: how many prompts the embedded model's scorer judges; see `meaning.judge`.
 
     Raises:
         ParityError: as `prove`.
@@ -95,13 +104,53 @@ def prove_in_place(artifact: Artifact, source: Source | None, gate: Gate | None 
         if part.get("budget")
     }
     was_failing = artifact.manifest.proof["status"] == FAILING
+    allowed = gate.allow_failing or was_failing
+    scored = artifact.manifest.proof.get("scorer")
+    if scorer_prompts:
+        scored = meaning.judge(artifact, source or source_of(artifact, artifact.manifest.source["id"]), scorer_prompts)
     with staged(artifact.folder, replace_existing=True) as folder:
         twin = artifact.twin(folder)
-        proof = prove(twin, source, Gate({**known, **gate.budgets}, gate.allow_failing or was_failing))
+        proof = prove(twin, source, Gate({**known, **gate.budgets}, allowed))
+        if scored:
+            proof = _with_scores(proof, scored, allowed=allowed)
         if was_failing and proof["status"] == PROVED:
             proof |= {"status": FAILING, "reason": artifact.manifest.proof["reason"]}
         twin.with_proof(proof)
     return Artifact.open(artifact.folder)
+
+
+def _with_scores(proof: dict[str, Any], scored: Mapping[str, Any], *, allowed: bool) -> dict[str, Any]:
+    """Add what the scorer said to a proof.
+
+    Raises:
+        ParityError: it fails the gate, and may not.
+    """
+    problem = meaning.problem_of(scored)
+    if problem and not allowed:
+        raise ParityError(problem, fix="bakeoff recipe chooses layers that stay wide; see docs/quantization.md")
+    failing = {"status": FAILING, "reason": "; ".join(filter(None, (proof.get("reason"), problem)))} if problem else {}
+    return {**proof, **failing, "scorer": dict(scored)}
+
+
+def in_words(proof: Mapping[str, Any]) -> list[str]:
+    """Return a proof as lines of text: each part, then what was drawn, then what the scorer said."""
+    lines = []
+    for name, part in proof.get("parts", {}).items():
+        if not part["cases"]:
+            lines.append(f"{name}: {part['problem']}")
+            continue
+        worst = max(part["cases"], key=lambda case: case["error"])
+        floors = [f"{worst['error'] / part[key]:.2f} {key.upper()}" for key in ("f0", "f1") if part.get(key)]
+        lines.append(
+            f"{name}: SQNR {worst['sqnr_db']:.1f} dB (granted {decibels(part['tolerance']):.1f}), cosine "
+            f"{min(case['cosine'] for case in part['cases']):.7f}, worst relative error "
+            f"{max(case['worst'] for case in part['cases']):.1e}, {', '.join(floors) or 'F0 is 0'}; "
+            f"{len(part['cases'])} cases, inputs {part.get('inputs', 'made up')}"
+            + (f": {part['why']}" if "why" in part else "")
+        )
+    if "trajectory" in proof:
+        lines += trajectory.in_words(proof["trajectory"])
+    return lines + ([meaning.in_words(proof["scorer"])] if "scorer" in proof else [])
 
 
 def obstacle(artifact: Artifact, source: Source | None) -> str | None:

@@ -245,9 +245,7 @@ class Recorded:
         return "made up" if None in self.calls else "recorded"
 
 
-def recorded(
-    artifact: Artifact, name: str, source: Source | None = None, session: Session | None = None
-) -> Recorded:
+def recorded(artifact: Artifact, name: str, source: Source | None = None, session: Session | None = None) -> Recorded:
     """Read the cases of one part that were recorded with the artifact; record them elsewhere where they weren't.
 
     What the part is granted is what its manifest says, else what the floors justify.

@@ -25,6 +25,7 @@ LAYERS = [
     {"exporters", "runtimes", "models"},
     {"drawing"},
     {"proof", "traces", "anatomy", "trajectory"},
+    {"meaning"},
     {"parity"},
     {"causes"},
     {"explain"},

@@ -33,7 +33,7 @@ def test_each_part_is_proved_at_three_shapes(baked, recipe):
     assert proved["status"] == "proved"
     assert proved["peak_anon_bytes"] > 0
     for part in proved["parts"].values():
-        assert len(part["cases"]) == 3
+        assert part["inputs"] == "recorded"
         assert len({str(case["sizes"]) for case in part["cases"]}) == 3
         assert all(0 < case["error"] <= part["tolerance"] for case in part["cases"])
         assert part["tolerance"] < 0.05

@@ -1,0 +1,164 @@
+"""What an artifact draws, against eager float32's: distances, floors, gates."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from bakeoff import drawing, meaning, parity, pictures, trajectory
+from bakeoff.artifact import Artifact
+from bakeoff.cli import main
+from bakeoff.drawing import Drawn
+from bakeoff.errors import ParityError, UnavailableError, UsageError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def drawn(seed=0, noise=0.0):
+    rng = np.random.default_rng(seed)
+    latents = rng.standard_normal((3, 2, 4, 8, 8)).astype(np.float32)
+    shown = rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    more = np.random.default_rng(seed + 1)
+    shown = np.clip(shown + more.normal(0, noise, shown.shape), 0, 255).round().astype(np.uint8) if noise else shown
+    return Drawn(latents, shown)
+
+
+def holds(kinds, found, floor=None):
+    return {gate.name: gate.holds for gate in trajectory.judge(kinds, found, floor)}
+
+
+def test_units_are_ratios_to_the_floor():
+    found = {"drift": [2e-3], "psnr_db": [40.0, 200.0], "ssim": [0.98], "flip": [0.02]}
+    floor = {"drift": [1e-3], "psnr_db": [46.02, 200.0], "ssim": [0.99], "flip": [0.0]}
+    told = trajectory.units(found, floor)
+    assert told["drift"] == [2.0]
+    assert told["psnr_db"] == [pytest.approx(2, rel=1e-3), None]
+    assert told["ssim"] == [pytest.approx(2)]
+    assert told["flip"] == [None], "in units of nothing there is no figure"
+
+
+def test_fp32_needs_45_db_of_every_picture():
+    same = trajectory.figures([drawn()], [drawn()])
+    assert same["drift"] == [0, 0, 0]
+    assert holds({"fp32"}, same) == {"pictures": True, "fp32": True}
+    off = trajectory.figures([drawn()], [drawn(noise=3)])
+    assert 30 < min(off["psnr_db"]) < 45
+    assert holds({"fp32"}, off)["fp32"] is False
+
+
+def test_half_precision_is_measured_by_torchs_own():
+    found = trajectory.figures([drawn(), drawn(1)], [drawn(noise=4), drawn(1, noise=4)])
+    near = trajectory.figures([drawn(), drawn(1)], [drawn(noise=3.9), drawn(1, noise=3.9)])
+    far = trajectory.figures([drawn(), drawn(1)], [drawn(noise=1), drawn(1, noise=1)])
+    assert holds({"bf16", "fp32"}, found, near)["half precision"] is True
+    assert holds({"bf16", "fp32"}, found, far)["half precision"] is False
+    assert holds({"bf16"}, found, {"problem": "NaN"})["half precision"] is None
+
+
+def test_low_bits_are_left_to_the_scorer_and_one_colour_fails():
+    black = Drawn(drawn().latents, np.zeros_like(drawn().pictures))
+    found = trajectory.figures([drawn()], [black])
+    assert holds({"fp32", "bf16", "int8"}, found) == {"pictures": False, "meaning": None}
+    assert trajectory.figures([black], [black])["flat"] == [False, False], "what it is to draw is of one colour, too"
+
+
+def test_another_size_is_a_problem():
+    small = Drawn(drawn().latents, drawn().pictures[:, :16])
+    assert "expected (32, 32)" in trajectory.figures([drawn()], [small])["problem"]
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(pictures.importlib.util, "find_spec", lambda _: None)
+    assert "flip-evaluator isn't installed" in pictures.missing()["flip"]
+    found = trajectory.figures([drawn()], [drawn()])
+    assert "flip" not in found
+    assert holds({"fp32"}, found)["fp32"] is True
+    (gate,) = trajectory.judge({"bf16"}, found, found)
+    assert gate.holds is None
+    assert "flip-evaluator" in gate.detail
+
+
+def test_an_artifact_draws_what_its_proof_keeps(baked, capsys):
+    folder = baked("torch:fp32")
+    told = Artifact.open(folder).manifest.proof["trajectory"]
+    assert told["problem"] is None
+    assert told["unit"] == "F0"
+    assert len(told["figures"]["psnr_db"]) == len(told["figures"]["flip"]) == len(told["figures"]["ssim"]) == 6
+    assert len(told["figures"]["drift"]) == drawing.STEPS
+    assert {gate["name"]: gate["holds"] for gate in told["gates"]} == {"pictures": True, "fp32": True}
+    assert "f1" not in told["floors"]
+    assert main(["verify", str(folder), "--parity"]) == 0
+    out = capsys.readouterr().out
+    assert "latents, farthest after each step: " in out
+    assert "picture 5 (32×32): PSNR " in out
+    assert "gate fp32: passes" in out
+    assert "inputs recorded" in out
+
+
+def test_a_part_that_draws_something_else_fails(copied):
+    """The text encoder is another one: the parts' own cases would tell, and the pictures do."""
+    from safetensors.torch import load_file, save_file
+
+    folder = copied("torch:fp32")
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    norm = next(name for name in tensors if name.endswith("final_layer_norm.weight"))
+    tensors[norm] *= 1.5
+    size = file.stat().st_size
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert file.stat().st_size == size
+    told = trajectory.prove(Artifact.open(folder))
+    assert "worst PSNR" in told["problem"]
+    assert told["figures"]["drift"][0] > 1e-3
+
+
+def test_without_a_trajectory_the_reason_is_said(copied):
+    folder = copied("torch:fp32")
+    artifact = Artifact.open(folder)
+    shutil.rmtree(folder / "proof")
+    assert "--source" in trajectory.prove(artifact)["skipped"]
+
+
+def test_the_scorers_gate():
+    below = {"low": -2.6, "high": 1.0, "difference": -1.0}
+    assert meaning._gate({"fp32", "bf16"}, below, 1024) == {"limit": None, "holds": None}
+    assert meaning._gate({"w8a8"}, below, 1024) == {"limit": -2.5, "holds": False}
+    assert meaning._gate({"w8a8", "nf4"}, below, 1024) == {"limit": -5.0, "holds": True}
+    assert meaning._gate({"w8a8"}, below, 1023) == {"limit": -2.5, "holds": None}
+    failed = {**below, "limit": -2.5, "holds": False}
+    with pytest.raises(ParityError, match="at least -2.5"):
+        parity._with_scores({"status": "proved"}, failed, allowed=False)
+    marked = parity._with_scores({"status": "proved"}, failed, allowed=True)
+    assert (marked["status"], marked["scorer"]["low"]) == ("failing", -2.6)
+
+
+def test_the_scorer_judges_paired_pictures(copied, capsys):
+    folder = copied("torch:fp32")
+    assert main(["verify", str(folder), "--parity", "--scorer", "3", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["proof"]["scorer"]
+    assert (told["prompts"], told["difference"], told["low"], told["holds"]) == (3, 0, 0, None)
+    assert 0 <= told["right"] <= 1
+    assert not math.isnan(told["right_fp32"])
+    assert Artifact.open(folder).manifest.proof["scorer"] == told, "it is kept"
+
+
+def test_what_the_scorer_cannot_judge(baked, tmp_path, tiny):
+    from bakeoff.bake import export
+    from bakeoff.recipe import parse
+    from bakeoff.source import Source
+
+    other = export(str(tiny("stable-diffusion")), tmp_path / "out", parse("null:fp32")[0], prove=False)
+    with pytest.raises(UnavailableError, match="scorer for shapes alone"):
+        meaning.judge(other, Source.open(str(tiny("stable-diffusion"))), 1024)
+    with pytest.raises(UsageError, match="got 1 prompts"):
+        meaning.judge(Artifact.open(baked("torch:fp32")), Source.open("shapes"), 1)
+    assert main(["verify", str(other.folder), "--scorer", "8"]) == 2
