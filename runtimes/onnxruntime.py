@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ArtifactError, UnavailableError, unknown
-from ..hardware import Availability, choose_device, overflows_bytes, usable_cores
+from ..hardware import OVERFLOWS, Availability, choose_device, overflows_bytes, usable_cores
 from . import onnx_graph, onnx_weights
 from .runtime import Operation, PartFiles, Runtime
 
@@ -28,6 +28,7 @@ _PROVIDERS = {
 _DEVICES = {provider: device for device, provider in _PROVIDERS.items()}
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 _ERRORS_ONLY = 3
+_MAKES_UNSIGNED = "QDQS8ToU8Transformer"
 _ROUNDING = ("DynamicQuantizeLinear", "QuantizeLinear")
 """What rounds activations."""
 _EXACT_PRODUCTS = "session.x64quantprecision"
@@ -74,7 +75,8 @@ class OnnxRuntime(Runtime):
         import onnxruntime
 
         super().__init__(part, placement)
-        operators = _operators(part.folder)
+        graph = _graph(part.folder)
+        operators = Counter(node.op_type for node in graph.node)
         provider, fallback = _provider(placement)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = placement.threads or usable_cores()
@@ -89,12 +91,17 @@ class OnnxRuntime(Runtime):
         if mapped:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        disabled = ["ConstantFolding"] if keeps else []
+        if overflows and _lacks_zero_points(graph):
+            disabled.append(_MAKES_UNSIGNED)
+            widened = f"{OVERFLOWS}: convolutions are of floats until it is exported again"
+            fallback = "; ".join(filter(None, (fallback, widened)))
         kept = onnx_weights.adapt(options, part.folder, part.deltas)
         self._session: Any = onnxruntime.InferenceSession(
             part.folder / "model.onnx",
             options,
             providers=list(dict.fromkeys([provider, "CPUExecutionProvider"])),
-            disabled_optimizers=["ConstantFolding"] if keeps else [],
+            disabled_optimizers=disabled,
         )
         del kept
         ran = self._session.get_providers()[0]
@@ -175,8 +182,15 @@ def _precisions(operators: Counter[str]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _operators(folder: Path) -> Counter[str]:
-    """Count a model's operators by type; refuse one whose external data lies outside its folder.
+def _lacks_zero_points(graph: Any) -> bool:  # noqa: ANN401 - onnx is untyped
+    """Say whether weights are widened without zero points: ONNX Runtime fails to make these unsigned."""
+    stored = {tensor.name for tensor in graph.initializer}
+    wide = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored]
+    return any(len(node.input) < 3 for node in wide)  # noqa: PLR2004 - the third is the zero point
+
+
+def _graph(folder: Path) -> Any:  # noqa: ANN401 - onnx is untyped
+    """Read a model's graph without its weights; refuse one whose external data lies outside its folder.
 
     Raises:
         ArtifactError: with the path.
@@ -194,7 +208,7 @@ def _operators(folder: Path) -> Counter[str]:
             if item.key == "location" and not _is_inside(folder, item.value):
                 message = f"{file} points to data outside its folder: {item.value!r}"
                 raise ArtifactError(message, fix="don't use this model unless you know who made it")
-    return Counter(node.op_type for node in model.graph.node)
+    return model.graph
 
 
 def _is_inside(folder: Path, location: str) -> bool:
