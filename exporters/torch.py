@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import defaultdict
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..errors import RecipeError, UnavailableError
+from ..hardware import Availability
 from ..weights import TORCH_DTYPES, Checkpoint, convert, place, streamed, write_streamed
+from . import aoti
 from .bitsandbytes import Bitsandbytes
 from .costs import BYTES_PER_S, PACKED_TIMES, stored_bytes
 from .exporter import Cost, Lowered
@@ -43,7 +48,23 @@ class TorchExporter:
         "fp16": ("fp32", "fp16"),
         **dict.fromkeys(_LAYOUTS, ("bf16",)),
     }
-    options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {aoti.OPTION: ("",)}
+
+    def probe(self) -> Availability:
+        return Availability(ok=True, reason="torch is there")
+
+    def check(self, precision: str, options: Mapping[str, str]) -> None:
+        if aoti.OPTION not in options:
+            return
+        if precision not in aoti.PRECISIONS:
+            message = f"AOTInductor compiles parts of float weights alone, got {precision}"
+            raise RecipeError(message, fix=f"--recipe torch:bf16+{aoti.OPTION}")
+        if not (os.environ.get("CXX") or any(map(shutil.which, ("g++", "clang++", "c++")))):
+            message = "AOTInductor takes a C++ compiler, and there is none"
+            raise UnavailableError(message, fix="apt-get install g++")
+
+    def key_fields(self, precision: str, options: Mapping[str, str]) -> dict[str, Any]:  # noqa: ARG002 - another's
+        return {"bound": aoti.facts()} if aoti.OPTION in options else {}
 
     def packages(self) -> tuple[str, ...]:
         return ("torch", "diffusers", "transformers")
@@ -66,6 +87,8 @@ class TorchExporter:
         return Cost(_BASE_BYTES, written, written / BYTES_PER_S, weights)
 
     def lower(self, subject: Subject, folder: Path) -> Lowered:
+        if aoti.OPTION in subject.options:
+            aoti.write(subject, folder)
         if not subject.mixture.formats:
             how = _write(subject, folder)
             totals: dict[str, int] = defaultdict(int)

@@ -13,7 +13,7 @@ from ..errors import InputError, UsageError
 from ..hardware import OVERFLOWS, Availability, choose_device, overflows_bytes, usable_cores
 from ..lora import added
 from ..weights import Checkpoint, layer_names
-from . import acceleration, attention
+from . import acceleration, aoti, attention
 from .blocks import Blocks
 from .crossing import Crossing
 from .islands import keep_wide
@@ -134,7 +134,7 @@ class TorchRuntime(Runtime):
         self._dtype: torch.dtype = getattr(torch, computed)
         self._device = torch.device(_TORCH_NAMES.get(device, device))
         mapped, in_blocks = placement.offload == "mapped", placement.offload == "blocks"
-        self._channels_last = _channels_last(placement, part.precision)
+        self._channels_last = _channels_last(placement, part.precision) and not aoti.is_compiled(part.folder)
         self._crossing = Crossing(self._device)
         module = part.build(computed)
         module = module if in_blocks else module.to(self._device)
@@ -152,8 +152,12 @@ class TorchRuntime(Runtime):
         compiling = None if acceleration.compiler_obstacle(device) else placement.compile
         self._module: Any
         self._module, compiled = acceleration.compile_module(module, compiling or False)
+        self._call: Any = self._module
+        if aoti.is_compiled(part.folder):
+            self._call, compiled = self._ahead(module, placement, device), "aoti"
         graphs = placement.cuda_graphs and self.option_obstacle("cuda_graphs", placement) is None
-        self._call: Any = self._graphs(wide, blocks) if graphs else self._module
+        if graphs:
+            self._call = self._graphs(wide, blocks)
         self.configuration = {
             "device": device,
             "threads": self._threads,
@@ -170,6 +174,25 @@ class TorchRuntime(Runtime):
             "fallback": "; ".join(filter(None, (fallback, _widened(module, device)))) or None,
         }
 
+    def _ahead(self, module: nn.Module, placement: Placement, device: str) -> aoti.Compiled:
+        """Return code that was compiled ahead of time; it has been decided what it does.
+
+        Raises:
+            UsageError: with an option, or a LoRA, that would change it.
+        """
+        asked = {
+            "compile": placement.compile,
+            "attention": placement.attention,
+            "attention_slicing": placement.attention_slicing,
+            "token_merging": placement.token_merging,
+            "offload=blocks": placement.offload == "blocks",
+            "channels_last": placement.channels_last == "on",
+        }
+        for option in [name for name, value in asked.items() if value]:
+            message = f"{self.part.name} was compiled ahead of time: {option} can't change it"
+            raise UsageError(message, fix=f"leave out {option}, or use an artifact without +aoti")
+        return aoti.Compiled(self.part, module, device)
+
     def _graphs(self, wide: list[str], blocks: Blocks | None) -> acceleration.Graphs:
         """Return what records and replays the module.
 
@@ -181,7 +204,7 @@ class TorchRuntime(Runtime):
         if reason:
             message = f"{self.part.name} can't be recorded as a CUDA graph: {reason}"
             raise UsageError(message, fix="leave out cuda_graphs")
-        return acceleration.Graphs(self.part.name, self._module)
+        return acceleration.Graphs(self.part.name, self._call)
 
     def _run(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         import torch
