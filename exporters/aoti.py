@@ -7,6 +7,7 @@ when it is opened. What torch.export lifted out of the program besides (tables, 
 from __future__ import annotations
 
 import json
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from .. import hardware
@@ -51,16 +52,18 @@ def write(subject: Subject, folder: Path) -> None:
     Raises:
         LoweringError: it can't be captured or compiled.
     """
-    import torch
+    import torch._inductor
 
     device = device_here()
     program, _ = subject.capture(frozenset(), PRECISIONS[subject.mixture.precision], device)
     try:
-        torch._inductor.aoti_compile_and_package(  # noqa: SLF001 - its documented name
-            program,
-            package_path=str(folder / PACKAGE),
-            inductor_configs={"aot_inductor.package_constants_in_so": False},
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch._inductor.aoti_compile_and_package(  # noqa: SLF001 - its documented name
+                program,
+                package_path=str(folder / PACKAGE),
+                inductor_configs={"aot_inductor.package_constants_in_so": False},
+            )
     except Exception as error:
         message = f"AOTInductor couldn't compile {subject.part}: {error}"
         raise LoweringError(message, fix="leave out +aoti") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, CorruptError, UnavailableError
@@ -37,13 +38,15 @@ class Compiled:
     """
 
     def __init__(self, part: PartFiles, module: nn.Module, device: str) -> None:
-        import torch
+        import torch._inductor
 
         for name in (PACKAGE, FACTS, CONSTANTS):
             _refuse_unvouched(part, name)
         _refuse_elsewhere(part, device)
         os.environ.setdefault(_CHECKS, "1")
-        loaded = torch._inductor.aoti_load_package(str(part.folder / PACKAGE))  # noqa: SLF001 - its documented name
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch._inductor.aoti_load_package(str(part.folder / PACKAGE))  # noqa: SLF001 - its documented name
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers()), **_constants(part, device)}
         wanted = loaded.get_constant_fqns()
         missing = [name for name in wanted if name not in tensors]

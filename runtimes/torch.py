@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..components.component import WRAPPER
 from ..components.low_bit import SCALE
-from ..errors import InputError, UsageError
+from ..errors import InputError, UnavailableError, UsageError
 from ..hardware import OVERFLOWS, Availability, choose_device, overflows_bytes, usable_cores
 from ..lora import added
 from ..weights import Checkpoint, layer_names
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    import torch
     from torch import Tensor, nn
 
     from ..lora import Delta
@@ -30,7 +31,13 @@ if TYPE_CHECKING:
 
 _DTYPES = {"fp32": "float32", "fp16": "float16"}
 """Precision -> what is computed in, bfloat16 unless said: low-bit precisions are what weights are stored in."""
-_LIBRARIES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "int4": "torchao", "w8a8-dynamic": "torchao"}
+_LIBRARIES = {
+    "int8": "bitsandbytes",
+    "nf4": "bitsandbytes",
+    "int4": "torchao",
+    "w8a8-dynamic": "torchao",
+    "fp8": "torchao",
+}
 """Precision -> what runs its codes."""
 _WIDENED = f"{OVERFLOWS}: layers of w8a8 are multiplied in floats"
 _HALF = {"bf16", "fp16"}
@@ -38,6 +45,8 @@ _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _TORCH_NAMES = {"rocm": "cuda"}
 _CODED = (".SCB", ".absmax", "._weight_qdata", SCALE)
 """What some names of tensors end in where there are codes of bitsandbytes, torchao or our own."""
+FP8_CAPABILITY = (8, 9)
+"""Compute capability from which NVIDIA's GPUs multiply 8-bit floats."""
 _GIVEN = "/input"
 """What the name of what a layer is given ends in."""
 
@@ -122,6 +131,10 @@ class TorchRuntime(Runtime):
             return Availability(ok=False, reason=f"{library} is not installed", fix=f"pip install 'bakeoff[{library}]'")
         if precision == "w8a8" and overflows_bytes():
             return Availability(ok=True, reason=_WIDENED)
+        if precision == "fp8":
+            return Availability(
+                ok=True, reason="a CPU multiplies 8-bit floats slower than float32; GPUs have them from 8.9 on"
+            )
         return None
 
     def __init__(self, part: PartFiles, placement: Placement) -> None:
@@ -133,6 +146,7 @@ class TorchRuntime(Runtime):
         computed = _DTYPES.get(part.precision, "bfloat16")
         self._dtype: torch.dtype = getattr(torch, computed)
         self._device = torch.device(_TORCH_NAMES.get(device, device))
+        _refuse_fp8(part, self._device)
         mapped, in_blocks = placement.offload == "mapped", placement.offload == "blocks"
         self._channels_last = _channels_last(placement, part.precision) and not aoti.is_compiled(part.folder)
         self._crossing = Crossing(self._device)
@@ -301,13 +315,16 @@ def _adapt(module: nn.Module, deltas: Mapping[str, Sequence[Delta]]) -> None:
 
 
 def _precision(module: nn.Module, dtype: str) -> str | dict[str, int]:
-    """Name what is computed in; where there are products of integers, count the layers of each kind."""
+    """Name what is computed in; where there are products of integers or 8-bit floats, count the layers of each kind."""
     from torch import nn
 
     from ..components.byte_layers import ByteLayer
 
     kinds = (nn.Linear, nn.Conv2d, ByteLayer)
     layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, kinds)]
+    floats = sum(type(layer.weight).__name__ == "Float8Tensor" for layer in layers)
+    if floats:
+        return {"float8_e4m3fn": floats, dtype: len(layers) - floats}
     integer = sum(
         layer.rounds and layer.integers
         if isinstance(layer, ByteLayer)
@@ -315,6 +332,23 @@ def _precision(module: nn.Module, dtype: str) -> str | dict[str, int]:
         for layer in layers
     )
     return {"int8": integer, dtype: len(layers) - integer} if integer else dtype
+
+
+def _refuse_fp8(part: PartFiles, device: torch.device) -> None:
+    """Refuse products of 8-bit floats on a device that has none; a CPU computes them, slowly.
+
+    Raises:
+        UnavailableError: with what the device is.
+    """
+    import torch
+
+    if part.precision != "fp8" or device.type in {"cpu", "xpu"}:
+        return
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" and not torch.version.hip else None
+    if device.type != "cuda" or (capability is not None and capability < FP8_CAPABILITY):
+        here = f"compute capability {capability[0]}.{capability[1]}" if capability else device.type
+        message = f"{part.name} is in fp8, which takes a GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell): {here}"
+        raise UnavailableError(message, fix="a recipe of torch:w8a8-dynamic or torch:bf16; or --device cpu")
 
 
 def _widened(module: nn.Module, device: str) -> str | None:
