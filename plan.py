@@ -177,7 +177,8 @@ def open_calibration(file: str | Path | None, source: Source, what: str) -> Cali
 
 def is_calibrated(recipe: PartRecipe) -> bool:
     """Say whether a recipe rounds activations with scales that were calibrated."""
-    return any(each.calibrated for each in mixture_of(recipe).formats.values())
+    as_it_runs = getattr(plugins.exporter(recipe.backend), "rounds_as_it_runs", ())
+    return any(each.calibrated and each.name not in as_it_runs for each in mixture_of(recipe).formats.values())
 
 
 def mixture_of(recipe: PartRecipe) -> Mixture:

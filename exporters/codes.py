@@ -62,6 +62,10 @@ class Layout(ABC):
             totals[self.label if name in coded else beside] += entry.length
         return dict(totals)
 
+    def obstacle(self, entry: Entry) -> str | None:
+        """Say why a weight has no codes; None if it can have them."""
+        return self._mixture.obstacle(entry.name, entry.shape)
+
     def stored_bytes(self, entry: Entry) -> dict[str, int]:
         """Return what bytes count as -> how many are stored for a weight."""
         codes, scales = self.format.stored_bytes(entry.shape)
@@ -84,7 +88,7 @@ class Layout(ABC):
         """Return what bytes count as -> how many will be written, from headers alone."""
         totals: dict[str, int] = defaultdict(int)
         for entry in checkpoint.entries.values():
-            left = (len(entry.shape) > 2 and not self.convolutions) or self._mixture.obstacle(entry.name, entry.shape)  # noqa: PLR2004 - a convolution
+            left = (len(entry.shape) > 2 and not self.convolutions) or self.obstacle(entry)  # noqa: PLR2004 - a convolution
             stored = {_WIDE: entry.bytes_in(_WIDE)} if left else self.stored_bytes(entry)
             for label, size in stored.items():
                 totals[label] += size
@@ -105,7 +109,7 @@ class Layout(ABC):
         kept: dict[str, str] = {}
         tensors: list[Streamed] = []
         for entry in checkpoint.entries.values():
-            obstacle = self._mixture.obstacle(entry.name, entry.shape)
+            obstacle = self.obstacle(entry)
             if obstacle is None and entry.name not in layers:
                 kinds = "Linear layers and convolutions" if self.convolutions else "Linear layers"
                 obstacle = f"{self.library} has codes for {kinds} alone"

@@ -38,8 +38,9 @@ class Subject:
     source: Path
     """Folder with `config.json` and the checkpoint."""
     checkpoint: Checkpoint
-    capture: Callable[[frozenset[str]], tuple[ExportedProgram, Hollow]]
-    """Capture in float32 on hollow weights; those named shall have their values."""
+    capture: Callable[..., tuple[ExportedProgram, Hollow]]
+    """Capture on hollow weights; those named shall have their values. In float32 on the CPU, unless a torch dtype and a
+    device follow."""
     module: Callable[[], nn.Module]
     """Build the module as its library does, on hollow weights."""
     weights: str
