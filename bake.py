@@ -33,7 +33,9 @@ from .exporters.capture import module_on_hollow, on_hollow
 from .exporters.exporter import Subject
 from .lora import merge
 from .memory import give_back
-from .plan import check_room, is_calibrated, merged_modules, mixture_of, plan
+from .plan import ACTIVATIONS_OPTION, check_room, is_calibrated, merged_modules, mixture_of, plan
+from .quantize.calibration import METHODS
+from .quantize.grid import grids_to_json
 from .recipe import to_dict
 from .runtimes.opening import port_to_dict
 from .weights import layer_names, place, sha256
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from .components.family import Part
     from .exporters.exporter import Exporter, Lowered
     from .plan import Plan
+    from .quantize.grid import Grids
     from .recipe import PartRecipe, Recipe
     from .source import Source
 
@@ -223,7 +226,8 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
     )
     shutil.copyfile(origin / "config.json", folder / "config.json")
     if subject.activations:
-        (folder / ACTIVATIONS).write_text(json.dumps(subject.activations, indent=1) + "\n")
+        told = {layer: grids_to_json(grids) for layer, grids in subject.activations.items()}
+        (folder / ACTIVATIONS).write_text(json.dumps(told) + "\n")
     lowered = exporter.lower(subject, folder)
     _refuse_unchanged(subject, lowered)
     return PartEntry(
@@ -241,18 +245,27 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
     )
 
 
-def _activations(planned: Plan, part: Part) -> dict[str, tuple[float, float]]:
-    """Return the calibrated scales of a part's layers, under their names in the checkpoint."""
-    if planned.calibration is None or not is_calibrated(planned.parts[part.name]):
+def _activations(planned: Plan, part: Part) -> dict[str, Grids]:
+    """Return what a part's layers round their activations to, under their names in the checkpoint."""
+    recipe = planned.parts[part.name]
+    if planned.calibration is None or not is_calibrated(recipe):
         return {}
-    scales = planned.calibration.scales(part.name)
-    if not scales:
+    seen = planned.calibration.parts.get(part.name, {})
+    if not seen:
         message = f"the calibration says nothing of {part.name}"
         raise UsageError(message, fix=f"give it another precision, such as --recipe …,{part.name}=BACKEND:bf16")
-    names = layer_names(scales, planned.source.checkpoint(part.module))
-    mixture = mixture_of(planned.parts[part.name])
-    named = {names[path]: both for path, both in scales.items() if path in names}
-    return {name: both for name, both in named.items() if (kind := mixture.format_of(name)) and kind.calibrated}
+    checkpoint, mixture = planned.source.checkpoint(part.module), mixture_of(recipe)
+    names = layer_names(seen, checkpoint)
+    shapes = {path: checkpoint.entries[f"{name}.weight"].shape for path, name in names.items()}
+    method = recipe.options.get(ACTIVATIONS_OPTION, METHODS[0])
+    found = planned.calibration.grids(part.name, shapes, method)
+    grids = {names[path]: mixture.calibrated(names[path], shapes[path], both) for path, both in found.items()}
+    outputs = plugins.exporter(recipe.backend).rounds_convolutions
+    return {
+        name: both if outputs or len(checkpoint.entries[f"{name}.weight"].shape) == 2 else (both[0], None)  # noqa: PLR2004
+        for name, both in grids.items()
+        if both
+    }
 
 
 def _refuse_unchanged(subject: Subject, lowered: Lowered) -> None:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from .quantize.mixture import Mixture
 
 
+ACTIVATIONS_OPTION = "activations"
+"""Option of a recipe: how the steps of calibrated activations are chosen."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What an export will do and take, known before it starts."""
@@ -125,9 +129,13 @@ def _is_installed(package: str) -> bool:
 
 
 def _without_idle_options(source: Source, name: str, recipe: PartRecipe) -> PartRecipe:
-    """Drop options named after another part's input, so that `timestep=f32` changes the UNet's key alone."""
+    """Drop options that say nothing of a part, so that they don't change its key.
+
+    They are named after another part's input, such as `timestep=f32`, or say how activations are rounded that aren't.
+    """
     ports = {port for part in source.parts for port in part.component.conventions(recipe.backend)}
     idle = ports - set(source.family.part(name).component.conventions(recipe.backend))
+    idle |= set() if is_calibrated(recipe) else {ACTIVATIONS_OPTION}
     return replace(recipe, options={key: value for key, value in recipe.options.items() if key not in idle})
 
 

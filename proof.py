@@ -17,6 +17,7 @@ from . import plugins
 from .artifact import ACTIVATIONS
 from .budget import tolerance
 from .components.component import PROOF_SIZES, WRAPPER
+from .quantize.grid import grids_from_json
 from .weights import layer_names
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .artifact import Artifact, PartEntry
     from .components.component import Component
     from .components.family import Part
+    from .quantize.grid import Grids
     from .quantize.mixture import Mixture
     from .runtimes.runtime import Runtime
     from .source import Source
@@ -135,10 +137,12 @@ def names_in(flat: Any, checkpoint: Checkpoint) -> dict[str, str]:  # noqa: ANN4
     return {paths[own]: name for own, name in layer_names(paths, checkpoint).items()}
 
 
-def scales_of(folder: Path) -> dict[str, tuple[float, float]]:
-    """Return layer -> calibrated scales of its input and output, that a baked part's folder keeps."""
+def scales_of(folder: Path) -> dict[str, Grids]:
+    """Return layer -> what its input and output are rounded to, that a baked part's folder keeps."""
     file = folder / ACTIVATIONS
-    return {name: (both[0], both[1]) for name, both in json.loads(file.read_text()).items()} if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    return {name: grids_from_json(both) for name, both in json.loads(file.read_text()).items()}
 
 
 def eager(component: Component, flat: Any, config: Mapping[str, Any], inputs: Tensors, dtype: Any = None) -> Tensors:  # noqa: ANN401 - modules and dtypes of torch, imported late

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from ..components.component import Port
+    from ..quantize.grid import Grids
     from ..quantize.mixture import Mixture
     from ..weights import Checkpoint
     from .hollow import Hollow
@@ -29,8 +30,8 @@ class Subject:
     part: str
     mixture: Mixture
     """The precision of its weights."""
-    activations: Mapping[str, tuple[float, float]]
-    """Layer -> scales of its input and its output, where the recipe rounds activations with calibrated ones."""
+    activations: Mapping[str, Grids]
+    """Layer -> what its input and its output are rounded to, where the recipe rounds activations as calibrated."""
     inputs: tuple[Port, ...]
     """Ports as the files shall have them; dtype and rank may differ from the program's (a convention of the backend)."""
     outputs: tuple[Port, ...]
@@ -80,6 +81,9 @@ class Exporter(Protocol):
     """Precision of a part -> those that some of its layers may have instead; none unless said."""
     options: ClassVar[Mapping[str, tuple[str, ...]]]
     """Option of a recipe -> the values it may have. One named after an input asks for the dtype of that input's port."""
+
+    rounds_convolutions: ClassVar[bool]
+    """Whether calibrated convolutions round also what they make."""
 
     def cost(
         self,

@@ -20,6 +20,7 @@ class NullExporter:
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    rounds_convolutions: ClassVar[bool] = False
 
     def cost(
         self,

@@ -9,6 +9,7 @@ import warnings
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import LoweringError
+from ..quantize.calibration import METHODS
 from .costs import graph_cost, stored_bytes
 from .exporter import Cost, Lowered
 from .hollow import lower_hollow
@@ -43,10 +44,11 @@ class OnnxExporter:
     those of convolutions, for int8, are widened as they run.
     """
 
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic")
     layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(precisions, precisions)
-    options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"activations": METHODS}
+    rounds_convolutions: ClassVar[bool] = True
 
     def cost(
         self,

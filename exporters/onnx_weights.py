@@ -176,11 +176,21 @@ def _pack(
         plain[name] = entry
         if encoded and len(entry.shape) > 1:
             brought.kept[entry.name] = encoded
+    plain = {name: entry for name, entry in plain.items() if not _dropped(model, name)}
     rest = {entry.name: streamed(entry, storage(mixture.precision_of(entry.name))) for entry in plain.values()}
     written = write_streamed([*packed, *rest.values()], folder / FILE)
     for tensor in packed:
         _point(model.graph.initializers[tensor.name], written[tensor.name], folder)
     return brought, {name: written[entry.name] for name, entry in plain.items()}
+
+
+def _dropped(model: onnx_ir.Model, name: str) -> bool:
+    """Take an initializer out that nothing uses any more, such as a bias that became another."""
+    value = model.graph.initializers[name]
+    if value.uses() or value.is_graph_output():
+        return False
+    del model.graph.initializers[name]
+    return True
 
 
 def _label(mixture: Mixture, entry: Entry, tensor: Streamed) -> str:

@@ -38,6 +38,7 @@ class TorchExporter:
         **dict.fromkeys(_LAYOUTS, ("bf16",)),
     }
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    rounds_convolutions: ClassVar[bool] = False
 
     def packages(self) -> tuple[str, ...]:
         return ("torch", "diffusers", "transformers")

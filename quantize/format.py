@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from .grid import Grids
+
 LEAST_ELEMENTS = 4096
 """Elements of the smallest weight that is worth its scales."""
 
@@ -55,22 +57,37 @@ class Format(ABC):
         """Return the bytes of a weight's codes and of its float32 scales."""
         return math.prod(shape) * self.bits // 8, 4 * shape[0] * self.groups(shape)
 
-    def round_weight(self, weight: Tensor) -> None:
-        """Give a weight (N, …) the values that it will have, in place, if it becomes codes."""
+    def round_weight(self, weight: Tensor, columns: Sequence[float] | None = None) -> None:
+        """Give a weight the values that it will have, in place, if it becomes codes.
+
+        Args:
+            weight: (N, K, …).
+            columns: K factors that its inputs' weights are multiplied by before they are rounded, and divided by after.
+        """
         import torch
 
         if self.obstacle(weight.shape) is None:
             with torch.no_grad():
-                rows = weight.float().flatten(1)
-                weight.copy_(self.unpack(*self.pack(rows)).reshape(weight.shape))
+                rows = by_columns(weight.float(), columns).flatten(1)
+                rounded = self.unpack(*self.pack(rows)).reshape(weight.shape)
+                weight.copy_(by_columns(rounded, [1 / each for each in columns] if columns else None))
 
-    def watch(self, layer: nn.Module, scales: tuple[float, float] | None) -> None:  # noqa: B027 - most have nothing to do
+    def watch(self, layer: nn.Module, grids: Grids | None) -> None:  # noqa: B027 - most have nothing to do
         """Let a layer round what it is given and gives, where this format does; most round weights alone.
 
         Args:
             layer: of any class.
-            scales: of its input and its output, where they are calibrated.
+            grids: what its input and its output are rounded to, where that is calibrated.
         """
+
+
+def by_columns(rows: Tensor, columns: Sequence[float] | None) -> Tensor:
+    """Return weights (N, K, …), each input's multiplied by its factor, if there are any."""
+    import torch
+
+    if not columns:
+        return rows
+    return rows * torch.tensor(columns).reshape(1, -1, *[1] * (rows.ndim - 2))
 
 
 def too_small(shape: Sequence[int]) -> str | None:

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .format import Format
-
-Scales = tuple[float, float]
-"""Of a layer's input and output."""
+    from .grid import Grids
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,11 @@ class Mixture:
         """Return what a weight is rounded to, by its name in the checkpoint; None where it stays a float."""
         return self.formats.get(self.precision_of(weight))
 
+    def calibrated(self, layer: str, shape: Sequence[int], grids: Grids) -> Grids | None:
+        """Return what a layer's activations are rounded to, if they are: where its weight (of that shape) becomes codes."""
+        weight_format = self.format_of(layer)
+        return grids if weight_format and weight_format.calibrated and not weight_format.obstacle(shape) else None
+
     def obstacle(self, weight: str, shape: Sequence[int]) -> str | None:
         """Say why a weight, by its name in the checkpoint, stays a float where the part's format would have codes of it."""
         weight_format = self.format_of(weight)
@@ -49,14 +52,14 @@ class Mixture:
         return f"the recipe keeps it in {self.precision_of(weight)}" if self.formats else None
 
     def round_module(
-        self, module: nn.Module, names: Mapping[str, str], activations: Mapping[str, Scales] | None = None
+        self, module: nn.Module, names: Mapping[str, str], activations: Mapping[str, Grids] | None = None
     ) -> nn.Module:
         """Let a module compute with the weights, and the activations, that it will have; in place, it is returned.
 
         Args:
             module: any.
             names: path of a layer in it -> the layer's name in the checkpoint.
-            activations: layer, by that name -> its scales, where they are calibrated.
+            activations: layer, by that name -> what it rounds to, where that is calibrated.
         """
         done: set[int] = set()
         for path, layer in module.named_modules():
@@ -64,17 +67,21 @@ class Mixture:
             weight_format = self.format_of(name)
             if weight_format is None:
                 continue
+            grids = (activations or {}).get(name)
+            weight = getattr(layer, "weight", None)
+            grids = self.calibrated(name, weight.shape, grids) if grids and weight is not None else None
+            columns = grids[0].steps if grids and grids[0].by_channel else None
             for parameter in layer.parameters(recurse=False):
                 if id(parameter) not in done:
                     done.add(id(parameter))
-                    weight_format.round_weight(parameter)
-            weight_format.watch(layer, (activations or {}).get(name))
+                    weight_format.round_weight(parameter, columns if parameter.ndim > 1 else None)
+            weight_format.watch(layer, grids)
         return module
 
 
 @contextlib.contextmanager
 def rounded_layers(
-    module: nn.Module, names: Mapping[str, str], mixture: Mixture, activations: Mapping[str, Scales]
+    module: nn.Module, names: Mapping[str, str], mixture: Mixture, activations: Mapping[str, Grids]
 ) -> Iterator[None]:
     """Put rounded copies in the place of layers, for the while.
 
@@ -82,7 +89,7 @@ def rounded_layers(
         module: any; other layers of it stay as they are.
         names: path of each layer -> its name in the checkpoint.
         mixture: what they are rounded to.
-        activations: layer, by that name -> its scales, where they are calibrated.
+        activations: layer, by that name -> what it rounds to, where that is calibrated.
     """
     before = {path: module.get_submodule(path) for path in names}
     try:

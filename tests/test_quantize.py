@@ -29,6 +29,7 @@ from bakeoff.exporters.capture import module_on_hollow, on_hollow
 from bakeoff.exporters.exporter import Subject
 from bakeoff.lora import Delta
 from bakeoff.proof import relative_error
+from bakeoff.quantize.grid import Grid
 from bakeoff.quantize.nf4 import LEVELS
 from bakeoff.recipe import Placement, parse
 from bakeoff.runtimes.engine import load
@@ -225,9 +226,14 @@ def test_activations_are_rounded_as_they_come(source, tmp_path, backend):
     assert backend != "torch" or ran == {"int8": 2, "bfloat16": 1}
 
 
+def even(scales):
+    """Return layer -> grids around nought, from the steps of its input and output."""
+    return {layer: tuple(Grid((step,)) for step in both) for layer, both in scales.items()}
+
+
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
 def test_activations_are_rounded_with_calibrated_scales(source, tmp_path, backend):
-    made, scales = Mixed(), {"matrix": (0.01, 0.02), "vector": (0.03, 0.02), "take": (0.03, 0.02)}
+    made, scales = Mixed(), even({"matrix": (0.01, 0.02), "vector": (0.03, 0.02), "take": (0.03, 0.02)})
     files, _ = lower(made, source, tmp_path, backend, "w8a8", scales)
     inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
     with torch.no_grad():
@@ -247,6 +253,34 @@ def test_activations_are_rounded_with_calibrated_scales(source, tmp_path, backen
         most = 4e-3 if backend == "onnx" else 1.5e-2  # a value between two steps may go either way
         assert relative_error(got[key], near) < most, key
         assert relative_error(got[key], far) < 5e-2
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_channels_have_steps_of_their_own(source, tmp_path, backend, biased):
+    made, module = Mixed(), load_file(Checkpoint.open(source).files[0])
+    generator = torch.Generator().manual_seed(0)
+    steps = [tuple((0.01 + 0.2 * torch.rand(n, generator=generator)).tolist()) for n in (16, 64)]
+    zeros = tuple(torch.randint(-60, 60, (64,), generator=generator).tolist())
+    outputs = plugins.exporter(backend).rounds_convolutions
+    given = Grid(steps[0], (-40,))
+    grids = {"take": (given, Grid(steps[1], zeros) if outputs else None), "matrix": (Grid((0.01,), (20,)), None)}
+    if not biased:
+        source = shutil.copytree(source, tmp_path / "unbiased")
+        save_file({**module, "take.bias": torch.zeros(64, dtype=torch.bfloat16)}, Checkpoint.open(source).files[0])
+    files, _ = lower(made, source, tmp_path, backend, "w8a8", grids)
+    inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
+    with torch.no_grad():
+        wide = made.flat(plugins.mixture("w8a8").round_module(made.load(source, torch.float32), {}))(*inputs.values())
+        layers = plugins.mixture("w8a8").round_module(made.load(source, torch.float32), {}, grids)
+        expected = made.flat(layers)(*inputs.values())
+    with plugins.runtime(backend)(files, Placement(device="cpu", threads=1)) as runtime:
+        got = runtime.run(inputs)
+        ran = runtime.configuration["precision"]
+    for key, far, near in zip(("tokens", "mixed"), wide, expected, strict=True):
+        assert relative_error(got[key], near) < 1.5e-2, key
+        assert relative_error(far, near) > 1.7e-2, key  # leaving the rounding out would show
+    assert backend == "onnx" or sum(ran.get(kind, 0) for kind in ("i8", "u8")) >= 2
 
 
 class Attending(Mixed):
@@ -297,16 +331,14 @@ def test_openvino_rounds_queries_and_keys_but_no_values(tmp_path):
     torch.manual_seed(0)
     save_file(Projections().to(torch.bfloat16).state_dict(), source / "model.safetensors")
     (source / "config.json").write_text("{}")
-    scales = {"query": (0.03, 0.5), "key": (0.03, 0.25), "value": (0.03, 0.02)}
+    scales = even({"query": (0.03, 0.5), "key": (0.03, 0.25), "value": (0.03, 0.02)})
     files, _ = lower(made, source, tmp_path, "openvino", "w8a8", scales)
     inputs = made.example({}, Sizes(2, 8, 8, 12), seed=1)
     eager = plugins.mixture("w8a8").round_module(made.load(source, torch.float32), {}, scales)
     with torch.no_grad():
         wide = made.flat(eager)(inputs["given"])[0]
         for path in ("query", "key"):
-            getattr(eager, path).register_forward_hook(
-                lambda *step, scale=scales[path][1]: (step[-1] / scale).round().clamp(-128, 127) * scale
-            )
+            getattr(eager, path).register_forward_hook(lambda *step, grid=scales[path][1]: grid.round(step[-1], -1))
         expected = made.flat(eager)(inputs["given"])[0]
     with plugins.runtime("openvino")(files, Placement(device="cpu", threads=1)) as runtime:
         got = runtime.run(inputs)["tokens"]
