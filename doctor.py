@@ -29,6 +29,8 @@ def _doctor(options: argparse.Namespace) -> None:
         return
     print(f"{machine['cpu']}, {machine['usable_cores']} cores to use, {', '.join(machine['instruction_sets'])}")
     print(f"{machine['memory_bytes'] / 1e9:.1f} GB of memory, {machine['available_bytes'] / 1e9:.1f} GB free")
+    if not machine["exact_byte_products"]:
+        print(f"{hardware.OVERFLOWS}: w8a8 runs exactly all the same, but slower than with it (docs/quantization.md)")
     for title, group in (("devices", devices), ("backends", backends)):
         print(f"\n{title}")
         for name, found in group.items():

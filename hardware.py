@@ -16,9 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _INSTRUCTION_SETS = (
-    "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8",
+    "avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8",
     "asimd", "asimddp", "sve", "bf16", "i8mm",
 )  # fmt: skip
+
+_EXACT_BYTES = {"avx_vnni", "avx512_vnni", "amx_int8"}
+_X86 = {"x86_64", "amd64", "i386", "i686", "x86"}
+OVERFLOWS = "this CPU's products of bytes overflow (it has no VNNI)"
+"""Why products of 8-bit integers aren't what a backend takes here."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,17 @@ def usable_cores() -> int:
     return min(allowed, psutil.cpu_count(logical=False) or allowed)
 
 
+def overflows_bytes() -> bool:
+    """Whether the quick products of signed and unsigned bytes are wrong on this processor where both are large.
+
+    x86 without VNNI has `vpmaddubsw` for them: sums of two products in 16 bits, which stop at 32,767 of up to 64,770.
+    Where the instruction sets aren't known they are taken to be wanting.
+    """
+    if platform.machine().lower() not in _X86:
+        return False
+    return not _EXACT_BYTES & set(_cpuinfo().get("flags", "").split())
+
+
 def describe() -> dict[str, Any]:
     """Describe processor, instruction sets, caches, memory and GPUs."""
     import psutil
@@ -51,6 +67,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": info.get("model name") or platform.processor() or platform.machine(),
         "instruction_sets": [name for name in _INSTRUCTION_SETS if name in info.get("flags", "").split()],
+        "exact_byte_products": not overflows_bytes(),
         "caches_bytes": _caches(),
         "physical_cores": psutil.cpu_count(logical=False),
         "usable_cores": usable_cores(),

@@ -32,6 +32,8 @@ DTYPES = {
 """safetensors' dtype -> ONNX's."""
 DYNAMIC, STATIC = "w8a8-dynamic", "w8a8"
 """Precisions whose products are of integers: activations are rounded as they come, or with scales that were calibrated."""
+OWN = "bakeoff."
+"""What the names of constants begin with that stand beside codes: steps and zero points."""
 _CONTRIB = "com.microsoft"
 _LARGEST_BLOCK, _LEAST_BLOCK = 256, 16
 """What ONNX Runtime's block-wise operators take; blocks are powers of two."""
@@ -157,12 +159,16 @@ class Encoder:
 
         QLinearConv takes one step for all of its input, and one for its output. So where channels have steps of their own,
         those of the input are in the weights, and those of the output in the weights' scales and in the bias.
+
+        Each channel of the weight has a zero point of its own: where ONNX Runtime makes weights unsigned, for CPUs without
+        VNNI, it would put one number where it then asks for as many as there are scales.
         """
         before, after = grids if self._precision == STATIC and grids else (None, None)
         columns = before.steps if before and before.by_channel else None
         over = after.steps if after and after.by_channel else ()
         streams = self._rows(value, entry, columns, over)
-        inputs = [self._initializer(tensor) for tensor in streams]
+        zeros = self._codes_of((0,) * entry.shape[0], signed=True)
+        inputs = [*(self._initializer(tensor) for tensor in streams), zeros]
         wide = _node("DequantizeLinear", inputs, {"axis": 0}, name=f"{value.name}.float32")
         users = [user for user, _ in value.uses()]
         _replace_uses(value, wide.outputs[0])
@@ -304,9 +310,7 @@ class Encoder:
         """Return an initializer with these values; the same one for the same values, unless it is named."""
         import onnx_ir
 
-        name = (
-            name or f"bakeoff.{array.dtype}.{hashlib.sha256(array.tobytes()).hexdigest()[:16] if array.ndim else array}"
-        )
+        name = name or f"{OWN}{array.dtype}.{hashlib.sha256(array.tobytes()).hexdigest()[:16] if array.ndim else array}"
         if name not in self._model.graph.initializers:
             tensor = onnx_ir.tensor(array, name=name)
             shape, dtype = onnx_ir.Shape(array.shape), onnx_ir.TensorType(tensor.dtype)

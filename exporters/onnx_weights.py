@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..weights import Streamed, as_bytes, place, read_header, streamed, write_entries, write_streamed
 from .exporter import SCALES
-from .onnx_codes import DTYPES, Encoder
+from .onnx_codes import DTYPES, OWN, Encoder
 from .packing import storage
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ def weight_bytes(model: onnx_ir.Model, labels: Mapping[str, str]) -> dict[str, i
     totals: dict[str, int] = defaultdict(int)
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:
-            totals[labels.get(name, str(value.const_value.dtype.numpy()))] += value.const_value.nbytes
+            own = SCALES if name.startswith(OWN) else str(value.const_value.dtype.numpy())
+            totals[labels.get(name, own)] += value.const_value.nbytes
     return dict(totals)
 
 

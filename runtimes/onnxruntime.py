@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ArtifactError, UnavailableError, unknown
-from ..hardware import Availability, choose_device, usable_cores
+from ..hardware import Availability, choose_device, overflows_bytes, usable_cores
 from . import onnx_graph, onnx_weights
 from .runtime import Operation, PartFiles, Runtime
 
@@ -28,9 +28,14 @@ _PROVIDERS = {
 _DEVICES = {provider: device for device, provider in _PROVIDERS.items()}
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 _ERRORS_ONLY = 3
+_ROUNDING = ("DynamicQuantizeLinear", "QuantizeLinear")
+"""What rounds activations."""
+_EXACT_PRODUCTS = "session.x64quantprecision"
+"""Where the CPU's products of unsigned and signed bytes overflow, weights become unsigned, whose kernels are exact. It takes
+weights that are constants, so their transpositions have to be folded."""
 _FLOAT_PRODUCTS = ("Conv", "Gemm", "MatMul", "MatMulBnb4", "MatMulNBits")
 """The last two have low-bit weights, which they widen as they go."""
-_INT8_PRODUCTS = ("ConvInteger", "MatMulInteger", "QGemm", "QLinearConv", "QLinearMatMul")
+_INT8_PRODUCTS = ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul")
 
 
 class OnnxRuntime(Runtime):
@@ -77,6 +82,10 @@ class OnnxRuntime(Runtime):
         options.log_severity_level = _ERRORS_ONLY
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         mapped = placement.offload == "mapped"
+        overflows = overflows_bytes() and any(operators[name] for name in _ROUNDING)
+        keeps = mapped and not overflows
+        if overflows:
+            options.add_session_config_entry(_EXACT_PRODUCTS, "1")
         if mapped:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -85,7 +94,7 @@ class OnnxRuntime(Runtime):
             part.folder / "model.onnx",
             options,
             providers=list(dict.fromkeys([provider, "CPUExecutionProvider"])),
-            disabled_optimizers=["ConstantFolding"] if mapped else [],
+            disabled_optimizers=["ConstantFolding"] if keeps else [],
         )
         del kept
         ran = self._session.get_providers()[0]
@@ -99,6 +108,7 @@ class OnnxRuntime(Runtime):
             "providers": self._session.get_providers(),
             "threads": self._session.get_session_options().intra_op_num_threads,
             "precision": _precisions(operators),
+            "unsigned_weights": overflows,
             "mapped": mapped,
             "nodes": _nodes_by_provider(self._session),
             "fallback": fallback,

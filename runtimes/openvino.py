@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ArtifactError
-from ..hardware import Availability, choose_device, usable_cores
+from ..hardware import OVERFLOWS, Availability, choose_device, overflows_bytes, usable_cores
 from . import openvino_graph, openvino_weights
 from .runtime import Operation, PartFiles, Runtime
 
@@ -31,6 +31,7 @@ _HINTS = {
 _ROUNDED = {"w8a8-dynamic": "128"}
 """Precision -> how many activations in a row the products round with one scale, as they come."""
 _PRODUCTS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention"}
+_INTEGERS, _FLOATS = {"i8", "u8", "i4", "u4", "nf4"}, {"f32", "bf16", "f16"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 
 
@@ -80,6 +81,8 @@ class OpenVINORuntime(Runtime):
         if device == "cpu":
             settings["INFERENCE_NUM_THREADS"] = placement.threads or usable_cores()
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _ROUNDED.get(part.precision, "0")
+            widened = _avoid_overflow(model, part.precision, settings)
+            fallback = "; ".join(filter(None, (fallback, widened))) or None
         self._model, self._device, self._settings = model, device.upper(), settings
         self._requests: dict[Any, Any] = {}
         """Shapes of the inputs, or None for any -> a compiled model's request, the one used last at the end."""
@@ -150,6 +153,22 @@ class OpenVINORuntime(Runtime):
         self._model = None
 
 
+def _avoid_overflow(model: Any, precision: str, settings: dict[str, Any]) -> str | None:  # noqa: ANN401 - openvino is untyped
+    """Let products of integers run in floats where this CPU's would be wrong; return that in words.
+
+    oneDNN has no other kernels for unsigned and signed bytes there, and OpenVINO asks for no reduced range. Without its
+    low-precision transformations FakeQuantize still rounds activations: what comes out is the same.
+    """
+    if not overflows_bytes():
+        return None
+    if any(operation.get_type_name() == "FakeQuantize" for operation in model.get_ops()):
+        settings["LP_TRANSFORMS_MODE"] = False
+        return f"{OVERFLOWS}: layers of {precision} are multiplied in floats"
+    if precision in _ROUNDED:
+        return f"{OVERFLOWS}: OpenVINO doesn't round activations as they come"
+    return None
+
+
 def _name(node: Any, declared: set[str]) -> str:  # noqa: ANN401 - openvino is untyped
     """Return an input's name: of several, which it has where an operation on it fell away, the declared one."""
     names: set[str] = node.get_names()
@@ -165,6 +184,12 @@ def _executed_precision(compiled: Any) -> dict[str, int]:  # noqa: ANN401 - open
     for operation in compiled.get_runtime_model().get_ordered_ops():
         info = operation.get_rt_info()
         if "runtimePrecision" in info and str(info["layerType"].astype(str)) in _PRODUCTS:
-            precision = str(info["runtimePrecision"].astype(str))
+            precision = _computed(str(info["runtimePrecision"].astype(str)), str(info["primitiveType"].astype(str)))
             counts[precision] = counts.get(precision, 0) + 1
     return counts
+
+
+def _computed(precision: str, kernel: str) -> str:
+    """Return what a product is computed in: OpenVINO gives its weights' dtype where a kernel of floats widens them."""
+    ending = kernel.rpartition("_")[2]
+    return ending if precision in _INTEGERS and ending in _FLOATS else precision
