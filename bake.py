@@ -9,12 +9,14 @@ import shutil
 import tempfile
 from collections import Counter
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import plugins
 from .artifact import (
     ACTIVATIONS,
+    INPUTS,
     MANIFEST,
     SCHEMA,
     Artifact,
@@ -30,12 +32,14 @@ from .artifact import (
 from .budget import Gate, check_parts
 from .errors import CorruptError, ParityError, RecipeError, UsageError
 from .exporters.capture import module_on_hollow, on_hollow
+from .exporters.corrected import lower_corrected
 from .exporters.exporter import Subject
 from .lora import merge
 from .memory import give_back
 from .plan import ACTIVATIONS_OPTION, check_room, is_calibrated, merged_modules, mixture_of, plan
 from .quantize.calibration import METHODS
 from .quantize.grid import grids_to_json
+from .quantize.inputs import with_inputs, write_inputs
 from .recipe import to_dict
 from .runtimes.opening import port_to_dict
 from .weights import layer_names, place, sha256
@@ -209,17 +213,19 @@ def _take(donor: Artifact, name: str, folder: Path, weights: str) -> PartEntry:
 
 def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) -> PartEntry:
     part, recipe = planned.source.family.part(name), planned.parts[name]
+    checkpoint = planned.source.checkpoint(part.module)
+    mixture = with_inputs(mixture_of(recipe), planned.calibration, name, checkpoint)
     exporter = plugins.exporter(recipe.backend)
     config, origin = planned.source.config(part.module), planned.source.path(part.module)
     inputs, outputs = _ports(part, config, recipe), part.component.outputs(config)
     subject = Subject(
         part=name,
-        mixture=mixture_of(recipe),
+        mixture=mixture,
         activations=_activations(planned, part),
         inputs=inputs,
         outputs=outputs,
         source=origin,
-        checkpoint=planned.source.checkpoint(part.module),
+        checkpoint=checkpoint,
         capture=on_hollow(name, part.component, config, origin, work / part.module),
         module=module_on_hollow(part.component, origin, work / part.module),
         weights=planned.weights,
@@ -228,7 +234,10 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
     if subject.activations:
         told = {layer: grids_to_json(grids) for layer, grids in subject.activations.items()}
         (folder / ACTIVATIONS).write_text(json.dumps(told) + "\n")
-    lowered = exporter.lower(subject, folder)
+    if mixture.known:
+        write_inputs(mixture.known, folder / INPUTS)
+    recapture = partial(on_hollow, name, part.component, config, origin, work / part.module)
+    lowered = lower_corrected(exporter, subject, recapture, work / f"{name}.biases.safetensors", folder)
     _refuse_unchanged(subject, lowered)
     return PartEntry(
         backend=recipe.backend,

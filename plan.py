@@ -87,7 +87,8 @@ def plan(
     parts = {name: _without_idle_options(source, name, part_recipe) for name, part_recipe in parts.items()}
     parts = {name: _with_layers(source, name, part_recipe) for name, part_recipe in parts.items()}
     needed = [f"{part} of {name}" for name, part in parts.items() if is_calibrated(part)]
-    calibrated = open_calibration(calibration, source, needed[0]) if needed else None
+    helped = calibration is not None and any(uses_inputs(part) for part in parts.values())
+    calibrated = open_calibration(calibration, source, needed[0] if needed else "") if needed or helped else None
     fields = {
         name: _part_fields(source, source.family.part(name), parts[name], merged, weights, calibrated) for name in parts
     }
@@ -179,6 +180,16 @@ def is_calibrated(recipe: PartRecipe) -> bool:
     return any(each.calibrated for each in mixture_of(recipe).formats.values())
 
 
+def uses_inputs(recipe: PartRecipe) -> bool:
+    """Say whether a recipe rounds weights for inputs that were calibrated, if there are any."""
+    return any(each.uses_inputs for each in mixture_of(recipe).formats.values())
+
+
+def _takes(calibration: Calibration, part: Part, recipe: PartRecipe) -> bool:
+    """Say whether a calibration decides what a part becomes."""
+    return is_calibrated(recipe) or (uses_inputs(recipe) and part.name in calibration.parts)
+
+
 def mixture_of(recipe: PartRecipe) -> Mixture:
     """Return the precisions of a part's weights."""
     return plugins.mixture(recipe.precision, recipe.layers)
@@ -201,7 +212,7 @@ def _part_fields(
         "recipe": recipe.as_dict(),
         "weights": "own" if weights == "copy" else "shared where possible",
         **({"format": ", ".join(formats)} if formats else {}),
-        **({"calibration": calibration.info["sha256"]} if calibration and is_calibrated(recipe) else {}),
+        **({"calibration": calibration.info["sha256"]} if calibration and _takes(calibration, part, recipe) else {}),
         **({"loras": own} if own else {}),
     }
 

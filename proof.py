@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import plugins
-from .artifact import ACTIVATIONS
+from .artifact import ACTIVATIONS, INPUTS
 from .budget import tolerance
 from .components.component import PROOF_SIZES, WRAPPER
 from .quantize.grid import grids_from_json
+from .quantize.inputs import read_inputs
 from .weights import layer_names
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def _rounded_floor(
 
 def _round(flat: Any, mixture: Mixture, checkpoint: Checkpoint, folder: Path) -> None:  # noqa: ANN401 - a torch module
     """Let a module compute with the weights, and the calibrated activations, that the artifact has."""
-    mixture.round_module(flat, names_in(flat, checkpoint), scales_of(folder))
+    known = replace(mixture, known=read_inputs(folder / INPUTS))
+    known.round_module(flat, names_in(flat, checkpoint), scales_of(folder))
 
 
 def names_in(flat: Any, checkpoint: Checkpoint) -> dict[str, str]:  # noqa: ANN401 - a torch module

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .components.component import WRAPPER
 from .errors import ParityError
+from .quantize.inputs import with_inputs
 from .quantize.mixture import rounded_layers
 from .weights import layer_names
 
@@ -97,6 +98,8 @@ class Studio:
         try:
             with contextlib.ExitStack() as stack:
                 for part, (names, mixture) in parts.items():
+                    module = self._source.family.part(part).module
+                    mixture = with_inputs(mixture, calibration, part, self._source.checkpoint(module))  # noqa: PLW2901
                     grids = self.grids(calibration, part)
                     stack.enter_context(rounded_layers(self.modules[part], names, mixture, grids))
                 found = float(np.square(self._draw() - self.reference).mean())

@@ -30,7 +30,7 @@ class Layout(ABC):
     library: ClassVar[str]
 
     def __init__(self, mixture: Mixture) -> None:
-        self._mixture = mixture
+        self.mixture = mixture
         self.format: Format = mixture.formats[mixture.precision]
 
     @property
@@ -81,7 +81,7 @@ class Layout(ABC):
         """Return what bytes count as -> how many will be written, from headers alone."""
         totals: dict[str, int] = defaultdict(int)
         for entry in checkpoint.entries.values():
-            left = len(entry.shape) > 2 or self._mixture.obstacle(entry.name, entry.shape)  # noqa: PLR2004 - a convolution
+            left = len(entry.shape) > 2 or self.mixture.obstacle(entry.name, entry.shape)  # noqa: PLR2004 - a convolution
             stored = {_WIDE: entry.bytes_in(_WIDE)} if left else self.stored_bytes(entry)
             for label, size in stored.items():
                 totals[label] += size
@@ -102,7 +102,7 @@ class Layout(ABC):
         kept: dict[str, str] = {}
         tensors: list[Streamed] = []
         for entry in checkpoint.entries.values():
-            obstacle = self._mixture.obstacle(entry.name, entry.shape)
+            obstacle = self.mixture.obstacle(entry.name, entry.shape)
             if obstacle is None and entry.name not in layers:
                 obstacle = f"{self.library} has codes for Linear layers alone"
             if obstacle is None:

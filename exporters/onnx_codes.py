@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import onnx_ir
     from torch import Tensor
 
-    from ..quantize.format import Format
     from ..quantize.grid import Grid, Grids
+    from ..quantize.mixture import Mixture
     from ..weights import Entry
 
 DTYPES = {
@@ -47,7 +47,7 @@ class Encoder:
     def __init__(
         self,
         model: onnx_ir.Model,
-        weight_format: Format,
+        mixture: Mixture,
         precision: str,
         activations: Mapping[str, Grids],
     ) -> None:
@@ -55,11 +55,12 @@ class Encoder:
 
         Args:
             model: is changed.
-            weight_format: of the codes.
-            precision: of the recipe: whether products are of integers.
+            mixture: the precision of each weight.
+            precision: of those that are encoded here: whether products are of integers.
             activations: layer -> what its input and output are rounded to, for those that were calibrated.
         """
-        self._model, self._format, self._precision, self._activations = model, weight_format, precision, activations
+        self._model, self._mixture, self._precision, self._activations = model, mixture, precision, activations
+        self._format = mixture.formats[precision]
         self._codes: dict[tuple[onnx_ir.Value, Grid, bool], onnx_ir.Value] = {}
         model.opset_imports[_CONTRIB] = 1
 
@@ -255,7 +256,7 @@ class Encoder:
             columns: factors of the inputs' weights.
             over: what the output channels' scales are divided by.
         """
-        packing = Packing(self._format, entry, columns)
+        packing = Packing(self._format, entry, columns, self._mixture.importance(entry.name))
         count = math.prod(entry.shape)
         return [
             Streamed(f"{value.name}.codes", "I8", entry.shape, count, packing.codes(lambda codes: codes)),
@@ -266,7 +267,7 @@ class Encoder:
         self, value: onnx_ir.Value, entry: Entry, shape: Sequence[int], scales_shape: Sequence[int]
     ) -> list[Streamed]:
         """Return codes as unsigned bytes in the layout of ONNX Runtime's block-wise operators, and their scales."""
-        packing = Packing(self._format, entry)
+        packing = Packing(self._format, entry, importance=self._mixture.importance(entry.name))
         groups = math.prod(scales_shape)
         repeats = groups // (entry.shape[0] * self._format.groups(entry.shape))
         encode = _ENCODE[self._format.name]

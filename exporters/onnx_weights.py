@@ -158,10 +158,7 @@ def _pack(
 ) -> tuple[Brought, dict[str, Entry]]:
     """Write codes for what the formats and the graph allow, the rest as floats; return where the rest lies."""
     mixture = subject.mixture
-    encoders = {
-        name: Encoder(model, weight_format, name, subject.activations)
-        for name, weight_format in mixture.formats.items()
-    }
+    encoders = {name: Encoder(model, mixture, name, subject.activations) for name in mixture.formats}
     brought = Brought("written")
     packed: list[Streamed] = []
     plain: dict[str, Entry] = {}

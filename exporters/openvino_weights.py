@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from ..quantize.format import Format
     from ..quantize.grid import Grids
     from ..quantize.mixture import Mixture
     from ..weights import Entry
@@ -64,7 +63,7 @@ def write_weights(file: Path, entries: Sequence[Entry], mixture: Mixture, activa
             layer.attrib["name"] = entry.name if place not in places else f"{entry.name} again {layer.attrib['id']}"
             if place not in places:
                 places[place] = (
-                    _write_codes(entry, codes, stream, activations)
+                    _write_codes(entry, mixture, stream, activations)
                     if codes
                     else [_write(read_chunks(entry, dtype), stream)]
                 )
@@ -98,11 +97,15 @@ def _write(chunks: Iterable[bytes | memoryview], stream: BinaryIO) -> tuple[int,
 
 
 def _write_codes(
-    entry: Entry, weight_format: Format, stream: BinaryIO, activations: Mapping[str, Grids]
+    entry: Entry, mixture: Mixture, stream: BinaryIO, activations: Mapping[str, Grids]
 ) -> list[tuple[int, int]]:
     """Write a weight's codes, and its float32 scales."""
     grid, _ = activations.get(entry.name.removesuffix(".weight"), (None, None))
-    packing = Packing(weight_format, entry, grid.steps if grid and grid.by_channel else None)
+    weight_format, columns = (
+        mixture.formats[mixture.precision_of(entry.name)],
+        grid.steps if grid and grid.by_channel else None,
+    )
+    packing = Packing(weight_format, entry, columns, mixture.importance(entry.name))
     encode = (lambda codes: codes) if weight_format.bits == 8 else (lambda codes: nibbles(codes & 15))  # noqa: PLR2004
     return [_write(packing.codes(encode), stream), _write(packing.scales(), stream)]
 

@@ -24,14 +24,22 @@ def storage(precision: str) -> str:
 class Packing:
     """Codes are made as they are written; the scales that came with them are written behind."""
 
-    def __init__(self, weight_format: Format, entry: Entry, columns: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        weight_format: Format,
+        entry: Entry,
+        columns: Sequence[float] | None = None,
+        importance: Tensor | None = None,
+    ) -> None:
         """Prepare.
 
         Args:
             weight_format: makes the codes.
             entry: the weight (N, K, …).
             columns: K factors that its inputs' weights are multiplied by first.
+            importance: mean squares (K,) of its inputs, where they are known.
         """
+        self._importance = importance
         self._format = weight_format
         self._entry = entry
         self._columns = columns
@@ -40,7 +48,7 @@ class Packing:
     def codes(self, encode: Callable[[Tensor], Tensor]) -> Iterator[memoryview]:
         """Yield the bytes of codes (N, K) int8, after `encode` has laid them out as the backend wants them."""
         for rows in read_rows(self._entry):
-            codes, scales = self._format.pack(by_columns(rows.float(), self._columns).flatten(1))
+            codes, scales = self._format.pack(by_columns(rows.float(), self._columns).flatten(1), self._importance)
             self._scales.append(scales)
             yield as_bytes(encode(codes).contiguous())
 

@@ -28,15 +28,22 @@ class Channels:
         """Count values whose channels are along `axis`."""
         import torch
 
-        rows = values.detach().movedim(axis, -1).flatten(0, -2).double()
-        if not len(rows):
+        values = values.detach().float()
+        if not values.numel():
             return
-        least, most, sums, squares = rows.amin(0), rows.amax(0), rows.sum(0), rows.square().sum(0)
+        others = [number for number in range(values.ndim) if number != axis % values.ndim]
+        least, most = values.amin(others).double(), values.amax(others).double()
+        sums, squares = (each.sum(others, dtype=torch.float64) for each in (values, values.square()))
         if self.least is not None and self.most is not None and self.sums is not None and self.squares is not None:
             least, most = torch.minimum(least, self.least), torch.maximum(most, self.most)
             sums, squares = sums + self.sums, squares + self.squares
-        self.count += len(rows)
+        self.count += values.numel() // values.shape[axis]
         self.least, self.most, self.sums, self.squares = least, most, sums, squares
+
+    @property
+    def size(self) -> int:
+        """How many channels there are."""
+        return 0 if self.least is None else len(self.least)
 
     @property
     def mean(self) -> Tensor:

@@ -16,6 +16,7 @@ class Int8Static(Int8):
     """Layers that weren't calibrated have int8 weights alone."""
 
     calibrated: ClassVar[bool] = True
+    uses_inputs: ClassVar[bool] = False  # next to what the activations lose it is nothing
 
     def watch(self, layer: nn.Module, grids: Grids | None) -> None:
         """Let a layer that was calibrated round what it is given, and a convolution what it gives."""
