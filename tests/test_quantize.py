@@ -43,7 +43,7 @@ from bakeoff.weights import Checkpoint
 FORMATS = ["int8", "int4", "nf4"]
 BACKENDS = {"onnx": 1e-5, "openvino": 1e-2, "torch": 1e-2}
 """Backend -> distance to eager float32 with rounded weights: the last two compute in bfloat16."""
-LEAST_DB = {"int8": 40, "int4": 19, "nf4": 20}
+LEAST_DB = {"int8": 40, "int4": 20, "nf4": 20}
 """What a normal distribution keeps in each format."""
 
 
@@ -231,7 +231,8 @@ def test_a_backend_computes_for_known_inputs(wide_source, tmp_path, backend, nam
         got = runtime.run(inputs)
     for key, near, far in zip(("tokens", "mixed"), expected, other, strict=True):
         assert relative_error(got[key], near) < 1e-2, key  # biases and what has no codes are of bfloat16
-        if name == "int4" or key == "mixed":
+        rounds_more = (backend, name) == ("torch", "int8")  # bitsandbytes, activations
+        if not rounds_more and (name == "int4" or key == "mixed"):
             assert relative_error(got[key], near) < 0.7 * relative_error(got[key], far), key
 
 

@@ -71,58 +71,72 @@ class Watch:
         return count
 
 
-def main(part: str = "unet") -> None:
-    import torch
+class Bench:
+    """A part, what it was given, and what eager float32 makes of it."""
 
-    source, watch = Source.open("shapes"), Watch(part)
-    watch.steps = STEPS if part == "unet" else 1
-    texts = [prompt.text for prompt in read_prompts("shapes-64", CALIBRATED + TESTED)]
-    with load(source.folder, device="cpu") as engine:
-        engine.visit(watch.visit)
-        for start in range(0, CALIBRATED, BATCH):
-            engine.generate(texts[start : start + BATCH], seeds=1 + start, steps=STEPS)
-        watch.counts = False
-        engine.generate(texts[CALIBRATED:], seeds=77, steps=STEPS)
-    found = source.family.part(part)
-    wide = found.component.flat(found.component.load(source.path(found.module), torch.float32))
-    checkpoint = source.checkpoint(found.module)
-    names = names_in(wide, checkpoint)
-    own = {path.removeprefix(WRAPPER): name for path, name in names.items()}
-    shapes = {path: checkpoint.entries[f"{own[path]}.weight"].shape for path in watch.whole.parts[part]}
-    expected = run(wide, watch.given)
+    def __init__(self, part: str) -> None:
+        import torch
 
-    def grids(calibration: Calibration, method: str, *, outputs: bool) -> dict[str, Grids]:
-        made = calibration.grids(part, shapes, method)
-        return {own[path]: both if outputs else (both[0], None) for path, both in made.items()}
+        self.part, self.watch, source = part, Watch(part), Source.open("shapes")
+        self.watch.steps = STEPS if part == "unet" else 1
+        texts = [prompt.text for prompt in read_prompts("shapes-64", CALIBRATED + TESTED)]
+        with load(source.folder, device="cpu") as engine:
+            engine.visit(self.watch.visit)
+            for start in range(0, CALIBRATED, BATCH):
+                engine.generate(texts[start : start + BATCH], seeds=1 + start, steps=STEPS)
+            self.watch.counts = False
+            engine.generate(texts[CALIBRATED:], seeds=77, steps=STEPS)
+        found = source.family.part(part)
+        self.wide = found.component.flat(found.component.load(source.path(found.module), torch.float32))
+        self.checkpoint = source.checkpoint(found.module)
+        self.names = names_in(self.wide, self.checkpoint)
+        self.own = {path.removeprefix(WRAPPER): name for path, name in self.names.items()}
+        self.expected = run(self.wide, self.watch.given)
 
-    def told(name: str, errors: Sequence[float]) -> None:
-        mean = math.sqrt(sum(error**2 for error in errors) / len(errors))
-        print(f"{part:12} {name:52} {-20 * math.log10(mean):6.2f} dB", flush=True)
+    def grids(self, calibration: Calibration, method: str, *, outputs: bool) -> dict[str, Grids]:
+        entries = self.checkpoint.entries
+        shapes = {path: entries[f"{self.own[path]}.weight"].shape for path in calibration.parts[self.part]}
+        made = calibration.grids(self.part, shapes, method)
+        return {self.own[path]: both if outputs else (both[0], None) for path, both in made.items()}
 
-    def rounded(precision: str, activations: dict[str, Grids], *, known: bool = False) -> nn.Module:
+    def rounded(self, precision: str, activations: dict[str, Grids], *, known: bool = False) -> nn.Module:
         mixture = plugins.mixture(precision)
         if known:
-            mixture = with_inputs(mixture, watch.whole, part, checkpoint)
-        return mixture.round_module(copy.deepcopy(wide), names, activations)
+            mixture = with_inputs(mixture, self.watch.whole, self.part, self.checkpoint)
+        return mixture.round_module(copy.deepcopy(self.wide), self.names, activations)
 
+    def tell(self, name: str, made: nn.Module) -> None:
+        self.tell_errors(name, distances(run(made, self.watch.given), self.expected))
+
+    def tell_errors(self, name: str, errors: Sequence[float]) -> None:
+        mean = math.sqrt(sum(error**2 for error in errors) / len(errors))
+        print(f"{self.part:12} {name:56} {-20 * math.log10(mean):6.2f} dB", flush=True)
+
+    def tell_timesteps(self, name: str, method: str, *, outputs: bool) -> None:
+        """Round activations on grids of each group of timesteps."""
+        errors: list[float] = []
+        for step, given in enumerate(self.watch.given):
+            calibration = self.watch.groups[step * GROUPS // self.watch.steps]
+            made = self.rounded("w8a8", self.grids(calibration, method, outputs=outputs))
+            errors += distances(run(made, [given]), self.expected[step : step + 1])
+        self.tell_errors(name, errors)
+
+
+def main(part: str = "unet") -> None:
+    bench = Bench(part)
     for precision in ("int8", "int4", "nf4"):
-        for known in (False, True):
-            name = f"{precision}{', calibrated' if known else ''}"
-            told(name, distances(run(rounded(precision, {}, known=known), watch.given), expected))
+        try:
+            bench.tell(precision, bench.rounded(precision, {}))
+            bench.tell(f"{precision}, for calibrated inputs", bench.rounded(precision, {}, known=True))
+        except ValueError:
+            print(f"{part:12} {precision}: changes nothing")
     for outputs in (True, False):
+        behind = "" if outputs else ", convolutions' outputs wide"
         for method in METHODS:
-            made = rounded("w8a8", grids(watch.whole, method, outputs=outputs))
-            behind = "" if outputs else ", convolutions' outputs wide"
-            told(f"w8a8, {method}{behind}", distances(run(made, watch.given), expected))
-        if watch.steps > 1:
-            for method in ("channels", "mse"):
-                errors: list[float] = []
-                for step, given in enumerate(watch.given):
-                    calibration = watch.groups[step * GROUPS // watch.steps]
-                    made = rounded("w8a8", grids(calibration, method, outputs=outputs))
-                    errors += distances(run(made, [given]), expected[step : step + 1])
-                behind = "" if outputs else ", outputs wide"
-                told(f"w8a8, {method}, {GROUPS} groups of timesteps{behind}", errors)
+            grids = bench.grids(bench.watch.whole, method, outputs=outputs)
+            bench.tell(f"w8a8, {method}{behind}", bench.rounded("w8a8", grids))
+        for method in METHODS[:2] if bench.watch.steps > 1 else ():
+            bench.tell_timesteps(f"w8a8, {method}{behind}, {GROUPS} groups of timesteps", method, outputs=outputs)
 
 
 def run(module: nn.Module, given: Sequence[tuple[Any, ...]]) -> list[Tensor]:
