@@ -164,11 +164,13 @@ class Encoder:
         Each channel of the weight has a zero point of its own: where ONNX Runtime makes weights unsigned, for CPUs without
         VNNI, it would put one number where it then asks for as many as there are scales.
         """
+        import numpy as np
+
         before, after = grids if self._precision == STATIC and grids else (None, None)
         columns = before.steps if before and before.by_channel else None
         over = after.steps if after and after.by_channel else ()
         streams = self._rows(value, entry, columns, over)
-        zeros = self._codes_of((0,) * entry.shape[0], signed=True)
+        zeros = self._array(np.zeros(entry.shape[0], dtype=np.int8), f"{OWN}{value.name}.zeros")
         inputs = [*(self._initializer(tensor) for tensor in streams), zeros]
         wide = _node("DequantizeLinear", inputs, {"axis": 0}, name=f"{value.name}.float32")
         users = [user for user, _ in value.uses()]
@@ -195,16 +197,29 @@ class Encoder:
     def _give_rounded(self, node: onnx_ir.Node, grid: Grid) -> None:
         """Round what a convolution gives; with steps for channels its weights make it of steps, and its bias begins at nought's code."""
         given = node.outputs[0]
-        one, none, axis = self._numbers(grid.steps), self._codes_of(grid.zeros, signed=True), {}
-        step, zero = one, none
+        steps, zero = self._numbers(grid.steps), self._codes_of((0,) if grid.by_channel else grid.zeros, signed=True)
         if grid.by_channel:
-            step, zero, axis = self._numbers((1.0,)), self._codes_of((0,), signed=True), {"axis": 1}
             self._give_bias(node, grid)
+        step = self._numbers((1.0,)) if grid.by_channel else steps
         rounded = _node("QuantizeLinear", [given, step, zero], name=f"{node.name}.rounded")
-        back = _node("DequantizeLinear", [rounded.outputs[0], one, none], axis, name=f"{node.name}.made")
-        back.outputs[0].shape, back.outputs[0].type = given.shape, given.type
-        _replace_uses(given, back.outputs[0], but=rounded)
-        self._model.graph.insert_after(node, [rounded, back])
+        behind = [rounded.outputs[0], steps, *([] if grid.by_channel else [zero])]
+        new = [rounded, _node("DequantizeLinear", behind, {"axis": 1}, name=f"{node.name}.made")]
+        if grid.by_channel:
+            new.append(_node("Add", [new[-1].outputs[0], self._noughts(grid)], name=f"{node.name}.around"))
+        made = new[-1].outputs[0]
+        made.shape, made.type = given.shape, given.type
+        _replace_uses(given, made, but=rounded)
+        self._model.graph.insert_after(node, new)
+
+    def _noughts(self, grid: Grid) -> onnx_ir.Value:
+        """Return what is added to codes times steps, so that nought's code is nought.
+
+        Not zero points: what has them for each channel ONNX Runtime fuses with what comes behind, and then refuses to run.
+        """
+        import numpy as np
+
+        noughts = -np.asarray(grid.zeros, dtype=np.float32) * np.asarray(grid.steps, dtype=np.float32)
+        return self._array(noughts.reshape(1, -1, 1, 1))
 
     def _give_bias(self, node: onnx_ir.Node, grid: Grid) -> None:
         """Let a convolution's bias be in its output's codes."""
