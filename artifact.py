@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MANIFEST = "bakeoff.json"
 ACTIVATIONS = "activations.json"
-"""In a part's folder: layer -> scales of its input and output, where these were calibrated."""
+"""In a part's folder: layer -> what its input and output are rounded to, where that was calibrated."""
+INPUTS = "inputs.st"
+"""Beside it, safetensors: what layers' inputs took on, where weights were rounded for that."""
 _WEIGHT_WIDTHS = {
     "float64": 8,
     "float32": 4,

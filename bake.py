@@ -9,12 +9,14 @@ import shutil
 import tempfile
 from collections import Counter
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import plugins
 from .artifact import (
     ACTIVATIONS,
+    INPUTS,
     MANIFEST,
     SCHEMA,
     Artifact,
@@ -32,11 +34,13 @@ from .budget import Gate, check_parts
 from .components.component import Sizes
 from .errors import CorruptError, ParityError, RecipeError, UsageError
 from .exporters.capture import module_on_hollow, on_hollow
+from .exporters.corrected import lower_corrected
 from .exporters.exporter import Subject
 from .lora import merge
 from .memory import give_back
-from .plan import check_room, is_calibrated, merged_modules, mixture_of, plan
-from .quantize.fp8 import Fp8
+from .plan import ACTIVATIONS_OPTION, check_room, is_calibrated, merged_modules, mixture_of, plan
+from .quantize.grid import grids_to_json
+from .quantize.inputs import with_inputs, write_inputs
 from .recipe import to_dict
 from .runtimes.opening import port_to_dict
 from .weights import layer_names, place, sha256
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
     from .components.family import Part
     from .exporters.exporter import Exporter, Lowered
     from .plan import Plan
+    from .quantize.grid import Grids
     from .recipe import PartRecipe, Recipe
     from .source import Source
 
@@ -212,17 +217,19 @@ def _take(donor: Artifact, name: str, folder: Path, weights: str) -> PartEntry:
 
 def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) -> PartEntry:
     part, recipe = planned.source.family.part(name), planned.parts[name]
+    checkpoint = planned.source.checkpoint(part.module)
+    mixture = with_inputs(mixture_of(recipe), planned.calibration, name, checkpoint)
     exporter = plugins.exporter(recipe.backend)
     config, origin = planned.source.config(part.module), planned.source.path(part.module)
     inputs, outputs = _ports(part, config, recipe), part.component.outputs(config)
     subject = Subject(
         part=name,
-        mixture=mixture_of(recipe),
+        mixture=mixture,
         activations=_activations(planned, part),
         inputs=inputs,
         outputs=outputs,
         source=origin,
-        checkpoint=planned.source.checkpoint(part.module),
+        checkpoint=checkpoint,
         capture=on_hollow(name, part.component, config, origin, work / part.module),
         module=module_on_hollow(part.component, origin, work / part.module),
         weights=planned.weights,
@@ -231,8 +238,12 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
     )
     shutil.copyfile(origin / "config.json", folder / "config.json")
     if subject.activations:
-        (folder / ACTIVATIONS).write_text(json.dumps(subject.activations, indent=1) + "\n")
-    lowered = exporter.lower(subject, folder)
+        told = {layer: grids_to_json(grids) for layer, grids in subject.activations.items()}
+        (folder / ACTIVATIONS).write_text(json.dumps(told) + "\n")
+    if mixture.known:
+        write_inputs(mixture.known, folder / INPUTS)
+    recapture = partial(on_hollow, name, part.component, config, origin, work / part.module)
+    lowered = lower_corrected(exporter, subject, recapture, work / f"{name}.biases.safetensors", folder)
     _refuse_unchanged(subject, lowered)
     shares, weight_format = shares_of(lowered.weight_bytes), subject.mixture.formats.get(recipe.precision)
     return PartEntry(
@@ -251,19 +262,33 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
     )
 
 
-def _activations(planned: Plan, part: Part) -> dict[str, tuple[float, float]]:
-    """Return the calibrated scales of a part's layers, under their names in the checkpoint."""
-    if planned.calibration is None or not is_calibrated(planned.parts[part.name]):
+def _activations(planned: Plan, part: Part) -> dict[str, Grids]:
+    """Return what a part's layers round their activations to, under their names in the checkpoint."""
+    recipe = planned.parts[part.name]
+    if planned.calibration is None or not is_calibrated(recipe):
         return {}
-    mixture = mixture_of(planned.parts[part.name])
-    method = next((each.calibration_method for each in mixture.formats.values() if isinstance(each, Fp8)), "mse")
-    scales = planned.calibration.scales(part.name, method)
-    if not scales:
+    seen = planned.calibration.parts.get(part.name, {})
+    if not seen:
         message = f"the calibration says nothing of {part.name}"
         raise UsageError(message, fix=f"give it another precision, such as --recipe …,{part.name}=BACKEND:bf16")
-    names = layer_names(scales, planned.source.checkpoint(part.module))
-    named = {names[path]: both for path, both in scales.items() if path in names}
-    return {name: both for name, both in named.items() if (kind := mixture.format_of(name)) and kind.calibrated}
+    checkpoint, mixture = planned.source.checkpoint(part.module), mixture_of(recipe)
+    names = layer_names(seen, checkpoint)
+    shapes = {path: checkpoint.entries[f"{name}.weight"].shape for path, name in names.items()}
+    found = planned.calibration.grids(part.name, shapes, _activations_method(recipe))
+    grids = {names[path]: mixture.calibrated(names[path], shapes[path], both) for path, both in found.items()}
+    outputs = plugins.exporter(recipe.backend).rounds_convolutions
+    return {
+        name: both if outputs or len(checkpoint.entries[f"{name}.weight"].shape) == 2 else (both[0], None)  # noqa: PLR2004
+        for name, both in grids.items()
+        if both
+    }
+
+
+def _activations_method(recipe: PartRecipe) -> str:
+    """Return how steps are chosen: as the recipe asks, as its format needs, or the first that its backend can take."""
+    own = [each.activations_method for each in mixture_of(recipe).formats.values() if each.activations_method]
+    methods = plugins.exporter(recipe.backend).options.get(ACTIVATIONS_OPTION, ())
+    return recipe.options.get(ACTIVATIONS_OPTION) or next(iter([*own, *methods]))
 
 
 def _refuse_unchanged(subject: Subject, lowered: Lowered) -> None:

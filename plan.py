@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from .quantize.mixture import Mixture
 
 
+ACTIVATIONS_OPTION = "activations"
+"""Option of a recipe: how the steps of calibrated activations are chosen."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What an export will do and take, known before it starts."""
@@ -84,7 +88,8 @@ def plan(
     parts = {name: _without_idle_options(source, name, part_recipe) for name, part_recipe in parts.items()}
     parts = {name: _with_layers(source, name, part_recipe) for name, part_recipe in parts.items()}
     needed = [f"{part} of {name}" for name, part in parts.items() if is_calibrated(part)]
-    calibrated = open_calibration(calibration, source, needed[0]) if needed else None
+    helped = calibration is not None and any(uses_inputs(part) for part in parts.values())
+    calibrated = open_calibration(calibration, source, needed[0] if needed else "") if needed or helped else None
     fields = {
         name: _part_fields(source, source.family.part(name), parts[name], merged, weights, calibrated) for name in parts
     }
@@ -134,9 +139,13 @@ def _is_installed(package: str) -> bool:
 
 
 def _without_idle_options(source: Source, name: str, recipe: PartRecipe) -> PartRecipe:
-    """Drop options named after another part's input, so that `timestep=f32` changes the UNet's key alone."""
+    """Drop options that say nothing of a part, so that they don't change its key.
+
+    They are named after another part's input, such as `timestep=f32`, or say how activations are rounded that aren't.
+    """
     ports = {port for part in source.parts for port in part.component.conventions(recipe.backend)}
     idle = ports - set(source.family.part(name).component.conventions(recipe.backend))
+    idle |= set() if is_calibrated(recipe) else {ACTIVATIONS_OPTION}
     return replace(recipe, options={key: value for key, value in recipe.options.items() if key not in idle})
 
 
@@ -181,6 +190,16 @@ def is_calibrated(recipe: PartRecipe) -> bool:
     return any(each.calibrated and each.name not in as_it_runs for each in mixture_of(recipe).formats.values())
 
 
+def uses_inputs(recipe: PartRecipe) -> bool:
+    """Say whether a recipe rounds weights for inputs that were calibrated, if there are any."""
+    return any(each.uses_inputs for each in mixture_of(recipe).formats.values())
+
+
+def _takes(calibration: Calibration, part: Part, recipe: PartRecipe) -> bool:
+    """Say whether a calibration decides what a part becomes."""
+    return is_calibrated(recipe) or (uses_inputs(recipe) and part.name in calibration.parts)
+
+
 def mixture_of(recipe: PartRecipe) -> Mixture:
     """Return the precisions of a part's weights."""
     return plugins.mixture(recipe.precision, recipe.layers)
@@ -204,7 +223,7 @@ def _part_fields(
         "recipe": recipe.as_dict(),
         "weights": "own" if weights == "copy" else "shared where possible",
         **({"format": ", ".join(formats)} if formats else {}),
-        **({"calibration": calibration.info["sha256"]} if calibration and is_calibrated(recipe) else {}),
+        **({"calibration": calibration.info["sha256"]} if calibration and _takes(calibration, part, recipe) else {}),
         **({"loras": own} if own else {}),
         **(exporter.key_fields(recipe.precision, recipe.options) if isinstance(exporter, BoundExporter) else {}),
     }

@@ -19,15 +19,16 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from ..components.component import Component, Config, Port
+    from ..weights import Checkpoint
 
 
 def on_hollow(
-    part: str, component: Component, config: Config, source: Path, work: Path
+    part: str, component: Component, config: Config, source: Path, work: Path, checkpoint: Checkpoint | None = None
 ) -> Callable[..., tuple[ExportedProgram, Hollow]]:
     """Return what `Subject.capture` is: it captures a part on a stand-in for its weights, made in the folder `work`."""
 
     def captured(solid: frozenset[str], dtype: str = "float32", device: str = "cpu") -> tuple[ExportedProgram, Hollow]:
-        hollow = Hollow.make(source, work, solid)
+        hollow = Hollow.make(source, work, solid, checkpoint)
         return capture(part, component, config, hollow.folder, dtype, device), hollow
 
     return captured

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..quantize.format import Format
+    from ..quantize.grid import Grids
     from ..quantize.mixture import Mixture
     from ..weights import Checkpoint, Entry, Streamed
 
@@ -31,8 +32,8 @@ class Layout(ABC):
     convolutions: ClassVar[bool] = False
     """Whether it has codes for convolutions, too."""
 
-    def __init__(self, mixture: Mixture, activations: Mapping[str, tuple[float, float]] | None = None) -> None:
-        self._mixture = mixture
+    def __init__(self, mixture: Mixture, activations: Mapping[str, Grids] | None = None) -> None:
+        self.mixture = mixture
         self._activations = activations or {}
         self.format: Format = mixture.formats[mixture.precision]
 
@@ -64,7 +65,7 @@ class Layout(ABC):
 
     def obstacle(self, entry: Entry) -> str | None:
         """Say why a weight has no codes; None if it can have them."""
-        return self._mixture.obstacle(entry.name, entry.shape)
+        return self.mixture.obstacle(entry.name, entry.shape)
 
     def stored_bytes(self, entry: Entry) -> dict[str, int]:
         """Return what bytes count as -> how many are stored for a weight."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from ..components.component import Port
     from ..hardware import Availability
+    from ..quantize.grid import Grids
     from ..quantize.mixture import Mixture
     from ..weights import Checkpoint
     from .hollow import Hollow
@@ -30,8 +31,8 @@ class Subject:
     part: str
     mixture: Mixture
     """The precision of its weights."""
-    activations: Mapping[str, tuple[float, float]]
-    """Layer -> scales of its input and its output, where the recipe rounds activations with calibrated ones."""
+    activations: Mapping[str, Grids]
+    """Layer -> what its input and its output are rounded to, where the recipe rounds activations as calibrated."""
     inputs: tuple[Port, ...]
     """Ports as the files shall have them; dtype and rank may differ from the program's (a convention of the backend)."""
     outputs: tuple[Port, ...]
@@ -92,6 +93,9 @@ class Exporter(Protocol):
     options: ClassVar[Mapping[str, tuple[str, ...]]]
     """Option of a recipe -> the values it may have; none: any, which `BoundExporter.check` looks at. One named after an input
     asks for the dtype of that input's port."""
+
+    rounds_convolutions: ClassVar[bool]
+    """Whether calibrated convolutions round also what they make."""
 
     def cost(
         self,

@@ -9,6 +9,7 @@ import warnings
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import LoweringError
+from ..quantize.calibration import METHODS
 from .costs import graph_cost, stored_bytes
 from .exporter import Cost, Lowered
 from .hollow import lower_hollow
@@ -49,7 +50,8 @@ class OnnxExporter:
         "fp8": "ONNX's MatMul takes no 8-bit floats; widened ones keep 32 dB of a normal distribution, int8 40 dB in as many bytes",
     }
     layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(precisions, precisions)
-    options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"activations": METHODS}
+    rounds_convolutions: ClassVar[bool] = True
 
     def cost(
         self,

@@ -135,7 +135,9 @@ def _pack(
         if weight_format is None or precision not in CODES:
             reason = subject.mixture.obstacle(entry.name, entry.shape)
         else:
-            encoded = quantizer.encode(model.graph.initializers[name], entry, precision, weight_format)
+            encoded = quantizer.encode(
+                model.graph.initializers[name], entry, precision, weight_format, subject.mixture.importance(entry.name)
+            )
             if isinstance(encoded, list):
                 packed += encoded
                 del model.graph.initializers[name]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..quantize.format import Format
+    from ..quantize.grid import Grids
     from ..weights import Entry
 
 OPSET = 21
@@ -37,15 +38,13 @@ _SHORT = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16"}
 class Quantizer:
     """Puts codes in the place of weights, and rounds what goes into their products."""
 
-    def __init__(
-        self, model: onnx_ir.Model, dtype: onnx_ir.DataType, activations: Mapping[str, tuple[float, float]]
-    ) -> None:
+    def __init__(self, model: onnx_ir.Model, dtype: onnx_ir.DataType, activations: Mapping[str, Grids]) -> None:
         """Prepare a graph.
 
         Args:
             model: typed; is changed.
             dtype: what its products compute in.
-            activations: layer -> calibrated scales, for 127 steps, of its input and output.
+            activations: layer -> what its input and its output are rounded to, if that was calibrated.
         """
         self._model, self._dtype, self._activations = model, dtype, activations
         self._rounded: dict[tuple[onnx_ir.Value, str, float], onnx_ir.Value] = {}
@@ -53,20 +52,30 @@ class Quantizer:
         """Layers whose products are of codes."""
         model.opset_imports[""] = max(OPSET, model.opset_imports[""])
 
-    def encode(self, value: onnx_ir.Value, entry: Entry, precision: str, weight_format: Format) -> list[Streamed] | str:
-        """Give the products of a weight its codes, which are to be written; or say why they are left as they are."""
+    def encode(
+        self,
+        value: onnx_ir.Value,
+        entry: Entry,
+        precision: str,
+        weight_format: Format,
+        importance: Tensor | None = None,
+    ) -> list[Streamed] | str:
+        """Give the products of a weight its codes, which are to be written; or say why they are left as they are.
+
+        `importance` has mean squares (K,) of its inputs, for `Format.pack`.
+        """
         obstacle = self._obstacle(value, entry, weight_format)
         if obstacle:
             return obstacle
         products = products_of(value) or []
         layer = entry.name.removesuffix(".weight")
         if weight_format.calibrated:
-            scale = self._activations[layer][0]
+            scale = self._activations[layer][0].even
             scale = activation_scale(scale) if precision == "fp8" else scale
             for node in products:
                 self._round_input(node, precision, scale)
             self.rounded_layers.append(layer)
-        return self._weight(value, entry, precision, weight_format)
+        return self._weight(value, entry, precision, _Codes(entry, weight_format, self._dtype, importance))
 
     def _obstacle(self, value: onnx_ir.Value, entry: Entry, weight_format: Format) -> str | None:
         if weight_format.obstacle(entry.shape):
@@ -103,12 +112,12 @@ class Quantizer:
             self._rounded[key] = back.outputs[0]
         node.replace_input_with(0, self._rounded[key])
 
-    def _weight(self, value: onnx_ir.Value, entry: Entry, precision: str, weight_format: Format) -> list[Streamed]:
+    def _weight(self, value: onnx_ir.Value, entry: Entry, precision: str, codes: _Codes) -> list[Streamed]:
         """Put DequantizeLinear of codes in a weight's place."""
         import onnx_ir
 
         stored, kind = CODES[precision]
-        codes = _Codes(entry, weight_format, self._dtype)
+        weight_format = codes.format
         groups = weight_format.groups(entry.shape)
         scales_shape = [entry.shape[0]] if groups == 1 else [entry.shape[0], groups]
         count = math.prod(entry.shape)
@@ -162,35 +171,40 @@ class Quantizer:
 class _Codes:
     """A weight's codes for scales of the dtype that is computed in, made as they are written."""
 
-    def __init__(self, entry: Entry, weight_format: Format, dtype: onnx_ir.DataType) -> None:
-        self._entry, self._format, self._dtype = entry, weight_format, dtype
+    def __init__(
+        self, entry: Entry, weight_format: Format, dtype: onnx_ir.DataType, importance: Tensor | None = None
+    ) -> None:
+        self._entry, self.format, self._dtype, self._importance = entry, weight_format, dtype, importance
         self._scales: list[Tensor] = []
 
     def codes(self) -> Iterator[memoryview]:
         for rows in read_rows(self._entry):
-            codes, scales = rounded_rows(rows.float().flatten(1), self._format, self._dtype)
+            codes, scales = rounded_rows(rows.float().flatten(1), self.format, self._dtype, self._importance)
             self._scales.append(scales)
-            yield as_bytes(nibbles(codes & 15) if self._format.bits == 4 else codes)  # noqa: PLR2004 - half a byte
+            yield as_bytes(nibbles(codes & 15) if self.format.bits == 4 else codes)  # noqa: PLR2004 - half a byte
 
     def scales(self) -> Iterator[memoryview]:
         for scales in self._scales:
             yield as_bytes(scales.contiguous())
 
 
-def rounded_rows(rows: Tensor, weight_format: Format, dtype: onnx_ir.DataType) -> tuple[Tensor, Tensor]:
+def rounded_rows(
+    rows: Tensor, weight_format: Format, dtype: onnx_ir.DataType, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Round a weight to a format, with scales that the dtype can hold.
 
     Args:
         rows: (N, K) float32.
         weight_format: gives the scales.
         dtype: of the scales: each becomes the next number that isn't smaller, so that nothing is clipped by it.
+        importance: mean squares (K,) of the inputs where they are known.
 
     Returns:
         Codes (N, K) int8 and scales (N, K / group) in the dtype.
     """
     import torch
 
-    codes, scales = weight_format.pack(rows)
+    codes, scales = weight_format.pack(rows, importance)
     if dtype.name == "FLOAT":
         return codes, scales
     held = _up(scales, getattr(torch, _TORCH[dtype.name]))

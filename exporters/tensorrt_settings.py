@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import RecipeError, unknown
+from ..quantize.calibration import EVEN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,6 +38,7 @@ class Settings:
     """How an engine is built."""
 
     OPTIONS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "activations": EVEN,
         "compute": COMPUTE,
         "hardware": HARDWARE,
         "level": _LEVELS,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import RecipeError, UnavailableError
 from ..hardware import Availability
+from ..quantize.calibration import EVEN
 from ..weights import TORCH_DTYPES, Checkpoint, convert, place, streamed, write_streamed
 from . import aoti
 from .bitsandbytes import Bitsandbytes
@@ -48,7 +49,8 @@ class TorchExporter:
         "fp16": ("fp32", "fp16"),
         **dict.fromkeys(_LAYOUTS, ("bf16",)),
     }
-    options: ClassVar[Mapping[str, tuple[str, ...]]] = {aoti.OPTION: ("",)}
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {aoti.OPTION: ("",), "activations": EVEN}
+    rounds_convolutions: ClassVar[bool] = False
 
     def probe(self) -> Availability:
         return Availability(ok=True, reason="torch is there")

@@ -30,7 +30,7 @@ class Bytes(Layout):
             Streamed(layer + SCALE, "F32", [channels], 4 * channels, packing.scales()),
         ]
         if layer in self._activations:
-            step = struct.pack("<f", self._activations[layer][0])
+            step = struct.pack("<f", self._activations[layer][0].even)
             streams.append(Streamed(layer + STEP, "F32", [], len(step), [step]))
         return streams
 

@@ -37,7 +37,7 @@ class TorchAO(Layout):
         return self.format.name if self.format.bits == 8 else f"{self.format.name} in bytes"  # noqa: PLR2004
 
     def encode(self, entry: Entry) -> list[Streamed]:
-        packing = Packing(self.format, entry)
+        packing = Packing(self.format, entry, importance=self.mixture.importance(entry.name))
         layer = entry.name.removesuffix(".weight")
         shape = [entry.shape[0], self.format.groups(entry.shape)]
         codes, groups = math.prod(entry.shape), math.prod(shape)

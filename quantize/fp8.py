@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from .grid import Grids
+
 MOST = 448.0
 """The largest finite E4M3 number."""
 _STEPS = 127
@@ -30,13 +32,14 @@ class Fp8(Format):
     bits: ClassVar[int] = 8
     group: ClassVar[int | None] = None
     calibrated: ClassVar[bool] = True
-    calibration_method: ClassVar[str] = "max"
+    activations_method: ClassVar[str | None] = "max"
+    uses_inputs: ClassVar[bool] = False
     """Steps of a float are finest near nought: a wider range costs it nothing, and clipping much."""
 
     def obstacle(self, shape: Sequence[int]) -> str | None:
         return too_small(shape)
 
-    def pack(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def pack(self, rows: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - steps go by the largest
         import torch
 
         scales = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / MOST
@@ -47,10 +50,10 @@ class Fp8(Format):
 
         return codes.view(torch.float8_e4m3fn).float() * scales
 
-    def watch(self, layer: nn.Module, scales: tuple[float, float] | None) -> None:
+    def watch(self, layer: nn.Module, grids: Grids | None) -> None:
         """Let a layer that was calibrated round what it is given."""
-        if scales is not None:
-            step = activation_scale(scales[0])
+        if grids is not None:
+            step = activation_scale(grids[0].even)
             layer.register_forward_pre_hook(lambda _, given: (rounded(given[0], step), *given[1:]))
 
 
