@@ -373,7 +373,7 @@ def test_sums_of_large_products_dont_overflow(extreme_source, tmp_path, backend,
 
 def test_torch_multiplies_integers_where_the_cpu_can(source, tmp_path):
     """Codes of at most 64 overflow nowhere: so oneDNN's kernels can be held to floats here, whatever the CPU."""
-    made, scales = Mixed(), {"matrix": (0.01, 0.02), "vector": (0.03, 0.02), "take": (0.03, 0.02)}
+    made, scales = Mixed(), even({"matrix": (0.01, 0.02), "vector": (0.03, 0.02), "take": (0.03, 0.02)})
     files, _ = lower(made, source, tmp_path, "torch", "w8a8", scales)
     inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
     with plugins.runtime("torch")(files, Placement(device="cpu", threads=1)) as runtime:
@@ -392,7 +392,7 @@ def test_torch_multiplies_integers_where_the_cpu_can(source, tmp_path):
 
 
 def test_a_layer_that_was_not_calibrated_keeps_its_activations(source, tmp_path):
-    made, scales = Mixed(), {"matrix": (0.01, 0.02)}
+    made, scales = Mixed(), even({"matrix": (0.01, 0.02)})
     files, lowered = lower(made, source, tmp_path, "torch", "w8a8", scales)
     inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
     with torch.no_grad():

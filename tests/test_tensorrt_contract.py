@@ -43,6 +43,7 @@ from bakeoff.exporters.tensorrt import ABOUT, PLAN, TensorRTExporter
 from bakeoff.exporters.tensorrt_settings import DEFAULTS, Settings
 from bakeoff.hardware import Availability
 from bakeoff.lora import Delta, added
+from bakeoff.quantize.grid import Grid
 from bakeoff.recipe import Placement, parse
 from bakeoff.runtimes.runtime import PartFiles
 from bakeoff.runtimes.tensorrt import TensorRTRuntime
@@ -412,7 +413,7 @@ def test_an_engine_computes_what_torch_does(lower, captured):
 
 @pytest.mark.parametrize("precision", ["fp16", "w8a8", "fp8"])
 def test_engines_of_less_compute_it_nearly(lower, captured, precision):
-    scales = dict.fromkeys(("first", "second", "take"), (0.03, 0.03)) if precision in {"w8a8", "fp8"} else None
+    scales = dict.fromkeys(("first", "second", "take"), (Grid((0.03,)), None)) if precision in {"w8a8", "fp8"} else None
     folder, _ = lower(precision, activations=scales, **({} if precision == "fp16" else {"compute": "fp16"}))
     with opened(folder) as runtime:
         inputs = example()

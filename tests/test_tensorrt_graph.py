@@ -24,6 +24,7 @@ from bakeoff.exporters.tensorrt_types import Typing
 from bakeoff.proof import names_in, relative_error
 from bakeoff.quantize.fp8 import activation_scale
 from bakeoff.quantize.fp8 import rounded as rounded_fp8
+from bakeoff.quantize.grid import Grid
 from bakeoff.quantize.int8_static import rounded as rounded_int8
 from bakeoff.source import Source
 from bakeoff.weights import Checkpoint
@@ -154,10 +155,8 @@ class Captured:
 
         def watch(path):
             def hook(_, given, made):
-                found[self.names.get(path, path)] = (
-                    float(given[0].abs().max()) / 127,
-                    float(made.abs().max()) / 127,
-                )
+                step, own = float(given[0].abs().max()) / 127, float(made.abs().max()) / 127
+                found[self.names.get(path, path)] = (Grid((step,)), Grid((own,)))
 
             return hook
 
@@ -178,7 +177,7 @@ class Captured:
                     before[layer] = layer.weight.detach().clone()
                     weight_format.round_weight(layer.weight)
                     if precision in {"w8a8", "fp8"}:
-                        handles.append(layer.register_forward_pre_hook(rounding(precision, self.scales[name][0])))
+                        handles.append(layer.register_forward_pre_hook(rounding(precision, self.scales[name][0].even)))
         with torch.no_grad():
             made = self.flat(*[example[port.name] for port in self.component.inputs(self.config)])
             for layer, weight in before.items():
