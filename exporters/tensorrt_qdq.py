@@ -205,8 +205,10 @@ def rounded_rows(
     import torch
 
     codes, scales = weight_format.pack(rows, importance)
-    if dtype.name == "FLOAT":
+    if dtype.name == "FLOAT" and bool((scales > 0).all()):
         return codes, scales
+    # TensorRT's scales are positive: where int4's is negative, so that -8 is the largest value, 7 has to be it instead.
+    scales = torch.where(scales < 0, scales * -8 / 7, scales)
     held = _up(scales, getattr(torch, _TORCH[dtype.name]))
     steps = held.float()
     values = rows.unflatten(1, (held.shape[1], -1)) / steps[..., None]
