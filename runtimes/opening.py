@@ -208,6 +208,7 @@ def open_part(
         outputs=tuple(port_from_dict(port) for port in entry.outputs),
         build=lambda dtype: part.component.flat(part.component.load(folder, _torch_dtype(dtype))).eval(),
         deltas=deltas or {},
+        islands=bool(entry.key),
     )
     return runtime(files, placement)
 
