@@ -50,7 +50,7 @@ def judge(artifact: Artifact, source: Source, count: int) -> dict[str, Any]:
         raise UsageError(message)
     arguments = {"folder": str(artifact.folder), "source": str(source.folder), "count": count}
     found, _ = in_child("bakeoff.meaning:judge_here", arguments)
-    return found | _gate(trajectory.precisions(artifact), found, count)
+    return {**found, **_gate(trajectory.precisions(artifact), found, count)}
 
 
 def _gate(kinds: set[str], found: Mapping[str, Any], count: int) -> dict[str, Any]:
