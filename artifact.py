@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MANIFEST = "bakeoff.json"
 ACTIVATIONS = "activations.json"
-"""In a part's folder: layer -> scales of its input and output, where these were calibrated."""
+"""In a part's folder: layer -> what its input and output are rounded to, where that was calibrated."""
+INPUTS = "inputs.st"
+"""Beside it, safetensors: what layers' inputs took on, where weights were rounded for that."""
 _WEIGHT_WIDTHS = {
     "float64": 8,
     "float32": 4,
     "bfloat16": 2,
     "float16": 2,
     "int8": 1,
+    "fp8": 1,
     "int4": 0.5,
     "int4 in bytes": 1,
     "nf4": 0.5,
@@ -200,6 +203,12 @@ class Artifact:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             place(self.folder / name, folder / name, "auto")
         return Artifact(folder, self.manifest)
+
+    def vouched(self, part: str) -> dict[str, str]:
+        """Return file -> sha256 of a part's files, as the manifest has them: it was verified when it was opened."""
+        prefix = f"{part}/"
+        files = self.manifest.files.items()
+        return {name.removeprefix(prefix): entry.sha256 for name, entry in files if name.startswith(prefix)}
 
     def with_proof(self, proof: Mapping[str, Any]) -> Artifact:
         """Write a proof, and the tensors it left under `proof/`, into the manifest, atomically."""

@@ -9,12 +9,14 @@ import shutil
 import tempfile
 from collections import Counter
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import plugins
 from .artifact import (
     ACTIVATIONS,
+    INPUTS,
     MANIFEST,
     SCHEMA,
     Artifact,
@@ -29,12 +31,16 @@ from .artifact import (
     sweep,
 )
 from .budget import Gate, check_parts
+from .components.component import Sizes
 from .errors import CorruptError, ParityError, RecipeError, UsageError
 from .exporters.capture import module_on_hollow, on_hollow
+from .exporters.corrected import lower_corrected
 from .exporters.exporter import Subject
 from .lora import merge
 from .memory import give_back
-from .plan import check_room, is_calibrated, merged_modules, mixture_of, plan
+from .plan import ACTIVATIONS_OPTION, check_room, is_calibrated, merged_modules, mixture_of, plan
+from .quantize.grid import grids_to_json
+from .quantize.inputs import with_inputs, write_inputs
 from .recipe import to_dict
 from .runtimes.opening import port_to_dict
 from .weights import layer_names, place, sha256
@@ -46,10 +52,14 @@ if TYPE_CHECKING:
     from .components.family import Part
     from .exporters.exporter import Exporter, Lowered
     from .plan import Plan
+    from .quantize.grid import Grids
     from .recipe import PartRecipe, Recipe
     from .source import Source
 
     Progress = Callable[[str], None]
+
+_BOUNDLESS = Sizes(1 << 20, 1 << 20, 1 << 20, 1 << 20)
+"""Asked of a component, it says what it limits."""
 
 
 def export(
@@ -207,25 +217,33 @@ def _take(donor: Artifact, name: str, folder: Path, weights: str) -> PartEntry:
 
 def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) -> PartEntry:
     part, recipe = planned.source.family.part(name), planned.parts[name]
+    checkpoint = planned.source.checkpoint(part.module)
+    mixture = with_inputs(mixture_of(recipe), planned.calibration, name, checkpoint)
     exporter = plugins.exporter(recipe.backend)
     config, origin = planned.source.config(part.module), planned.source.path(part.module)
     inputs, outputs = _ports(part, config, recipe), part.component.outputs(config)
     subject = Subject(
         part=name,
-        mixture=mixture_of(recipe),
+        mixture=mixture,
         activations=_activations(planned, part),
         inputs=inputs,
         outputs=outputs,
         source=origin,
-        checkpoint=planned.source.checkpoint(part.module),
+        checkpoint=checkpoint,
         capture=on_hollow(name, part.component, config, origin, work / part.module),
         module=module_on_hollow(part.component, origin, work / part.module),
         weights=planned.weights,
+        options=recipe.options,
+        limits=part.component.limit(config, _BOUNDLESS).as_dict(),
     )
     shutil.copyfile(origin / "config.json", folder / "config.json")
     if subject.activations:
-        (folder / ACTIVATIONS).write_text(json.dumps(subject.activations, indent=1) + "\n")
-    lowered = exporter.lower(subject, folder)
+        told = {layer: grids_to_json(grids) for layer, grids in subject.activations.items()}
+        (folder / ACTIVATIONS).write_text(json.dumps(told) + "\n")
+    if mixture.known:
+        write_inputs(mixture.known, folder / INPUTS)
+    recapture = partial(on_hollow, name, part.component, config, origin, work / part.module)
+    lowered = lower_corrected(exporter, subject, recapture, work / f"{name}.biases.safetensors", folder)
     _refuse_unchanged(subject, lowered)
     shares, weight_format = shares_of(lowered.weight_bytes), subject.mixture.formats.get(recipe.precision)
     return PartEntry(
@@ -244,18 +262,33 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
     )
 
 
-def _activations(planned: Plan, part: Part) -> dict[str, tuple[float, float]]:
-    """Return the calibrated scales of a part's layers, under their names in the checkpoint."""
-    if planned.calibration is None or not is_calibrated(planned.parts[part.name]):
+def _activations(planned: Plan, part: Part) -> dict[str, Grids]:
+    """Return what a part's layers round their activations to, under their names in the checkpoint."""
+    recipe = planned.parts[part.name]
+    if planned.calibration is None or not is_calibrated(recipe):
         return {}
-    scales = planned.calibration.scales(part.name)
-    if not scales:
+    seen = planned.calibration.parts.get(part.name, {})
+    if not seen:
         message = f"the calibration says nothing of {part.name}"
         raise UsageError(message, fix=f"give it another precision, such as --recipe …,{part.name}=BACKEND:bf16")
-    names = layer_names(scales, planned.source.checkpoint(part.module))
-    mixture = mixture_of(planned.parts[part.name])
-    named = {names[path]: both for path, both in scales.items() if path in names}
-    return {name: both for name, both in named.items() if (kind := mixture.format_of(name)) and kind.calibrated}
+    checkpoint, mixture = planned.source.checkpoint(part.module), mixture_of(recipe)
+    names = layer_names(seen, checkpoint)
+    shapes = {path: checkpoint.entries[f"{name}.weight"].shape for path, name in names.items()}
+    found = planned.calibration.grids(part.name, shapes, _activations_method(recipe))
+    grids = {names[path]: mixture.calibrated(names[path], shapes[path], both) for path, both in found.items()}
+    outputs = plugins.exporter(recipe.backend).rounds_convolutions
+    return {
+        name: both if outputs or len(checkpoint.entries[f"{name}.weight"].shape) == 2 else (both[0], None)  # noqa: PLR2004
+        for name, both in grids.items()
+        if both
+    }
+
+
+def _activations_method(recipe: PartRecipe) -> str:
+    """Return how steps are chosen: as the recipe asks, as its format needs, or the first that its backend can take."""
+    own = [each.activations_method for each in mixture_of(recipe).formats.values() if each.activations_method]
+    methods = plugins.exporter(recipe.backend).options.get(ACTIVATIONS_OPTION, ())
+    return recipe.options.get(ACTIVATIONS_OPTION) or next(iter([*own, *methods]))
 
 
 def _refuse_unchanged(subject: Subject, lowered: Lowered) -> None:
@@ -298,6 +331,12 @@ def _copy_host_files(source: Source, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _hardware(planned: Plan) -> dict[str, Any] | None:
+    """Return part -> what its files are bound to; None where none are bound."""
+    bound = {name: fields["bound"] for name, fields in planned.part_fields.items() if "bound" in fields}
+    return bound or None
+
+
 def _write_manifest(planned: Plan, folder: Path, entries: dict[str, PartEntry]) -> None:
     source = planned.source
     manifest = Manifest(
@@ -312,7 +351,7 @@ def _write_manifest(planned: Plan, folder: Path, entries: dict[str, PartEntry]) 
         | ({"loras": [{"file": lora.file.name, **lora.fields} for lora in planned.loras]} if planned.loras else {})
         | ({"calibration": planned.calibration.info} if planned.calibration else {}),
         recipe={"asked": to_dict(planned.recipe), "resolved": {n: r.as_dict() for n, r in planned.parts.items()}},
-        hardware=None,
+        hardware=_hardware(planned),
         parts=entries,
         files=describe_files(folder),
     )

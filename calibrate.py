@@ -45,7 +45,8 @@ def calibrate(
     """Draw each prompt in float32 with torch, watching every matrix and convolution at every step.
 
     Guided and unguided halves are seen alike. Where the family has image-to-image, the first pictures are drawn on from,
-    so that the VAE's encoder is seen, too. Memory: the model's, and 8 KB for each side of a layer.
+    so that the VAE's encoder is seen, too. Memory: the model's, and for each side of a layer 8 KB
+    and 32 bytes a channel.
 
     Args:
         model: a Diffusers folder, a hub id, a single-file checkpoint, or `shapes`.
@@ -93,7 +94,9 @@ def watch(made: Calibration, part: str, module: nn.Module) -> None:
     from torch import nn
 
     def hook(path: str) -> Callable[..., None]:
-        return lambda _, given, result: made.see(part, path, given[0], result)
+        return lambda layer, given, result: made.see(
+            part, path, given[0], result, 1 if isinstance(layer, nn.Conv2d) else -1
+        )
 
     for path, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):

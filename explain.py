@@ -105,7 +105,8 @@ def explain(artifact: Artifact, source: Source) -> list[Explanation]:
     for name, entry in artifact.manifest.parts.items():
         if entry.backend != "null":
             part = baked.family.part(name)
-            with open_part(artifact.folder / name, part, entry, Placement(device="cpu")) as runtime:
+            vouched = artifact.vouched(name)
+            with open_part(artifact.folder / name, part, entry, Placement(device="cpu"), vouched=vouched) as runtime:
                 record = recorded(artifact, name, source, session)
                 explained.append((_survey(runtime, name, record), part, record))
     if not explained:
@@ -141,7 +142,8 @@ def _explain_part(
     entry = artifact.manifest.parts[part.name]
     eager = Eager(part, source)
     inputs, expected = record.cases[surveyed.case]
-    with open_part(artifact.folder / part.name, part, entry, Placement(device="cpu")) as runtime:
+    vouched = artifact.vouched(part.name)
+    with open_part(artifact.folder / part.name, part, entry, Placement(device="cpu"), vouched=vouched) as runtime:
         try:
             search = _Search(runtime, eager, inputs, record.tolerance, mixture_of(entry))
         except UsageError:

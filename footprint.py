@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 KEPT_SHARE = 0.1
 """Share of the available memory that predictions may not use."""
+DEVICE_KEPT_SHARE = 0.2
+"""Share of a GPU's memory that weights may not use: activations have it. Not measured on a GPU yet."""
 _CONVOLUTION = 4
 
 
@@ -53,6 +55,22 @@ def activation_bytes(backend: str, precision: str, activations: Activations) -> 
 def usable_bytes() -> int:
     """Return the memory that predictions may use now, in bytes."""
     return int(available_bytes() * (1 - KEPT_SHARE))
+
+
+def device_usable_bytes(device: str) -> int | None:
+    """Return the memory of a device that weights may use now, in bytes; None where nothing tells.
+
+    What torch's allocator holds and doesn't use counts as free. A share is left for activations.
+    """
+    if device not in {"cuda", "rocm"}:
+        return None
+    import torch
+
+    if not torch.cuda.is_available():  # ONNX Runtime's GPU beside a torch for CPUs
+        return None
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    free, total = torch.cuda.mem_get_info()
+    return int(free + unused - total * DEVICE_KEPT_SHARE)
 
 
 def weight_bytes(folder: Path) -> dict[str, int]:

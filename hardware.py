@@ -152,7 +152,7 @@ _DETECTORS: dict[str, Callable[[], Availability]] = {
     "cuda": _torch_device(
         "CUDA",
         lambda torch: torch.cuda.is_available() and not torch.version.hip,
-        "install an NVIDIA driver and torch for CUDA",
+        "bakeoff doctor says what a GPU lacks; torch for CUDA: pip install torch --index-url https://download.pytorch.org/whl/cu130",
     ),
     "rocm": _torch_device(
         "ROCm",

@@ -243,7 +243,8 @@ def _prove_part(artifact: Artifact, part: Part, precision: str, budget: Budget |
     entry, placement = artifact.manifest.parts[part.name], Placement(device="cpu")
     cases, rows, problem = [], [], None
     try:
-        with open_part(artifact.folder / part.name, part, entry, placement) as runtime:
+        vouched = artifact.vouched(part.name)
+        with open_part(artifact.folder / part.name, part, entry, placement, vouched=vouched) as runtime:
             for inputs, expected in found.cases:
                 got = _run_case(runtime, part.name, inputs)
                 cases.append(measure(got, expected, axes_of(inputs)))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from . import plugins
 from .artifact import key_of
 from .errors import RecipeError, ResourceError, UnavailableError, UsageError, unknown
+from .exporters.exporter import BoundExporter
 from .forecast import Forecast
 from .lora import Lora
 from .memory import available_bytes
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from .artifact import Artifact
     from .components.family import Part
     from .quantize.mixture import Mixture
+
+
+ACTIVATIONS_OPTION = "activations"
+"""Option of a recipe: how the steps of calibrated activations are chosen."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ def plan(
     parts = {name: _without_idle_options(source, name, part_recipe) for name, part_recipe in parts.items()}
     parts = {name: _with_layers(source, name, part_recipe) for name, part_recipe in parts.items()}
     needed = [f"{part} of {name}" for name, part in parts.items() if is_calibrated(part)]
-    calibrated = open_calibration(calibration, source, needed[0]) if needed else None
+    helped = calibration is not None and any(uses_inputs(part) for part in parts.values())
+    calibrated = open_calibration(calibration, source, needed[0] if needed else "") if needed or helped else None
     fields = {
         name: _part_fields(source, source.family.part(name), parts[name], merged, weights, calibrated) for name in parts
     }
@@ -102,6 +108,9 @@ def plan(
 
 def _check_backend(part: str, recipe: PartRecipe) -> None:
     exporter = plugins.exporter(recipe.backend)
+    if isinstance(exporter, BoundExporter) and not (found := exporter.probe()).ok:
+        message = f"{part}: can't export to {recipe.backend} here: {found.reason}"
+        raise UnavailableError(message, fix=found.fix)
     missing = [package for package in exporter.packages() if not _is_installed(package)]
     if missing:
         message = f"{part}: to export to {recipe.backend} takes {', '.join(missing)}, which can't be found"
@@ -114,8 +123,11 @@ def _check_backend(part: str, recipe: PartRecipe) -> None:
     for option, value in recipe.options.items():
         if option not in exporter.options:
             raise RecipeError(unknown(f"option of {recipe.backend}", option, exporter.options))
-        if value not in exporter.options[option]:
-            raise RecipeError(unknown(f"value of {recipe.backend}'s {option}", value, exporter.options[option]))
+        known = exporter.options[option]
+        if known and value not in known:
+            raise RecipeError(unknown(f"value of {recipe.backend}'s {option}", value, known))
+    if isinstance(exporter, BoundExporter):
+        exporter.check(recipe.precision, recipe.options)
 
 
 def _is_installed(package: str) -> bool:
@@ -127,9 +139,13 @@ def _is_installed(package: str) -> bool:
 
 
 def _without_idle_options(source: Source, name: str, recipe: PartRecipe) -> PartRecipe:
-    """Drop options named after another part's input, so that `timestep=f32` changes the UNet's key alone."""
+    """Drop options that say nothing of a part, so that they don't change its key.
+
+    They are named after another part's input, such as `timestep=f32`, or say how activations are rounded that aren't.
+    """
     ports = {port for part in source.parts for port in part.component.conventions(recipe.backend)}
     idle = ports - set(source.family.part(name).component.conventions(recipe.backend))
+    idle |= set() if is_calibrated(recipe) else {ACTIVATIONS_OPTION}
     return replace(recipe, options={key: value for key, value in recipe.options.items() if key not in idle})
 
 
@@ -170,7 +186,18 @@ def open_calibration(file: str | Path | None, source: Source, what: str) -> Cali
 
 def is_calibrated(recipe: PartRecipe) -> bool:
     """Say whether a recipe rounds activations with scales that were calibrated."""
-    return any(each.calibrated for each in mixture_of(recipe).formats.values())
+    as_it_runs = getattr(plugins.exporter(recipe.backend), "rounds_as_it_runs", ())
+    return any(each.calibrated and each.name not in as_it_runs for each in mixture_of(recipe).formats.values())
+
+
+def uses_inputs(recipe: PartRecipe) -> bool:
+    """Say whether a recipe rounds weights for inputs that were calibrated, if there are any."""
+    return any(each.uses_inputs for each in mixture_of(recipe).formats.values())
+
+
+def _takes(calibration: Calibration, part: Part, recipe: PartRecipe) -> bool:
+    """Say whether a calibration decides what a part becomes."""
+    return is_calibrated(recipe) or (uses_inputs(recipe) and part.name in calibration.parts)
 
 
 def mixture_of(recipe: PartRecipe) -> Mixture:
@@ -186,17 +213,19 @@ def _part_fields(
     weights: str,
     calibration: Calibration | None,
 ) -> dict[str, Any]:
+    exporter = plugins.exporter(recipe.backend)
     own = [lora.fields for lora in loras if part.module in lora.deltas]
     formats = sorted(f"{each.name}@{each.version}" for each in mixture_of(recipe).formats.values())
     return {
         "source": source.hashes(part.module),
         "component": f"{part.component.name}@{part.component.version}",
-        "exporter": f"{recipe.backend}@{plugins.exporter(recipe.backend).version}",
+        "exporter": f"{recipe.backend}@{exporter.version}",
         "recipe": recipe.as_dict(),
         "weights": "own" if weights == "copy" else "shared where possible",
         **({"format": ", ".join(formats)} if formats else {}),
-        **({"calibration": calibration.info["sha256"]} if calibration and is_calibrated(recipe) else {}),
+        **({"calibration": calibration.info["sha256"]} if calibration and _takes(calibration, part, recipe) else {}),
         **({"loras": own} if own else {}),
+        **(exporter.key_fields(recipe.precision, recipe.options) if isinstance(exporter, BoundExporter) else {}),
     }
 
 
@@ -237,8 +266,9 @@ def check_room(planned: Plan, target: Path) -> None:
 
 def _other_recipes() -> Iterator[Recipe]:
     for backend in plugins.names("exporters"):
-        if backend != "null":
-            yield from (Recipe(PartRecipe(backend, precision)) for precision in plugins.exporter(backend).precisions)
+        exporter = plugins.exporter(backend)
+        if backend != "null" and not (isinstance(exporter, BoundExporter) and not exporter.probe().ok):
+            yield from (Recipe(PartRecipe(backend, precision)) for precision in exporter.precisions)
 
 
 def why_rebuild(artifact: Artifact, planned: Plan) -> list[str]:

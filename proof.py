@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import plugins
-from .artifact import ACTIVATIONS
+from .artifact import ACTIVATIONS, INPUTS
 from .budget import tolerance
 from .components.component import PROOF_SIZES, WRAPPER
 from .drawing import Case, sit
+from .quantize.grid import grids_from_json
+from .quantize.inputs import read_inputs
 from .weights import layer_names
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from .components.component import Component
     from .components.family import Part
     from .drawing import Session
+    from .quantize.grid import Grids
     from .quantize.mixture import Mixture
     from .runtimes.runtime import Runtime
     from .source import Source
@@ -152,7 +155,8 @@ def _rounded_floor(
 
 def _round(flat: Any, mixture: Mixture, checkpoint: Checkpoint, folder: Path) -> None:  # noqa: ANN401 - a torch module
     """Let a module compute with the weights, and the calibrated activations, that the artifact has."""
-    mixture.round_module(flat, names_in(flat, checkpoint), scales_of(folder))
+    known = replace(mixture, known=read_inputs(folder / INPUTS))
+    known.round_module(flat, names_in(flat, checkpoint), scales_of(folder))
 
 
 def names_in(flat: Any, checkpoint: Checkpoint) -> dict[str, str]:  # noqa: ANN401 - a torch module
@@ -161,10 +165,12 @@ def names_in(flat: Any, checkpoint: Checkpoint) -> dict[str, str]:  # noqa: ANN4
     return {paths[own]: name for own, name in layer_names(paths, checkpoint).items()}
 
 
-def scales_of(folder: Path) -> dict[str, tuple[float, float]]:
-    """Return layer -> calibrated scales of its input and output, that a baked part's folder keeps."""
+def scales_of(folder: Path) -> dict[str, Grids]:
+    """Return layer -> what its input and output are rounded to, that a baked part's folder keeps."""
     file = folder / ACTIVATIONS
-    return {name: (both[0], both[1]) for name, both in json.loads(file.read_text()).items()} if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    return {name: grids_from_json(both) for name, both in json.loads(file.read_text()).items()}
 
 
 def eager(component: Component, flat: Any, config: Mapping[str, Any], inputs: Tensors, dtype: Any = None) -> Tensors:  # noqa: ANN401 - modules and dtypes of torch, imported late

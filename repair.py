@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from .artifact import Artifact, scratch
+from .artifact import INPUTS, Artifact, scratch
 from .bake import export
 from .budget import Gate
 from .errors import ParityError, UsageError
@@ -17,6 +17,7 @@ from .explain import explain
 from .memory import in_child
 from .parity import UNPROVED, source_of
 from .proof import eager, family_part, fed, measure, mixture_of, names_in, recorded, scales_of
+from .quantize.inputs import read_inputs
 from .quantize.mixture import rounded_layers
 from .recipe import PartRecipe, Placement, Recipe
 from .runtimes.opening import open_part
@@ -182,7 +183,8 @@ def rank_here(folder: str, source: str, part: str) -> dict[str, float]:
     artifact, origin = Artifact.open(Path(folder)), Source.open(source)
     found = family_part(artifact, part)
     flat = found.component.flat(found.component.load(origin.path(found.module), torch.float32))
-    config, mixture = origin.config(found.module), mixture_of(artifact.manifest.parts[part])
+    config, known = origin.config(found.module), read_inputs(artifact.folder / part / INPUTS)
+    mixture = replace(mixture_of(artifact.manifest.parts[part]), known=known)
     scales, cases = scales_of(artifact.folder / part), recorded(artifact, part).cases
     errors = {}
     for path, name in names_in(flat, origin.checkpoint(found.module)).items():
@@ -223,7 +225,9 @@ def _time_ratio(before: Artifact, after: Artifact, part: str) -> float:
     times: tuple[list[float], list[float]] = ([], [])
     found = family_part(after, part)
     opened = [
-        open_part(each.folder / part, found, each.manifest.parts[part], Placement(device="cpu"))
+        open_part(
+            each.folder / part, found, each.manifest.parts[part], Placement(device="cpu"), vouched=each.vouched(part)
+        )
         for each in (before, after)
     ]
     for turn in range(_REPEATS + 1):

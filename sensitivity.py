@@ -71,7 +71,9 @@ def sensitivity(
         if weight_format is None:
             raise UsageError(unknown("precision of low-bit weights", precision, plugins.names("formats")))
     calibrated = [name for name, weight_format in formats.items() if weight_format and weight_format.calibrated]
-    scales = open_calibration(calibration, source, f"rounding to {calibrated[0]}") if calibrated else None
+    helped = calibration is not None and any(each and each.uses_inputs for each in formats.values())
+    what = f"rounding to {calibrated[0]}" if calibrated else ""
+    scales = open_calibration(calibration, source, what) if calibrated or helped else None
     info = {
         "model": source.id,
         "prompts": [prompt.text for prompt in prompts],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .components.component import WRAPPER
 from .errors import ParityError
+from .quantize.inputs import with_inputs
 from .quantize.mixture import rounded_layers
 from .weights import layer_names
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .quantize.calibration import Calibration
-    from .quantize.mixture import Mixture, Scales
+    from .quantize.grid import Grids
+    from .quantize.mixture import Mixture
     from .runtimes.engine import Engine
     from .source import Source
 
@@ -73,12 +75,16 @@ class Studio:
         module = self._source.family.part(part).module
         return {own[path]: name for path, name in layer_names(own, self._source.checkpoint(module)).items()}
 
-    def scales(self, calibration: Calibration | None, part: str) -> dict[str, Scales]:
-        """Return a part's calibrated scales under the names that the checkpoint has for its layers."""
+    def grids(self, calibration: Calibration | None, part: str) -> dict[str, Grids]:
+        """Return what a part's calibrated layers round to, under the names that the checkpoint has for them."""
         if calibration is None:
             return {}
-        names = {path.removeprefix(WRAPPER): name for path, name in self.layers(part).items()}
-        return {names[path]: both for path, both in calibration.scales(part).items() if path in names}
+        names = {path.removeprefix(WRAPPER): (path, name) for path, name in self.layers(part).items()}
+        weights: dict[str, Any] = {
+            own: self.modules[part].get_submodule(path).weight for own, (path, _) in names.items()
+        }
+        found = calibration.grids(part, {own: weight.shape for own, weight in weights.items()})
+        return {names[own][1]: grids for own, grids in found.items()}
 
     def error(self, parts: Mapping[str, tuple[Mapping[str, str], Mixture]], calibration: Calibration | None) -> float:
         """Return the mean squared error of pictures, of pixels from 0 to 1; infinite where they aren't finite.
@@ -92,8 +98,10 @@ class Studio:
         try:
             with contextlib.ExitStack() as stack:
                 for part, (names, mixture) in parts.items():
-                    scales = self.scales(calibration, part)
-                    stack.enter_context(rounded_layers(self.modules[part], names, mixture, scales))
+                    module = self._source.family.part(part).module
+                    mixture = with_inputs(mixture, calibration, part, self._source.checkpoint(module))  # noqa: PLW2901
+                    grids = self.grids(calibration, part)
+                    stack.enter_context(rounded_layers(self.modules[part], names, mixture, grids))
                 found = float(np.square(self._draw() - self.reference).mean())
         except ParityError:
             return math.inf

@@ -82,7 +82,7 @@ class ByteLayer(nn.Module):
         packed, zeros = self._packed
         unsigned = (codes + _NOUGHT).to(torch.uint8)
         bias = None if self.bias is None else self.bias.float()
-        ending = (1.0, 0, dtype, "none", [], "")
+        ending: tuple[Any, ...] = (1.0, 0, dtype, "none", [], "")
         common = (packed, self.weight_scale.flatten(), zeros, bias)
         if self._convolution is None:
             made: Tensor = torch.ops.onednn.qlinear_pointwise(unsigned, self._step, _NOUGHT, *common, *ending)
@@ -133,7 +133,7 @@ def put(module: nn.Module, tensors: dict[str, Tensor], checkpoint: Checkpoint) -
             continue
         layer: Any = module.get_submodule(path)
         step = tensors.pop(name + STEP, None)
-        made = ByteLayer(layer, tensors.pop(f"{name}.weight"), tensors.pop(name + SCALE), step)
+        made = ByteLayer(layer, tensors.pop(f"{name}.weight").squeeze(-1), tensors.pop(name + SCALE), step)
         if layer.bias is not None:
             made.bias = nn.Parameter(tensors.pop(f"{name}.bias"), requires_grad=False)
         owner, _, own = path.rpartition(".")
@@ -152,5 +152,5 @@ def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in found.items():
         scales = tensors.get(name.removesuffix(".weight") + SCALE)
         if scales is not None:
-            found[name] = torch.empty_like(tensor, dtype=torch.bfloat16)
+            found[name] = torch.empty_like(tensor.squeeze(-1), dtype=torch.bfloat16)
     return found

@@ -14,20 +14,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    import torch
     from torch import Tensor, nn
     from torch.export import ExportedProgram
 
     from ..components.component import Component, Config, Port
+    from ..weights import Checkpoint
 
 
 def on_hollow(
-    part: str, component: Component, config: Config, source: Path, work: Path
-) -> Callable[[frozenset[str]], tuple[ExportedProgram, Hollow]]:
+    part: str, component: Component, config: Config, source: Path, work: Path, checkpoint: Checkpoint | None = None
+) -> Callable[..., tuple[ExportedProgram, Hollow]]:
     """Return what `Subject.capture` is: it captures a part on a stand-in for its weights, made in the folder `work`."""
 
-    def captured(solid: frozenset[str]) -> tuple[ExportedProgram, Hollow]:
-        hollow = Hollow.make(source, work, solid)
-        return capture(part, component, config, hollow.folder), hollow
+    def captured(solid: frozenset[str], dtype: str = "float32", device: str = "cpu") -> tuple[ExportedProgram, Hollow]:
+        hollow = Hollow.make(source, work, solid, checkpoint)
+        return capture(part, component, config, hollow.folder, dtype, device), hollow
 
     return captured
 
@@ -43,8 +45,10 @@ def module_on_hollow(component: Component, source: Path, work: Path) -> Callable
     return built
 
 
-def capture(part: str, component: Component, config: Config, folder: Path) -> ExportedProgram:
-    """Capture a part in float32, whose weights stay mapped from `folder`.
+def capture(
+    part: str, component: Component, config: Config, folder: Path, dtype: str = "float32", device: str = "cpu"
+) -> ExportedProgram:
+    """Capture a part, whose weights stay mapped from `folder` where they are in `dtype` and `device` is the CPU.
 
     Example tensors are clones, because torch.export marks what it is given as dynamic, and no dynamic size is 1,
     which would be baked.
@@ -54,7 +58,8 @@ def capture(part: str, component: Component, config: Config, folder: Path) -> Ex
     """
     import torch
 
-    flat = component.flat(component.load(folder, torch.float32)).eval()
+    computed = getattr(torch, dtype)
+    flat = component.flat(component.load(folder, computed)).eval().to(device)
     example = component.example(config, component.limit(config, CAPTURE_SIZES), seed=0)
     ports = component.inputs(config)
     _tie(flat, ports)
@@ -64,13 +69,18 @@ def capture(part: str, component: Component, config: Config, folder: Path) -> Ex
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            arguments = tuple(example[port.name].clone() for port in ports)
+            arguments = tuple(_given(example[port.name], port, computed).to(device) for port in ports)
             program = torch.export.export(flat, arguments, dynamic_shapes=_named(flat, dynamic), strict=False)
     except Exception as error:
         message = f"torch.export couldn't capture {part} ({component.name}): {error}"
         raise LoweringError(message) from error
     _refuse_baked(part, ports, program)
     return program
+
+
+def _given(tensor: Tensor, port: Port, dtype: torch.dtype) -> Tensor:
+    """Return a clone, in the dtype that a part of this one is given."""
+    return tensor.to(dtype, copy=True) if tensor.is_floating_point() and not port.exact else tensor.clone()
 
 
 def _tie(flat: nn.Module, ports: tuple[Port, ...]) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..quantize.format import Format
+    from ..quantize.grid import Grids
     from ..quantize.mixture import Mixture
     from ..weights import Checkpoint, Entry, Streamed
 
@@ -31,8 +32,8 @@ class Layout(ABC):
     convolutions: ClassVar[bool] = False
     """Whether it has codes for convolutions, too."""
 
-    def __init__(self, mixture: Mixture, activations: Mapping[str, tuple[float, float]] | None = None) -> None:
-        self._mixture = mixture
+    def __init__(self, mixture: Mixture, activations: Mapping[str, Grids] | None = None) -> None:
+        self.mixture = mixture
         self._activations = activations or {}
         self.format: Format = mixture.formats[mixture.precision]
 
@@ -62,6 +63,10 @@ class Layout(ABC):
             totals[self.label if name in coded else beside] += entry.length
         return dict(totals)
 
+    def obstacle(self, entry: Entry) -> str | None:
+        """Say why a weight has no codes; None if it can have them."""
+        return self.mixture.obstacle(entry.name, entry.shape)
+
     def stored_bytes(self, entry: Entry) -> dict[str, int]:
         """Return what bytes count as -> how many are stored for a weight."""
         codes, scales = self.format.stored_bytes(entry.shape)
@@ -84,7 +89,7 @@ class Layout(ABC):
         """Return what bytes count as -> how many will be written, from headers alone."""
         totals: dict[str, int] = defaultdict(int)
         for entry in checkpoint.entries.values():
-            left = (len(entry.shape) > 2 and not self.convolutions) or self._mixture.obstacle(entry.name, entry.shape)  # noqa: PLR2004 - a convolution
+            left = (len(entry.shape) > 2 and not self.convolutions) or self.obstacle(entry)  # noqa: PLR2004 - a convolution
             stored = {_WIDE: entry.bytes_in(_WIDE)} if left else self.stored_bytes(entry)
             for label, size in stored.items():
                 totals[label] += size
@@ -105,7 +110,7 @@ class Layout(ABC):
         kept: dict[str, str] = {}
         tensors: list[Streamed] = []
         for entry in checkpoint.entries.values():
-            obstacle = self._mixture.obstacle(entry.name, entry.shape)
+            obstacle = self.obstacle(entry)
             if obstacle is None and entry.name not in layers:
                 kinds = "Linear layers and convolutions" if self.convolutions else "Linear layers"
                 obstacle = f"{self.library} has codes for {kinds} alone"

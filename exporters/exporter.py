@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from ..components.component import Port
+    from ..hardware import Availability
+    from ..quantize.grid import Grids
     from ..quantize.mixture import Mixture
     from ..weights import Checkpoint
     from .hollow import Hollow
@@ -29,20 +31,25 @@ class Subject:
     part: str
     mixture: Mixture
     """The precision of its weights."""
-    activations: Mapping[str, tuple[float, float]]
-    """Layer -> scales of its input and its output, where the recipe rounds activations with calibrated ones."""
+    activations: Mapping[str, Grids]
+    """Layer -> what its input and its output are rounded to, where the recipe rounds activations as calibrated."""
     inputs: tuple[Port, ...]
     """Ports as the files shall have them; dtype and rank may differ from the program's (a convention of the backend)."""
     outputs: tuple[Port, ...]
     source: Path
     """Folder with `config.json` and the checkpoint."""
     checkpoint: Checkpoint
-    capture: Callable[[frozenset[str]], tuple[ExportedProgram, Hollow]]
-    """Capture in float32 on hollow weights; those named shall have their values."""
+    capture: Callable[..., tuple[ExportedProgram, Hollow]]
+    """Capture on hollow weights; those named shall have their values. In float32 on the CPU, unless a torch dtype and a
+    device follow."""
     module: Callable[[], nn.Module]
     """Build the module as its library does, on hollow weights."""
     weights: str
     """`auto`, `link` or `copy`: how bytes that needn't change come into the folder."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Of the recipe."""
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """Named dimension -> the largest size that the model can take."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,10 @@ class Lowered:
 
 
 class Exporter(Protocol):
-    """Registered under the entry points `bakeoff.exporters`; its entry point's name is the backend's in recipes."""
+    """Registered under the entry points `bakeoff.exporters`; its entry point's name is the backend's in recipes.
+
+    One whose files depend on the machine also is a `BoundExporter`.
+    """
 
     version: ClassVar[int]
     """Raised when a change here changes the files: part of an artifact's key."""
@@ -81,7 +91,11 @@ class Exporter(Protocol):
     layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]]
     """Precision of a part -> those that some of its layers may have instead; none unless said."""
     options: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Option of a recipe -> the values it may have. One named after an input asks for the dtype of that input's port."""
+    """Option of a recipe -> the values it may have; none: any, which `BoundExporter.check` looks at. One named after an input
+    asks for the dtype of that input's port."""
+
+    rounds_convolutions: ClassVar[bool]
+    """Whether calibrated convolutions round also what they make."""
 
     def cost(
         self,
@@ -105,3 +119,22 @@ class Exporter(Protocol):
 
     def lower(self, subject: Subject, folder: Path) -> Lowered:
         """Write the part's files into an existing, empty folder."""
+
+
+@runtime_checkable
+class BoundExporter(Protocol):
+    """What an exporter has besides whose files are for the machine that they are made on."""
+
+    def probe(self) -> Availability:
+        """Say whether it can be used here; asked before any work."""
+
+    def check(self, precision: str, options: Mapping[str, str]) -> None:
+        """Refuse a precision, or options, that can't be had here.
+
+        Raises:
+            RecipeError: an option's value means nothing.
+            UnavailableError: the machine hasn't that precision.
+        """
+
+    def key_fields(self, precision: str, options: Mapping[str, str]) -> dict[str, Any]:
+        """Return what decides the files besides model and recipe; `bound` is what the manifest says of the hardware."""

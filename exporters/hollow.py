@@ -43,18 +43,21 @@ class Hollow:
     """(bytes, first of them) -> tensors that are as they are: here, and in the checkpoint."""
 
     @classmethod
-    def make(cls, source: Path, folder: Path, solid: frozenset[str] = frozenset()) -> Hollow:
+    def make(
+        cls, source: Path, folder: Path, solid: frozenset[str] = frozenset(), checkpoint: Checkpoint | None = None
+    ) -> Hollow:
         """Write the stand-in for a module folder into a new folder.
 
         Args:
             source: holds `config.json` and safetensors.
             folder: is made anew.
             solid: names of large tensors whose values are needed after all.
+            checkpoint: of the module; by default the one in its folder.
         """
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         shutil.copyfile(source / "config.json", folder / "config.json")
-        checkpoint = Checkpoint.open(source)
+        checkpoint = checkpoint or Checkpoint.open(source)
         marks = _write(checkpoint, folder, solid)
         values: dict[tuple[int, bytes], list[tuple[Entry, Entry]]] = {}
         marked = {entry.name for entry in marks.values()}

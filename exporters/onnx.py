@@ -9,6 +9,7 @@ import warnings
 from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import LoweringError
+from ..quantize.calibration import METHODS
 from .costs import graph_cost, stored_bytes
 from .exporter import Cost, Lowered
 from .hollow import lower_hollow
@@ -49,7 +50,8 @@ class OnnxExporter:
         "fp8": "ONNX's MatMul takes no 8-bit floats; widened ones keep 32 dB of a normal distribution, int8 40 dB in as many bytes",
     }
     layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(precisions, precisions)
-    options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"activations": METHODS}
+    rounds_convolutions: ClassVar[bool] = True
 
     def cost(
         self,
@@ -68,22 +70,29 @@ class OnnxExporter:
         return ("torch", "onnx", "onnx-ir", "onnxscript")
 
     def lower(self, subject: Subject, folder: Path) -> Lowered:
-        def translate(program: ExportedProgram, hollow: Hollow) -> tuple[tuple[onnx_ir.Model, Weights], set[str]]:
-            model = _translate(subject, program)
-            _optimize(model)
-            weights = Weights.of(model, hollow)
-            return (model, weights), {entry.name for entry in weights.found.values()}
-
-        model, weights = lower_hollow(subject.part, subject.capture, translate)
-        _name_dims(model, subject.inputs, subject.outputs)
+        model, weights = hollow_graph(subject)
         brought = bring(model, weights, subject, folder)
-        _strip(model)
-        write_layers(_layers(model), subject.checkpoint, folder)
-        _save(model, folder)
+        strip(model)
+        write_layers(layers_of(model), subject.checkpoint, folder)
+        save(model, folder)
         return Lowered(brought.how, weight_bytes(model, brought.labels), brought.kept)
 
 
-def _translate(subject: Subject, captured: ExportedProgram) -> onnx_ir.Model:
+def hollow_graph(subject: Subject) -> tuple[onnx_ir.Model, Weights]:
+    """Return a part's graph in float32, whose large weights are stand-ins, and what they stand for."""
+
+    def lowered(program: ExportedProgram, hollow: Hollow) -> tuple[tuple[onnx_ir.Model, Weights], set[str]]:
+        model = translate(subject, program)
+        optimize(model)
+        weights = Weights.of(model, hollow)
+        return (model, weights), {entry.name for entry in weights.found.values()}
+
+    model, weights = lower_hollow(subject.part, subject.capture, lowered)
+    name_dims(model, subject.inputs, subject.outputs)
+    return model, weights
+
+
+def translate(subject: Subject, captured: ExportedProgram) -> onnx_ir.Model:
     import torch
 
     try:
@@ -118,7 +127,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _optimize(model: onnx_ir.Model) -> None:
+def optimize(model: onnx_ir.Model) -> None:
     """Fold constants and drop what is unused or there twice, but never materialise a transposed weight.
 
     onnxscript's rewrite rules are left out: they take ten times as long as all of this, grow faster than the graph, and
@@ -145,7 +154,7 @@ def _optimize(model: onnx_ir.Model) -> None:
     )(model)
 
 
-def _name_dims(model: onnx_ir.Model, inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> None:
+def name_dims(model: onnx_ir.Model, inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> None:
     """Give the dynamic dimensions of the interface the names that the ports have."""
     import onnx_ir
 
@@ -156,7 +165,7 @@ def _name_dims(model: onnx_ir.Model, inputs: tuple[Port, ...], outputs: tuple[Po
             )
 
 
-def _strip(model: onnx_ir.Model) -> None:
+def strip(model: onnx_ir.Model) -> None:
     """Drop stack traces: they hold paths of the machine that exported."""
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
@@ -170,7 +179,7 @@ def _strip(model: onnx_ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _layers(model: onnx_ir.Model) -> Iterator[tuple[str, str]]:
+def layers_of(model: onnx_ir.Model) -> Iterator[tuple[str, str]]:
     """Yield (module path, name) of each node that came from a module."""
     for node in model.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
@@ -186,7 +195,7 @@ def _module_path(scopes: str) -> str:
     return names[-2] if len(names) > 1 else ""
 
 
-def _save(model: onnx_ir.Model, folder: Path) -> None:
+def save(model: onnx_ir.Model, folder: Path) -> None:
     import onnx_ir
 
     onnx_ir.save(model, folder / FILE)

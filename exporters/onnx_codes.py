@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..weights import Streamed
+from .hollow import SOLID_BYTES
 from .packing import Packing, nibbles
 
 if TYPE_CHECKING:
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
     import onnx_ir
     from torch import Tensor
 
-    from ..quantize.format import Format
+    from ..quantize.grid import Grid, Grids
+    from ..quantize.mixture import Mixture
     from ..weights import Entry
 
 DTYPES = {
@@ -44,20 +47,21 @@ class Encoder:
     def __init__(
         self,
         model: onnx_ir.Model,
-        weight_format: Format,
+        mixture: Mixture,
         precision: str,
-        activations: Mapping[str, tuple[float, float]],
+        activations: Mapping[str, Grids],
     ) -> None:
         """Prepare a graph.
 
         Args:
             model: is changed.
-            weight_format: of the codes.
-            precision: of the recipe: whether products are of integers.
-            activations: layer -> scales of its input and output, for those that were calibrated.
+            mixture: the precision of each weight.
+            precision: of those that are encoded here: whether products are of integers.
+            activations: layer -> what its input and output are rounded to, for those that were calibrated.
         """
-        self._model, self._format, self._precision, self._activations = model, weight_format, precision, activations
-        self._codes: dict[tuple[onnx_ir.Value, float, str], onnx_ir.Value] = {}
+        self._model, self._mixture, self._precision, self._activations = model, mixture, precision, activations
+        self._format = mixture.formats[precision]
+        self._codes: dict[tuple[onnx_ir.Value, Grid, bool], onnx_ir.Value] = {}
         model.opset_imports[_CONTRIB] = 1
 
     def encode(self, value: onnx_ir.Value, entry: Entry) -> list[Streamed] | str:
@@ -69,20 +73,20 @@ class Encoder:
         if tuple(value.shape) != entry.shape:
             return "of another shape in the graph"
         users = {user.op_type for user, _ in value.uses()}
-        scales = self._activations.get(entry.name.removesuffix(".weight"))
+        grids = self._activations.get(entry.name.removesuffix(".weight"))
         if _products_of(value) is not None:
-            return self._products(value, entry, scales)
+            return self._products(value, entry, grids)
         if users == {"Conv"} and self._format.name == "int8":
-            return self._convolutions(value, entry, scales)
+            return self._convolutions(value, entry, grids)
         if users == {"Gather"} and self._format.name != "nf4":
             return self._table(value, entry)
         return f"ONNX Runtime has no {self._format.name} weights for {', '.join(sorted(users))}"
 
-    def _products(self, value: onnx_ir.Value, entry: Entry, scales: tuple[float, float] | None) -> list[Streamed] | str:
+    def _products(self, value: onnx_ir.Value, entry: Entry, grids: Grids | None) -> list[Streamed] | str:
         if self._precision == DYNAMIC:
             return self._integer_products(value, entry, None)
-        if self._precision == STATIC and scales:
-            return self._integer_products(value, entry, scales[0])
+        if self._precision == STATIC and grids:
+            return self._integer_products(value, entry, grids[0])
         if math.gcd(entry.shape[1], _LARGEST_BLOCK) < _LEAST_BLOCK:
             return f"{entry.shape[1]} inputs, not a multiple of {_LEAST_BLOCK}"
         return self._wide_products(value, entry)
@@ -108,8 +112,8 @@ class Encoder:
         self._drop_users(value)
         return streams
 
-    def _integer_products(self, value: onnx_ir.Value, entry: Entry, scale: float | None) -> list[Streamed]:
-        """Put products of integers in the place of the products; without a scale activations get one as they come."""
+    def _integer_products(self, value: onnx_ir.Value, entry: Entry, grid: Grid | None) -> list[Streamed]:
+        """Put products of integers in the place of the products; without a grid activations get a scale as they come."""
         streams = self._rows(value, entry)
         codes, scales = (self._initializer(tensor) for tensor in streams)
         turned = self._turned(value, codes)
@@ -118,8 +122,8 @@ class Encoder:
             assert taken is not None  # noqa: S101 - a product has two factors
             new = (
                 self._dynamic_product(node, taken, turned, scales)
-                if scale is None
-                else self._static_product(node, taken, turned, scales, scale)
+                if grid is None
+                else self._static_product(node, taken, turned, scales, grid)
             )
             self._replace(node, [*new, *_bias(node, new[-1])])
         self._drop_users(value)
@@ -140,61 +144,103 @@ class Encoder:
         return [product, wide, both, _node("Mul", [wide.outputs[0], both.outputs[0]], name=f"{node.name}.scaled")]
 
     def _static_product(
-        self, node: onnx_ir.Node, taken: onnx_ir.Value, turned: onnx_ir.Value, scales: onnx_ir.Value, scale: float
+        self, node: onnx_ir.Node, taken: onnx_ir.Value, turned: onnx_ir.Value, scales: onnx_ir.Value, grid: Grid
     ) -> list[onnx_ir.Node]:
-        """Return MatMulIntegerToFloat, of an activation rounded with a calibrated scale.
+        """Return MatMulIntegerToFloat, of an activation rounded as calibrated.
 
         Not Q/DQ: ONNX Runtime makes a float Gemm of a product with a bias between them. Activations are of unsigned bytes
         around 128: for signed ones its kernel is slower than float32's.
         """
-        step, zero = self._constant(scale), self._constant(128)
-        inputs = [self._round(taken, scale, step, zero, node), turned, step, scales, zero]
+        step, zero = self._numbers(grid.steps), self._codes_of(grid.zeros, signed=False)
+        inputs = [self._round(taken, grid, node, signed=False), turned, step, scales, zero]
         return [_node("MatMulIntegerToFloat", inputs, like=node, domain=_CONTRIB)]
 
-    def _convolutions(
-        self, value: onnx_ir.Value, entry: Entry, activations: tuple[float, float] | None
-    ) -> list[Streamed]:
+    def _convolutions(self, value: onnx_ir.Value, entry: Entry, grids: Grids | None) -> list[Streamed]:
         """Widen codes as they run; between roundings of what goes in and out ONNX Runtime makes QLinearConv of it.
 
-        Each channel has a zero point, each weight tensors of its own for these: where ONNX Runtime makes weights unsigned, for
-        CPUs without VNNI, it would put one number where it asks for as many as there are scales, and what is shared twice.
+        QLinearConv takes one step for all of its input, and one for its output. So where channels have steps of their own,
+        those of the input are in the weights, and those of the output in the weights' scales and in the bias.
+
+        Each channel of the weight has a zero point of its own: where ONNX Runtime makes weights unsigned, for CPUs without
+        VNNI, it would put one number where it then asks for as many as there are scales.
         """
-        streams = self._rows(value, entry)
-        inputs = [*(self._initializer(tensor) for tensor in streams), self._zeros(value, entry.shape[0])]
+        import numpy as np
+
+        before, after = grids if self._precision == STATIC and grids else (None, None)
+        columns = before.steps if before and before.by_channel else None
+        over = after.steps if after and after.by_channel else ()
+        streams = self._rows(value, entry, columns, over)
+        zeros = self._array(np.zeros(entry.shape[0], dtype=np.int8), f"{OWN}{value.name}.zeros")
+        inputs = [*(self._initializer(tensor) for tensor in streams), zeros]
         wide = _node("DequantizeLinear", inputs, {"axis": 0}, name=f"{value.name}.float32")
         users = [user for user, _ in value.uses()]
         _replace_uses(value, wide.outputs[0])
         self._model.graph.insert_before(self._model.graph[0], wide)
-        if self._precision == STATIC and activations:
-            for user in users:
-                self._between(user, *activations)
+        for user in users:
+            if before:
+                self._take_rounded(user, before)
+            if after:
+                self._give_rounded(user, after)
         return streams
 
-    def _between(self, node: onnx_ir.Node, before: float, after: float) -> None:
-        """Round what a node takes first, and what it gives, with these scales."""
-        import onnx_ir
-
-        taken, given = node.inputs[0], node.outputs[0]
+    def _take_rounded(self, node: onnx_ir.Node, grid: Grid) -> None:
+        """Round what a convolution takes first; the steps of channels are left to its weights."""
+        taken = node.inputs[0]
         assert taken is not None  # noqa: S101 - a convolution has an input
-        step, zero = self._constant(before), self._constant(0)
-        values = self._round(taken, before, step, zero, node)
+        step = self._numbers((1.0,) if grid.by_channel else grid.steps)
+        zero = self._codes_of(grid.zeros, signed=True)
+        values = self._round(taken, grid, node, signed=True)
         wide = _node("DequantizeLinear", [values, step, zero], name=f"{node.name}.given")
         self._model.graph.insert_before(node, wide)
         node.replace_input_with(0, wide.outputs[0])
-        step = self._constant(after)
-        rounded = onnx_ir.Node("", "QuantizeLinear", [given, step, zero], name=f"{node.name}.rounded")
-        back = onnx_ir.Node("", "DequantizeLinear", [rounded.outputs[0], step, zero], name=f"{node.name}.made")
-        back.outputs[0].shape, back.outputs[0].type = given.shape, given.type
-        _replace_uses(given, back.outputs[0], but=rounded)
-        self._model.graph.insert_after(node, [rounded, back])
 
-    def _round(
-        self, value: onnx_ir.Value, scale: float, step: onnx_ir.Value, zero: onnx_ir.Value, before: onnx_ir.Node
-    ) -> onnx_ir.Value:
-        """Return an activation's codes: rounded once for all that take it with this scale and kind of bytes."""
-        key = (value, scale, str(zero.name))
+    def _give_rounded(self, node: onnx_ir.Node, grid: Grid) -> None:
+        """Round what a convolution gives; with steps for channels its weights make it of steps, and its bias begins at nought's code."""
+        given = node.outputs[0]
+        steps, zero = self._numbers(grid.steps), self._codes_of((0,) if grid.by_channel else grid.zeros, signed=True)
+        if grid.by_channel:
+            self._give_bias(node, grid)
+        step = self._numbers((1.0,)) if grid.by_channel else steps
+        rounded = _node("QuantizeLinear", [given, step, zero], name=f"{node.name}.rounded")
+        behind = [rounded.outputs[0], steps, *([] if grid.by_channel else [zero])]
+        new = [rounded, _node("DequantizeLinear", behind, {"axis": 1}, name=f"{node.name}.made")]
+        if grid.by_channel:
+            new.append(_node("Add", [new[-1].outputs[0], self._noughts(grid)], name=f"{node.name}.around"))
+        made = new[-1].outputs[0]
+        made.shape, made.type = given.shape, given.type
+        _replace_uses(given, made, but=rounded)
+        self._model.graph.insert_after(node, new)
+
+    def _noughts(self, grid: Grid) -> onnx_ir.Value:
+        """Return what is added to codes times steps, so that nought's code is nought.
+
+        Not zero points: what has them for each channel ONNX Runtime fuses with what comes behind, and then refuses to run.
+        """
+        import numpy as np
+
+        noughts = -np.asarray(grid.zeros, dtype=np.float32) * np.asarray(grid.steps, dtype=np.float32)
+        return self._array(noughts.reshape(1, -1, 1, 1))
+
+    def _give_bias(self, node: onnx_ir.Node, grid: Grid) -> None:
+        """Let a convolution's bias be in its output's codes."""
+        import numpy as np
+
+        bias = np.asarray(grid.zeros, dtype=np.float32)
+        if len(node.inputs) > 2 and node.inputs[2] is not None:  # noqa: PLR2004 - its third is the bias
+            old = node.inputs[2].const_value
+            assert old is not None and old.nbytes < SOLID_BYTES  # noqa: S101, PT018 - larger ones are hollow
+            bias = bias + old.numpy().astype(np.float32) / np.asarray(grid.steps, dtype=np.float32)
+        made = self._array(bias, f"{node.name}.bias")
+        node.resize_inputs(3)
+        node.replace_input_with(2, made)
+
+    def _round(self, value: onnx_ir.Value, grid: Grid, before: onnx_ir.Node, *, signed: bool) -> onnx_ir.Value:
+        """Return an activation's codes: rounded once for all that take it on this grid and as this kind of bytes."""
+        key = (value, grid, signed)
         if key not in self._codes:
-            node = _node("QuantizeLinear", [value, step, zero], name=f"{before.name}.taken")
+            zeros = grid.zeros * len(grid.steps) if len(grid.zeros) == 1 else grid.zeros
+            inputs = [value, self._numbers(grid.steps), self._codes_of(zeros, signed=signed)]
+            node = _node("QuantizeLinear", inputs, {"axis": 1} if grid.by_channel else {}, name=f"{before.name}.taken")
             self._model.graph.insert_before(before, node)
             self._codes[key] = node.outputs[0]
         return self._codes[key]
@@ -214,20 +260,29 @@ class Encoder:
             self._replace(node, [_node("GatherBlockQuantized", inputs, attributes, like=node, domain=_CONTRIB)])
         return streams
 
-    def _rows(self, value: onnx_ir.Value, entry: Entry) -> list[Streamed]:
-        """Return codes as signed bytes in the weight's shape, and a scale for each output channel."""
-        packing = Packing(self._format, entry)
+    def _rows(
+        self, value: onnx_ir.Value, entry: Entry, columns: Sequence[float] | None = None, over: Sequence[float] = ()
+    ) -> list[Streamed]:
+        """Return codes as signed bytes in the weight's shape, and a scale for each output channel.
+
+        Args:
+            value: the weight.
+            entry: the same in the checkpoint.
+            columns: factors of the inputs' weights.
+            over: what the output channels' scales are divided by.
+        """
+        packing = Packing(self._format, entry, columns, self._mixture.importance(entry.name))
         count = math.prod(entry.shape)
         return [
             Streamed(f"{value.name}.codes", "I8", entry.shape, count, packing.codes(lambda codes: codes)),
-            Streamed(f"{value.name}.scales", "F32", [entry.shape[0]], 4 * entry.shape[0], packing.scales()),
+            Streamed(f"{value.name}.scales", "F32", [entry.shape[0]], 4 * entry.shape[0], packing.scales(over=over)),
         ]
 
     def _blocks(
         self, value: onnx_ir.Value, entry: Entry, shape: Sequence[int], scales_shape: Sequence[int]
     ) -> list[Streamed]:
         """Return codes as unsigned bytes in the layout of ONNX Runtime's block-wise operators, and their scales."""
-        packing = Packing(self._format, entry)
+        packing = Packing(self._format, entry, importance=self._mixture.importance(entry.name))
         groups = math.prod(scales_shape)
         repeats = groups // (entry.shape[0] * self._format.groups(entry.shape))
         encode = _ENCODE[self._format.name]
@@ -254,31 +309,29 @@ class Encoder:
         self._model.graph.initializers[tensor.name] = value
         return value
 
-    def _constant(self, number: float) -> onnx_ir.Value:
-        """Return a scale, or one of the two numbers that stand for nought: 0 for signed bytes, 128 for unsigned ones."""
+    def _numbers(self, numbers: Sequence[float]) -> onnx_ir.Value:
+        """Return a constant of float32: a number, or one a channel."""
         import numpy as np
+
+        return self._array(np.asarray(numbers if len(numbers) > 1 else numbers[0], dtype=np.float32))
+
+    def _codes_of(self, zeros: Sequence[int], *, signed: bool) -> onnx_ir.Value:
+        """Return a constant of codes: as they are, or those of unsigned bytes, which are larger by 128."""
+        import numpy as np
+
+        codes = np.asarray(zeros if len(zeros) > 1 else zeros[0])
+        return self._array(codes.astype(np.int8) if signed else (codes + 128).astype(np.uint8))
+
+    def _array(self, array: Any, name: str | None = None) -> onnx_ir.Value:  # noqa: ANN401 - NumPy's
+        """Return an initializer with these values; the same one for the same values, unless it is named."""
         import onnx_ir
 
-        array = {0: np.int8(0), 128: np.uint8(128)}[number] if isinstance(number, int) else np.float32(number)
-        name = f"{OWN}{array.dtype}.{array!s}"
+        name = name or f"{OWN}{array.dtype}.{hashlib.sha256(array.tobytes()).hexdigest()[:16] if array.ndim else array}"
         if name not in self._model.graph.initializers:
-            tensor = onnx_ir.tensor(np.asarray(array), name=name)
-            value = onnx_ir.Value(
-                name=name, shape=onnx_ir.Shape([]), type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
-            )
-            self._model.graph.initializers[name] = value
+            tensor = onnx_ir.tensor(array, name=name)
+            shape, dtype = onnx_ir.Shape(array.shape), onnx_ir.TensorType(tensor.dtype)
+            self._model.graph.initializers[name] = onnx_ir.Value(name=name, shape=shape, type=dtype, const_value=tensor)
         return self._model.graph.initializers[name]
-
-    def _zeros(self, weight: onnx_ir.Value, count: int) -> onnx_ir.Value:
-        import numpy as np
-        import onnx_ir
-
-        name = f"{OWN}{weight.name}.zeros"
-        tensor = onnx_ir.tensor(np.zeros(count, np.int8), name=name)
-        shape, kind = onnx_ir.Shape([count]), onnx_ir.TensorType(tensor.dtype)
-        value = onnx_ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
-        self._model.graph.initializers[name] = value
-        return value
 
     def _replace(self, node: onnx_ir.Node, new: list[onnx_ir.Node]) -> None:
         import onnx_ir

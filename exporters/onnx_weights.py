@@ -158,10 +158,7 @@ def _pack(
 ) -> tuple[Brought, dict[str, Entry]]:
     """Write codes for what the formats and the graph allow, the rest as floats; return where the rest lies."""
     mixture = subject.mixture
-    encoders = {
-        name: Encoder(model, weight_format, name, subject.activations)
-        for name, weight_format in mixture.formats.items()
-    }
+    encoders = {name: Encoder(model, mixture, name, subject.activations) for name in mixture.formats}
     brought = Brought("written")
     packed: list[Streamed] = []
     plain: dict[str, Entry] = {}
@@ -177,11 +174,21 @@ def _pack(
         plain[name] = entry
         if encoded and len(entry.shape) > 1:
             brought.kept[entry.name] = encoded
+    plain = {name: entry for name, entry in plain.items() if not _dropped(model, name)}
     rest = {entry.name: streamed(entry, storage(mixture.precision_of(entry.name))) for entry in plain.values()}
     written = write_streamed([*packed, *rest.values()], folder / FILE)
     for tensor in packed:
         _point(model.graph.initializers[tensor.name], written[tensor.name], folder)
     return brought, {name: written[entry.name] for name, entry in plain.items()}
+
+
+def _dropped(model: onnx_ir.Model, name: str) -> bool:
+    """Take an initializer out that nothing uses any more, such as a bias that became another."""
+    value = model.graph.initializers[name]
+    if value.uses() or value.is_graph_output():
+        return False
+    del model.graph.initializers[name]
+    return True
 
 
 def _label(mixture: Mixture, entry: Entry, tensor: Streamed) -> str:

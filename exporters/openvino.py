@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import LoweringError
+from ..quantize.calibration import METHODS
 from .costs import graph_cost, stored_bytes
 from .exporter import Cost, Lowered
 from .hollow import lower_hollow
@@ -38,7 +39,7 @@ class OpenVINOExporter:
     computes in is decided by the recipe when the part is loaded, never by OpenVINO's default.
     """
 
-    version: ClassVar[int] = 7
+    version: ClassVar[int] = 8
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic")
     reasons: ClassVar[Mapping[str, str]] = {
         "fp8": "its CPU plugin widens 8-bit floats when it compiles; they keep 32 dB of a normal distribution, int8 40 dB in as many bytes",
@@ -48,7 +49,8 @@ class OpenVINOExporter:
         "fp16": ("fp32", "fp16"),
         "w8a8-dynamic": ("fp32", "bf16", "w8a8-dynamic"),
     }
-    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"timestep": ("f32",)}
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"timestep": ("f32",), "activations": METHODS}
+    rounds_convolutions: ClassVar[bool] = False
 
     def packages(self) -> tuple[str, ...]:
         return ("torch", "openvino")
@@ -79,7 +81,7 @@ class OpenVINOExporter:
         model, entries = lower_hollow(subject.part, subject.capture, translate)
         openvino.save_model(model, folder / FILE, compress_to_fp16=False)
         del model
-        written = write_weights(folder / FILE, entries, subject.mixture)
+        written = write_weights(folder / FILE, entries, subject.mixture, subject.activations)
         return Lowered("written", written.weight_bytes, written.kept)
 
 

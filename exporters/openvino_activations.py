@@ -1,54 +1,53 @@
-"""Rounded activations in an OpenVINO graph: FakeQuantize with calibrated scales, which plugins turn into integers."""
+"""Rounded activations in an OpenVINO graph: FakeQuantize of calibrated ranges, which plugins turn into integers."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..quantize.grid import LEAST, MOST
 from .openvino_weights import TENSOR
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from ..quantize.grid import Grid, Grids
     from ..weights import Entry
 
 _ROUNDING = {"MatMul", "Convolution"}
 _LAYOUT = {"Reshape", "Transpose"}
 _STORED = {"Constant", "Parameter"}
-_SIGNED, _UNSIGNED = (-128, 127), (-127, 128)
-"""Whole multiples of a scale: the plugin makes bytes around nought of the former, and around 127 of the latter, which its
-kernels for matrices are quicker with."""
 
 
 def round_activations(  # openvino is untyped
     model: Any,  # noqa: ANN401
     entries: Sequence[Entry],
-    scales: Mapping[str, tuple[float, float]],
+    grids: Mapping[str, Grids],
 ) -> None:
     """Let calibrated layers round what they are given: FakeQuantize, which the plugins turn into 8-bit integers.
 
-    Each activation is rounded once for all layers that take it with the same scale.
+    Each activation is rounded once for all layers that take it on the same grid.
     """
     layers = {f"{TENSOR}{number}": entry.name.removesuffix(".weight") for number, entry in enumerate(entries)}
-    _round_attention(model, layers, scales)
-    rounded: dict[tuple[str, int, float, tuple[int, int]], Any] = {}
+    _round_attention(model, layers, grids)
+    rounded: dict[tuple[str, int, Grid, bool], Any] = {}
     for parameter in model.get_parameters():
         layer = layers.get(parameter.get_friendly_name())
-        if layer is None or layer not in scales:
+        if layer is None or layer not in grids or not _is_whole(parameter, entries):
             continue
-        scale, _ = scales[layer]
+        grid, _ = grids[layer]
         for target in parameter.output(0).get_target_inputs():
             operation = target.get_node()
             if operation.get_type_name() not in _ROUNDING or target.get_index() != 1:
                 continue
             given = operation.input_value(0)
-            codes = _UNSIGNED if operation.get_type_name() == "MatMul" else _SIGNED
-            key = (given.get_node().get_friendly_name(), given.get_index(), scale, codes)
+            product = operation.get_type_name() == "MatMul"
+            key = (given.get_node().get_friendly_name(), given.get_index(), grid, product)
             if key not in rounded:
-                rounded[key] = _rounded(given, scale, codes)
+                rounded[key] = _rounded(given, grid, up=product)
             operation.input(0).replace_source_output(rounded[key].output(0))
 
 
-def _round_attention(model: Any, layers: Mapping[str, str], scales: Mapping[str, tuple[float, float]]) -> None:  # noqa: ANN401
+def _round_attention(model: Any, layers: Mapping[str, str], grids: Mapping[str, Grids]) -> None:  # noqa: ANN401
     """Let calibrated layers that make queries and keys round these, so that attention's first product is of integers.
 
     They are rounded before they are laid out by heads: bytes are moved then. Probabilities stay as they are: of 255 steps
@@ -59,20 +58,39 @@ def _round_attention(model: Any, layers: Mapping[str, str], scales: Mapping[str,
             continue
         for given in (attention.input_value(0), attention.input_value(1)):
             made = _before_layout(given)
-            layer = _layer_of(made, layers)
-            if layer is not None and layer in scales:
+            layer = _layer_of(made, layers) or ""
+            after = grids[layer][1] if layer in grids else None
+            if after is not None:
                 users = made.get_target_inputs()
-                rounded = _rounded(made, scales[layer][1], _SIGNED)
+                rounded = _rounded(made, after)
                 for user in users:
                     user.replace_source_output(rounded.output(0))
 
 
-def _rounded(value: Any, scale: float, codes: tuple[int, int]) -> Any:  # noqa: ANN401
+def _rounded(value: Any, grid: Grid, *, up: bool = False) -> Any:  # noqa: ANN401
+    """Round a value; the steps of channels, along its second axis, are left to the weights of what takes it.
+
+    Args:
+        value: OpenVINO's output of an operation.
+        grid: what to round to.
+        up: one code up on an even grid: the plugin makes bytes around 127 of it and not around nought, which its kernels
+            for matrices are quicker with.
+    """
     import numpy as np
     from openvino import opset13
 
-    least, most = (opset13.constant(np.float32(step * scale)) for step in codes)
-    return opset13.fake_quantize(value, least, most, least, most, levels=256)
+    zero = grid.zeros[0] - (1 if up and grid.zeros == (0,) else 0)
+    ends = [np.float32(code - zero) for code in (LEAST, MOST)]
+    steps = np.asarray(grid.steps, dtype=np.float32)
+    given = [end * (steps.reshape(1, -1, 1, 1) if grid.by_channel else steps[0]) for end in ends]
+    made = ends if grid.by_channel else given
+    return opset13.fake_quantize(value, *map(opset13.constant, (*given, *made)), levels=MOST - LEAST + 1)
+
+
+def _is_whole(parameter: Any, entries: Sequence[Entry]) -> bool:  # noqa: ANN401
+    """Say whether a weight is in the graph as it is in the checkpoint: else it stays a float, in another shape."""
+    entry = entries[int(parameter.get_friendly_name().removeprefix(TENSOR))]
+    return tuple(parameter.get_output_shape(0)) == tuple(entry.shape)
 
 
 def _before_layout(value: Any) -> Any:  # noqa: ANN401

@@ -13,10 +13,10 @@ from .exporter import SCALES
 from .packing import Packing, nibbles, storage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from ..quantize.format import Format
+    from ..quantize.grid import Grids
     from ..quantize.mixture import Mixture
     from ..weights import Entry
 
@@ -40,13 +40,14 @@ class Written:
     """Weight that the format left as it is -> why."""
 
 
-def write_weights(file: Path, entries: Sequence[Entry], mixture: Mixture) -> Written:
+def write_weights(file: Path, entries: Sequence[Entry], mixture: Mixture, activations: Mapping[str, Grids]) -> Written:
     """Turn an IR's stand-in parameters into constants, and stream the tensors behind those that are already there.
 
     Args:
         file: the IR, whose parameter `TENSOR` + N stands for `entries[N]`.
         entries: of the checkpoint.
         mixture: the precision of each weight.
+        activations: layer -> what its input is rounded to, whose channels' steps its weights take.
     """
     tree = ET.parse(file)  # noqa: S314 - the file is our own, just written
     graph = _Graph(tree.getroot())
@@ -62,7 +63,9 @@ def write_weights(file: Path, entries: Sequence[Entry], mixture: Mixture) -> Wri
             layer.attrib["name"] = entry.name if place not in places else f"{entry.name} again {layer.attrib['id']}"
             if place not in places:
                 places[place] = (
-                    _write_codes(entry, codes, stream) if codes else [_write(read_chunks(entry, dtype), stream)]
+                    _write_codes(entry, mixture, stream, activations)
+                    if codes
+                    else [_write(read_chunks(entry, dtype), stream)]
                 )
             if codes:
                 groups = codes.groups(entry.shape) if codes.group else None
@@ -93,9 +96,16 @@ def _write(chunks: Iterable[bytes | memoryview], stream: BinaryIO) -> tuple[int,
     return start, stream.tell() - start
 
 
-def _write_codes(entry: Entry, weight_format: Format, stream: BinaryIO) -> list[tuple[int, int]]:
+def _write_codes(
+    entry: Entry, mixture: Mixture, stream: BinaryIO, activations: Mapping[str, Grids]
+) -> list[tuple[int, int]]:
     """Write a weight's codes, and its float32 scales."""
-    packing = Packing(weight_format, entry)
+    grid, _ = activations.get(entry.name.removesuffix(".weight"), (None, None))
+    weight_format, columns = (
+        mixture.formats[mixture.precision_of(entry.name)],
+        grid.steps if grid and grid.by_channel else None,
+    )
+    packing = Packing(weight_format, entry, columns, mixture.importance(entry.name))
     encode = (lambda codes: codes) if weight_format.bits == 8 else (lambda codes: nibbles(codes & 15))  # noqa: PLR2004
     return [_write(packing.codes(encode), stream), _write(packing.scales(), stream)]
 

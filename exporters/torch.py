@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import defaultdict
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..errors import RecipeError, UnavailableError
+from ..hardware import Availability
+from ..quantize.calibration import EVEN
 from ..weights import TORCH_DTYPES, Checkpoint, convert, place, streamed, write_streamed
+from . import aoti
 from .bitsandbytes import Bitsandbytes
 from .costs import BYTES_PER_S, PACKED_TIMES, stored_bytes
 from .exporter import Cost, Lowered
 from .packing import storage
 from .torch_bytes import Bytes
-from .torchao import TorchAO
+from .torchao import Float8, TorchAO
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,22 +34,39 @@ _LAYOUTS: dict[str, type[Layout]] = {
     "int4": TorchAO,
     "w8a8-dynamic": TorchAO,
     "w8a8": Bytes,
+    "fp8": Float8,
 }
 
 
 class TorchExporter:
     version: ClassVar[int] = 1
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", *_LAYOUTS)
-    reasons: ClassVar[Mapping[str, str]] = {
-        "fp8": "torchao's 8-bit floats ask for CUDA's compute capability 8.9, or an MI300; torch's own product of them took "
-        "427 ms on a CPU where float32 took 153 (512 × 320 × 320)",
-    }
+    reasons: ClassVar[Mapping[str, str]] = {}
+    rounds_as_it_runs: ClassVar[tuple[str, ...]] = ("fp8",)
+    """Precisions whose activations get their scales while it runs, where other backends take calibrated ones."""
     layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "bf16": ("fp32", "bf16"),
         "fp16": ("fp32", "fp16"),
         **dict.fromkeys(_LAYOUTS, ("bf16",)),
     }
-    options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {aoti.OPTION: ("",), "activations": EVEN}
+    rounds_convolutions: ClassVar[bool] = False
+
+    def probe(self) -> Availability:
+        return Availability(ok=True, reason="torch is there")
+
+    def check(self, precision: str, options: Mapping[str, str]) -> None:
+        if aoti.OPTION not in options:
+            return
+        if precision not in aoti.PRECISIONS:
+            message = f"AOTInductor compiles parts of float weights alone, got {precision}"
+            raise RecipeError(message, fix=f"--recipe torch:bf16+{aoti.OPTION}")
+        if not (os.environ.get("CXX") or any(map(shutil.which, ("g++", "clang++", "c++")))):
+            message = "AOTInductor takes a C++ compiler, and there is none"
+            raise UnavailableError(message, fix="apt-get install g++")
+
+    def key_fields(self, precision: str, options: Mapping[str, str]) -> dict[str, Any]:  # noqa: ARG002 - another's
+        return {"bound": aoti.facts()} if aoti.OPTION in options else {}
 
     def packages(self) -> tuple[str, ...]:
         return ("torch", "diffusers", "transformers")
@@ -66,6 +89,8 @@ class TorchExporter:
         return Cost(_BASE_BYTES, written, written / BYTES_PER_S, weights)
 
     def lower(self, subject: Subject, folder: Path) -> Lowered:
+        if aoti.OPTION in subject.options:
+            aoti.write(subject, folder)
         if not subject.mixture.formats:
             how = _write(subject, folder)
             totals: dict[str, int] = defaultdict(int)

@@ -26,16 +26,16 @@ class Bytes(Layout):
         layer = entry.name.removesuffix(".weight")
         codes, channels = math.prod(entry.shape), entry.shape[0]
         streams = [
-            Streamed(entry.name, "I8", entry.shape, codes, packing.codes(lambda rows: rows)),
+            Streamed(entry.name, "I8", [*entry.shape, 1], codes, packing.codes(lambda rows: rows)),
             Streamed(layer + SCALE, "F32", [channels], 4 * channels, packing.scales()),
         ]
         if layer in self._activations:
-            step = struct.pack("<f", self._activations[layer][0])
+            step = struct.pack("<f", self._activations[layer][0].even)
             streams.append(Streamed(layer + STEP, "F32", [], len(step), [step]))
         return streams
 
     def settings(self, skipped: list[str]) -> dict[str, Any]:  # noqa: ARG002 - known by their names
-        """Return what makes Diffusers and Transformers refuse the folder, rather than take codes for weights."""
+        """Return what makes Diffusers refuse the folder; Transformers goes by the codes' shape, which has one more axis."""
         return {"quant_method": OWN}
 
     def stored_name(self, name: str) -> str | None:

@@ -37,7 +37,7 @@ class TorchAO(Layout):
         return self.format.name if self.format.bits == 8 else f"{self.format.name} in bytes"  # noqa: PLR2004
 
     def encode(self, entry: Entry) -> list[Streamed]:
-        packing = Packing(self.format, entry)
+        packing = Packing(self.format, entry, importance=self.mixture.importance(entry.name))
         layer = entry.name.removesuffix(".weight")
         shape = [entry.shape[0], self.format.groups(entry.shape)]
         codes, groups = math.prod(entry.shape), math.prod(shape)
@@ -79,6 +79,76 @@ class TorchAO(Layout):
         activations = {"granularity": _value("PerRow", {"dim": -1}), "mapping_type": _SYMMETRIC, "reduce_range": False}
         data |= {"act_quant_kwargs": _value("QuantizeTensorToInt8Kwargs", activations), "reduce_range": False}
         return _tensor("Int8Tensor", data)
+
+
+class Float8(TorchAO):
+    """Of fp8 (`Float8Tensor`): weights in E4M3 with a scale a row, activations rounded likewise as they come."""
+
+    def obstacle(self, entry: Entry) -> str | None:
+        reason = super().obstacle(entry)
+        if reason is None and any(size % _TILE for size in entry.shape[:2]):
+            return f"a GPU multiplies 8-bit floats of widths that are multiples of {_TILE}"
+        return reason
+
+    def encode(self, entry: Entry) -> list[Streamed]:
+        packing = Packing(self.format, entry)
+        layer, codes = entry.name.removesuffix(".weight"), math.prod(entry.shape)
+        rows = entry.shape[0]
+        return [
+            Streamed(f"{layer}._weight_qdata", "F8_E4M3", entry.shape, codes, packing.codes(lambda rows: rows)),
+            Streamed(f"{layer}._weight_scale", "F32", [rows, 1], 4 * rows, packing.scales()),
+        ]
+
+    def stored_bytes(self, entry: Entry) -> dict[str, int]:
+        return {self.label: math.prod(entry.shape), SCALES: 4 * entry.shape[0]}
+
+    def settings(self, skipped: list[str]) -> dict[str, Any]:  # noqa: ARG002 - as TorchAO's
+        return {"quant_method": "torchao", "quant_type": {"default": _float8()}, "modules_to_not_convert": None}
+
+    def _tensor(self, shape: Sequence[int]) -> dict[str, Any]:
+        kernel = _value("KernelPreference", "AUTO")
+        product = _value("Float8MMConfig", _PRODUCT)
+        activations = {
+            "float8_dtype": _dtype("float8_e4m3fn"),
+            "granularity": _value("PerRow", {"dim": -1}),
+            "mm_config": product,
+            "hp_value_lb": None,
+            "hp_value_ub": None,
+            "kernel_preference": kernel,
+        }
+        data = {
+            "block_size": [1, shape[1]],
+            "mm_config": product,
+            "act_quant_kwargs": _value("QuantizeTensorToFloat8Kwargs", activations),
+            "kernel_preference": kernel,
+            "dtype": _dtype("bfloat16"),
+        }
+        return {**_value("Float8Tensor", data), "_tensor_data_names": ["qdata", "scale"]}
+
+
+_TILE = 16
+_PRODUCT = {"emulate": False, "use_fast_accum": True, "pad_inner_dim": False}
+"""torchao's own default: sums in the tensor cores' own width."""
+
+
+def _float8() -> dict[str, Any]:
+    rows = _versioned("PerRow", {"dim": -1})
+    return _versioned(
+        "Float8DynamicActivationFloat8WeightConfig",
+        {
+            "activation_dtype": _dtype("float8_e4m3fn"),
+            "weight_dtype": _dtype("float8_e4m3fn"),
+            "granularity": [rows, rows],
+            "packing_format": _value("Float8PackingFormat", "PLAIN"),
+            "mm_config": _versioned("Float8MMConfig", _PRODUCT),
+            "activation_value_lb": None,
+            "activation_value_ub": None,
+            "kernel_preference": _value("KernelPreference", "AUTO"),
+            "set_inductor_config": True,
+            "alg_id": 0,
+        },
+        _VERSION,
+    )
 
 
 def _tensor(kind: str, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..components.component import Component
 from ..errors import UnavailableError, UsageError, unknown
-from ..runtimes.opening import Baked, read_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..components.component import Activations, Config, Port, Runner, Sizes
+    from ..runtimes.opening import Baked
 
 DENOISERS = ("unet", "transformer", "controlnet")
 PRECISIONS = ("fp32", "bf16", "fp16", "nf4", "int8", "w8a8-dynamic", "fp8")
@@ -32,11 +32,11 @@ _MULTIPLE = 16
 """Kernels of 8 bits take widths that are multiples of it."""
 
 
-def open_drawn(folder: Path, precision: str, device: str) -> Baked:
+def drawn(baked: Baked, precision: str, device: str) -> Baked:
     """Return a hollow Diffusers folder as `Engine` takes it.
 
     Args:
-        folder: of `fullsize.build`, whose weights' values are not looked at.
+        baked: `read_folder` of what `fullsize.build` wrote, whose weights' values are not looked at.
         precision: of the denoiser; all else is in bfloat16, or in the precision where that is a float.
         device: as torch spells it.
 
@@ -45,7 +45,6 @@ def open_drawn(folder: Path, precision: str, device: str) -> Baked:
     """
     if precision not in PRECISIONS:
         raise UsageError(unknown("precision", precision, PRECISIONS))
-    baked = read_folder(folder)
     plain = precision if precision in {"fp32", "fp16"} else "bf16"
     parts = {
         name: replace(entry, precision=precision if name in DENOISERS else plain) for name, entry in baked.parts.items()

@@ -8,17 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CorruptError, InputError
 from ..weights import sha256
+from .channels import Channels
+from .grid import Grid, Grids
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
 BINS = 2048
-METHODS = ("mse", "percentile", "max")
+EVEN = ("mse", "percentile", "max")
+"""How one step for all values of a tensor is chosen: that errs least, keeps nearly all values, or keeps all."""
+METHODS = ("channels", *EVEN)
+"""How steps are chosen: each channel's of a convolution by its ends, others as `mse` does; or as `EVEN` says."""
 _PERCENTILE = 0.9999
 _MOST = 127
+_CONVOLUTION = 4
+"""Dimensions of its weight."""
+_SIDES = ("input", "output")
 _TRIED = 100
 """Ends of the range that `mse` tries."""
 
@@ -77,43 +85,99 @@ class Magnitudes:
 
 
 @dataclass
+class Seen:
+    """What one side of a layer took on: all values together, and each channel."""
+
+    magnitudes: Magnitudes = field(default_factory=Magnitudes)
+    channels: Channels = field(default_factory=Channels)
+
+    def see(self, values: Tensor, axis: int) -> None:
+        """Count values whose channels are along `axis`.
+
+        Raises:
+            InputError: some aren't finite.
+        """
+        self.magnitudes.see(values)
+        self.channels.see(values, axis)
+
+
+@dataclass
 class Calibration:
     """Part -> layer -> what its input and its output took on; `info` says of which model, prompts and steps."""
 
     info: dict[str, Any] = field(default_factory=dict)
-    parts: dict[str, dict[str, tuple[Magnitudes, Magnitudes]]] = field(default_factory=dict)
+    parts: dict[str, dict[str, tuple[Seen, Seen]]] = field(default_factory=dict)
 
-    def see(self, part: str, layer: str, given: Tensor, made: Tensor) -> None:
-        """Count what a layer was given and what it made of it.
+    def see(self, part: str, layer: str, given: Tensor, made: Tensor, axis: int = -1) -> None:
+        """Count what a layer was given and what it made of it; `axis` is that of the channels of both.
 
         Raises:
             InputError: that isn't finite.
         """
-        before, after = self.parts.setdefault(part, {}).setdefault(layer, (Magnitudes(), Magnitudes()))
+        before, after = self.parts.setdefault(part, {}).setdefault(layer, (Seen(), Seen()))
         try:
-            before.see(given)
-            after.see(made)
+            before.see(given, axis)
+            after.see(made, axis)
         except InputError as error:
             message = f"{layer} of {part}: {error.message}"
             raise InputError(message, fix="calibrate on a model that draws: try it with bakeoff generate") from error
 
-    def scales(self, part: str, method: str = "mse") -> dict[str, tuple[float, float]]:
-        """Return layer -> scales of its input and its output."""
+    def grids(self, part: str, shapes: Mapping[str, Sequence[int]], method: str = METHODS[0]) -> dict[str, Grids]:
+        """Return layer -> what its input and its output are rounded to.
+
+        Args:
+            part: of the pipeline.
+            shapes: layer -> shape of its weight; those that weren't calibrated are left out.
+            method: one of `METHODS`.
+
+        Raises:
+            InputError: the file is of a version that kept no statistics of channels, and `method` needs them.
+        """
         layers = self.parts.get(part, {})
-        return {layer: (before.scale(method), after.scale(method)) for layer, (before, after) in layers.items()}
+        return {
+            layer: self._grids(layer, *layers[layer], shape, method)
+            for layer, shape in shapes.items()
+            if layer in layers
+        }
+
+    def _grids(self, layer: str, before: Seen, after: Seen, shape: Sequence[int], method: str) -> Grids:
+        if method != METHODS[0] or len(shape) != _CONVOLUTION:
+            scale = "mse" if method == METHODS[0] else method
+            return Grid((before.magnitudes.scale(scale),)), Grid((after.magnitudes.scale(scale),))
+        self.need_channels(layer, before, after)
+        whole = before.channels.least is not None and len(before.channels.least) == shape[1]
+        given = before.channels.given() if whole else Grid((before.magnitudes.scale(),))  # else: groups
+        return given, after.channels.made()
+
+    def need_channels(self, layer: str, *sides: Seen) -> None:
+        """Raise if single channels of a layer weren't kept.
+
+        Raises:
+            InputError: with the command that keeps them.
+        """
+        if any(side.channels.least is None for side in sides):
+            message = f"the calibration keeps nothing of the single channels of {layer}: an older version made it"
+            fix = f"bakeoff calibrate {self.info.get('model', 'MODEL')} -o FILE, once more; or +activations=mse in the recipe"
+            raise InputError(message, fix=fix)
 
     def save(self, file: Path) -> None:
-        """Write a safetensors file: `part/layer/input` and `…/output`, the histogram's top before its counts."""
+        """Write a safetensors file: `part/layer/input` and `…/output`, the histogram's top before its counts.
+
+        Beside each, `…/channels`: ends, means and mean squares of the channels, (4, C).
+        """
         import torch
         from safetensors.torch import save_file
 
-        tensors = {
-            f"{part}/{layer}/{side}": torch.cat([torch.tensor([seen.top], dtype=torch.float64), seen.counts])
-            for part, layers in self.parts.items()
-            for layer, both in layers.items()
-            for side, seen in zip(("input", "output"), both, strict=True)
-            if seen.counts is not None
-        }
+        tensors: dict[str, Tensor] = {}
+        for part, layers in self.parts.items():
+            for layer, both in layers.items():
+                for side, seen in zip(_SIDES, both, strict=True):
+                    name, histogram = f"{part}/{layer}/{side}", seen.magnitudes
+                    if histogram.counts is not None:
+                        top = torch.tensor([histogram.top], dtype=torch.float64)
+                        tensors[name] = torch.cat([top, histogram.counts])
+                    if seen.channels.least is not None:
+                        tensors[f"{name}/channels"] = seen.channels.as_tensor()
         partial = file.with_name(f".{file.name}.partial")
         save_file(tensors, partial, metadata={"bakeoff": json.dumps(self.info)})
         partial.replace(file)
@@ -144,10 +208,13 @@ class Calibration:
         return calibration
 
     def _put(self, name: str, values: Tensor) -> None:
-        part, layer, side = name.split("/")
-        if values.shape != (BINS + 1,) or not bool(values.isfinite().all()) or float(values[1:].sum()) <= 0:
+        part, layer, side, *kind = name.split("/")
+        both = self.parts.setdefault(part, {}).setdefault(layer, (Seen(), Seen()))
+        seen = both[_SIDES.index(side)]
+        if kind == ["channels"]:
+            seen.channels = Channels.read(values)
+            return
+        if kind or values.shape != (BINS + 1,) or not bool(values.isfinite().all()) or float(values[1:].sum()) <= 0:
             message = f"{name} holds no histogram"
             raise ValueError(message)
-        both = self.parts.setdefault(part, {}).setdefault(layer, (Magnitudes(), Magnitudes()))
-        seen = both[("input", "output").index(side)]
-        seen.top, seen.counts = float(values[0]), values[1:]
+        seen.magnitudes = Magnitudes(float(values[0]), values[1:])

@@ -24,7 +24,7 @@ class Int8(Format):
     def obstacle(self, shape: Sequence[int]) -> str | None:
         return too_small(shape)
 
-    def pack(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def pack(self, rows: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - by ends
         import torch
 
         scales = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / _MOST

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from .int8 import Int8
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from .grid import Grids
 
 _STEPS = 255
 
@@ -15,7 +17,9 @@ _STEPS = 255
 class Int8Dynamic(Int8):
     """Weights are `Int8`'s. How many activations share a scale is the backend's: all of a tensor, or some in a row."""
 
-    def watch(self, layer: nn.Module, scales: tuple[float, float] | None) -> None:  # noqa: ARG002 - needs none
+    uses_inputs: ClassVar[bool] = False
+
+    def watch(self, layer: nn.Module, grids: Grids | None) -> None:  # noqa: ARG002 - needs none
         """Let a Linear layer round what it is given with one scale, as ONNX Runtime does."""
         from torch import nn
 

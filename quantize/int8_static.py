@@ -1,4 +1,4 @@
-"""w8a8: int8 weights, and activations rounded to 8 bits with scales that were calibrated."""
+"""w8a8: int8 weights, and activations rounded to 8 bits to numbers that were calibrated."""
 
 from __future__ import annotations
 
@@ -7,28 +7,25 @@ from typing import TYPE_CHECKING, ClassVar
 from .int8 import Int8
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-MOST = 127
+    from .grid import Grids
 
 
 class Int8Static(Int8):
     """Layers that weren't calibrated have int8 weights alone."""
 
     calibrated: ClassVar[bool] = True
+    uses_inputs: ClassVar[bool] = False  # next to what the activations lose it is nothing
 
-    def watch(self, layer: nn.Module, scales: tuple[float, float] | None) -> None:
+    def watch(self, layer: nn.Module, grids: Grids | None) -> None:
         """Let a layer that was calibrated round what it is given, and a convolution what it gives."""
         from torch import nn
 
-        if scales is None:
+        if grids is None:
             return
-        before, after = scales
-        layer.register_forward_pre_hook(lambda _, given: (rounded(given[0], before), *given[1:]))
-        if isinstance(layer, nn.Conv2d):
-            layer.register_forward_hook(lambda *made: rounded(made[-1], after))
-
-
-def rounded(values: Tensor, scale: float) -> Tensor:
-    """Round to whole multiples of a scale, from -128 to 127 of them."""
-    return ((values.float() / scale).round().clamp(-MOST - 1, MOST) * scale).to(values.dtype)
+        before, after = grids
+        axis = 1 if isinstance(layer, nn.Conv2d) else -1
+        layer.register_forward_pre_hook(lambda _, given: (before.round(given[0], axis), *given[1:]))
+        if after and isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda *made: after.round(made[-1], axis))

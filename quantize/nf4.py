@@ -38,7 +38,7 @@ class Nf4(Grouped):
 
     name: ClassVar[str] = "nf4"
 
-    def pack(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def pack(self, rows: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:  # noqa: ARG002 - by ends
         import torch
 
         values = grouped(rows)

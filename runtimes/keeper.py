@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from .. import footprint
 from ..errors import UsageError
-from .offload import VAE_STAGE, Decision, Decoding, decide, make_room
+from .offload import VAE_STAGE, Decision, Decoding, DeviceDecision, decide, decide_on_device, make_room
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from ..recipe import Placement
     from .request import Request
@@ -78,7 +78,21 @@ class Keeper:
         self.notes = [*self._decision.notes, *self._lossy]
         for name, station in self._stations.items():
             station.mapped = name in self._decision.mapped
+        self._on_devices = self._decide_on_devices(stations)
         return self._decision
+
+    def _decide_on_devices(self, stations: Sequence[Station]) -> dict[str, DeviceDecision]:
+        """Decide for the memory of each device that isn't the host's."""
+        found = {}
+        for device in sorted({station.device for station in stations} - {"cpu"}):
+            usable = footprint.device_usable_bytes(device)
+            there = [station for station in stations if station.device == device]
+            needs = [station.device_need for station in there]
+            found[device] = decide_on_device(self._placement.offload, device, needs, usable)
+            self.notes += found[device].notes
+            for station in there:
+                station.blocks = station.part.name in found[device].blocks
+        return found
 
     def _decoding(self, request: Request, tile: int) -> Decoding | None:
         """Predict what the VAE's activations take."""
@@ -92,12 +106,15 @@ class Keeper:
 
     def _make_room(self, station: Station) -> None:
         """Before a part is opened, close those that are done, where parts take turns."""
-        if not self._decision.unload:
-            return
 
         def close(name: str) -> None:
             self._stations[name].unload()
             self.notes.append(f"{name} was unloaded before {station.part.name} was opened")
 
-        needs = [each.need for each in self._stations.values()]
-        make_room(station.need, needs, close, footprint.usable_bytes)
+        device = station.device
+        if self._decision.unload:
+            needs = [each.need for each in self._stations.values()]
+            make_room(station.need, needs, close, footprint.usable_bytes)
+        elif device in self._on_devices and self._on_devices[device].unload:
+            needs = [each.device_need for each in self._stations.values() if each.device == device]
+            make_room(station.device_need, needs, close, lambda: footprint.device_usable_bytes(device) or 0)

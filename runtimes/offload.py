@@ -72,7 +72,7 @@ def decide(placement: Placement, needs: Sequence[Need], decoding: Decoding | Non
                 f"{gigabytes(usable_bytes)} can be used"
             )
     else:
-        unload = placement.offload != "none"
+        unload = placement.offload not in {"none", "blocks"}
     room = usable_bytes + sum(need.held_bytes for need in needs if need.is_open)
     mapped = _mapped(placement, needs, room if unload else None)
     if placement.offload == "auto":
@@ -80,6 +80,46 @@ def decide(placement: Placement, needs: Sequence[Need], decoding: Decoding | Non
     left = room - sum(_held(need, mapped) for need in needs if need.stage == VAE_STAGE or not unload)
     slicing, tiling = _decoding(placement, decoding, left)
     return Decision(unload, mapped, slicing, tiling, tuple(notes))
+
+
+@dataclass(frozen=True)
+class DeviceDecision:
+    """What to do about the memory of a device that isn't the host's."""
+
+    unload: bool = False
+    blocks: frozenset[str] = frozenset()
+    """Parts whose weights come from the host a block at a time."""
+    notes: tuple[str, ...] = ()
+
+
+def decide_on_device(offload: str, device: str, needs: Sequence[Need], usable_bytes: int | None) -> DeviceDecision:
+    """Choose what keeps weights within a device's memory: parts that take turns, then blocks of one that wouldn't fit alone.
+
+    `usable_bytes` is None where nothing tells; then parts do what is asked for, and with `auto` stay open.
+    """
+    can = frozenset(need.name for need in needs if need.mapped_bytes is not None)
+    if offload == "blocks":
+        return DeviceDecision(blocks=can)
+    if offload != "auto" or usable_bytes is None:
+        return DeviceDecision(unload=offload in {"parts", "mapped"})
+    coming = sum(need.held_bytes for need in needs if not need.is_open)
+    if coming <= usable_bytes:
+        return DeviceDecision()
+    room = usable_bytes + sum(need.held_bytes for need in needs if need.is_open)
+    notes = [
+        f"parts take turns on {device}: their weights take {gigabytes(coming)} more, {gigabytes(usable_bytes)} can be used"
+    ]
+    for need in needs:
+        if need.held_bytes > room:
+            done = "come from the host a block at a time" if need.name in can else "may not fit"
+            notes.append(
+                f"{need.name} takes {gigabytes(need.held_bytes)} of {device}'s {gigabytes(room)}: its weights {done}"
+            )
+    return DeviceDecision(
+        unload=True,
+        blocks=frozenset(n.name for n in needs if n.held_bytes > room and n.name in can),
+        notes=tuple(notes),
+    )
 
 
 def _mapped(placement: Placement, needs: Sequence[Need], room: int | None) -> frozenset[str]:

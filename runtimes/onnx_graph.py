@@ -69,7 +69,7 @@ def _make_unsigned(graph: Any) -> None:  # noqa: ANN401 - onnx is untyped
     graph.initializer.append(tensor("bakeoff.128", onnx.TensorProto.INT32, [], [128]))
     graph.initializer.append(tensor("bakeoff.middle", onnx.TensorProto.UINT8, [], [128]))
     made: set[str] = set()
-    nodes = []
+    nodes: list[Any] = []
     for node in list(graph.node):
         place = _ZERO_POINTS.get(node.op_type)
         if place is not None:

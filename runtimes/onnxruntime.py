@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ArtifactError, UnavailableError
-from ..hardware import Availability, overflows_bytes, usable_cores
+from ..hardware import OVERFLOWS, Availability, overflows_bytes, usable_cores
 from . import onnx_graph, onnx_weights, providers
 from .onnx_binding import DeviceBinding
 from .runtime import Operation, PartFiles, Runtime
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 _ERRORS_ONLY = 3
+_MAKES_UNSIGNED = "QDQS8ToU8Transformer"
 _ROUNDING = ("DynamicQuantizeLinear", "QuantizeLinear")
 """What rounds activations."""
 _EXACT_PRODUCTS = "session.x64quantprecision"
@@ -71,7 +72,8 @@ class OnnxRuntime(Runtime):
         import onnxruntime
 
         super().__init__(part, placement)
-        operators = _operators(part.folder)
+        graph = _graph(part.folder)
+        operators = Counter(node.op_type for node in graph.node)
         provider, device, fallback = providers.choose(placement)
         graphs = placement.cuda_graphs and provider in providers.NVIDIA
         providers.prepare(provider)
@@ -81,7 +83,7 @@ class OnnxRuntime(Runtime):
         options.log_severity_level = _ERRORS_ONLY
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         mapped = placement.offload == "mapped"
-        overflows = overflows_bytes() and any(operators[name] for name in _ROUNDING)
+        overflows = device == "cpu" and overflows_bytes() and any(operators[name] for name in _ROUNDING)
         keeps = mapped and not overflows
         if overflows:
             options.add_session_config_entry(_EXACT_PRODUCTS, "1")
@@ -90,9 +92,14 @@ class OnnxRuntime(Runtime):
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         if provider == "DmlExecutionProvider":  # which asks for it
             options.enable_mem_pattern = False
+        disabled = ["ConstantFolding"] if keeps else []
+        if overflows and _lacks_zero_points(graph):
+            disabled.append(_MAKES_UNSIGNED)
+            widened = f"{OVERFLOWS}: convolutions are of floats until it is exported again"
+            fallback = "; ".join(filter(None, (fallback, widened)))
         asked = providers.options_of(provider, device, part.precision, placement)
         kept = onnx_weights.adapt(options, part.folder, part.deltas)
-        self._session: Any = _opened(part, options, providers.listed(provider, asked), folds=not keeps)
+        self._session: Any = _opened(part, options, providers.listed(provider, asked), disabled)
         del kept
         ran = self._session.get_providers()[0]
         if ran != provider:
@@ -150,7 +157,7 @@ class OnnxRuntime(Runtime):
         self._session = self._binding = None
 
 
-def _opened(part: PartFiles, options: Any, listed: list[Any], *, folds: bool) -> Any:  # noqa: ANN401 - onnxruntime is untyped
+def _opened(part: PartFiles, options: Any, listed: list[Any], disabled: list[str]) -> Any:  # noqa: ANN401 - onnxruntime is untyped
     """Open a session; a provider that refuses the model, or an option, is said to have done so.
 
     Raises:
@@ -158,7 +165,6 @@ def _opened(part: PartFiles, options: Any, listed: list[Any], *, folds: bool) ->
     """
     import onnxruntime
 
-    disabled = [] if folds else ["ConstantFolding"]
     file = part.folder / "model.onnx"
     try:
         return onnxruntime.InferenceSession(file, options, providers=listed, disabled_optimizers=disabled)
@@ -199,8 +205,15 @@ def _precisions(operators: Counter[str]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _operators(folder: Path) -> Counter[str]:
-    """Count a model's operators by type; refuse one whose external data lies outside its folder.
+def _lacks_zero_points(graph: Any) -> bool:  # noqa: ANN401 - onnx is untyped
+    """Say whether weights are widened without zero points: ONNX Runtime fails to make these unsigned."""
+    stored = {tensor.name for tensor in graph.initializer}
+    wide = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored]
+    return any(len(node.input) < 3 for node in wide)  # noqa: PLR2004 - the third is the zero point
+
+
+def _graph(folder: Path) -> Any:  # noqa: ANN401 - onnx is untyped
+    """Read a model's graph without its weights; refuse one whose external data lies outside its folder.
 
     Raises:
         ArtifactError: with the path.
@@ -218,7 +231,7 @@ def _operators(folder: Path) -> Counter[str]:
             if item.key == "location" and not _is_inside(folder, item.value):
                 message = f"{file} points to data outside its folder: {item.value!r}"
                 raise ArtifactError(message, fix="don't use this model unless you know who made it")
-    return Counter(node.op_type for node in model.graph.node)
+    return model.graph
 
 
 def _is_inside(folder: Path, location: str) -> bool:

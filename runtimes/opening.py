@@ -36,6 +36,12 @@ class Baked:
     folders: Mapping[str, Path]
     proof: Mapping[str, Any]
     recipe: str
+    artifact: Artifact | None = None
+    """None: a folder without a manifest."""
+
+    def vouched(self, part: str) -> dict[str, str]:
+        """Return file -> sha256 of a part's files as the manifest has them; nothing where there is none."""
+        return self.artifact.vouched(part) if self.artifact else {}
 
     @property
     def id(self) -> str:
@@ -139,6 +145,7 @@ def of_artifact(artifact: Artifact) -> Baked:
         {name: artifact.folder / name for name in manifest.parts},
         manifest.proof,
         ", ".join(dict.fromkeys(f"{part.backend}:{part.precision}" for part in manifest.parts.values())),
+        artifact,
     )
 
 
@@ -189,8 +196,11 @@ def open_part(
     entry: PartEntry,
     placement: Placement,
     deltas: Mapping[str, Sequence[Delta]] | None = None,
+    vouched: Mapping[str, str] | None = None,
 ) -> Runtime:
     """Open one part from its own folder with the runtime of its backend, with what LoRAs add to its weights.
+
+    `vouched` is what a verified manifest has of its files, by name: native code isn't opened without.
 
     Raises:
         UnavailableError: the backend can't be used here.
@@ -209,6 +219,7 @@ def open_part(
         build=lambda dtype: part.component.flat(part.component.load(folder, _torch_dtype(dtype))).eval(),
         deltas=deltas or {},
         islands=bool(entry.key),
+        vouched=vouched or {},
     )
     return runtime(files, placement)
 

@@ -28,7 +28,7 @@ BY_DEVICE = {
 _DEVICE_OF = {provider: device for device, provider in reversed(BY_DEVICE.items())} | {_TENSORRT: "cuda"}
 NVIDIA = (_CUDA, _TENSORRT)
 """Providers whose tensors lie in a GPU's own memory, and that can record CUDA graphs."""
-_FIXES = {
+FIXES = {
     _CUDA: "pip install 'bakeoff[onnx-gpu]' in place of onnxruntime",
     _TENSORRT: "pip install 'bakeoff[onnx-tensorrt]' in an environment of its own",
     "MIGraphXExecutionProvider": "pip install onnxruntime-migraphx (AMD's) in place of onnxruntime",
@@ -60,14 +60,14 @@ def choose(placement: Placement) -> tuple[str, str, str | None]:
         return provider, device, fallback
     if placement.device == "auto":
         return CPU, "cpu", None
-    return CPU, "cpu", f"this ONNX Runtime has no {provider}: using cpu ({_FIXES[provider]})"
+    return CPU, "cpu", f"this ONNX Runtime has no {provider}: using cpu ({FIXES[provider]})"
 
 
 def _named(placement: Placement, available: list[str]) -> tuple[str, str, None]:
     provider = str(placement.provider)
     if provider not in available:
         message = unknown("execution provider", provider, available)
-        raise UnavailableError(message, fix=_FIXES.get(provider, "install the onnxruntime package that has it"))
+        raise UnavailableError(message, fix=FIXES.get(provider, "install the onnxruntime package that has it"))
     if provider == _TENSORRT:
         _refuse_other_tensorrt()
     device = _DEVICE_OF.get(provider, "other")
@@ -85,14 +85,14 @@ def _refuse_other_tensorrt() -> None:
             continue
         if int(version.partition(".")[0]) != _LINKED_TENSORRT:
             message = f"ONNX Runtime's {_TENSORRT} links TensorRT {_LINKED_TENSORRT}, here is {package} {version}"
-            raise UnavailableError(message, fix=_FIXES[_TENSORRT])
+            raise UnavailableError(message, fix=FIXES[_TENSORRT])
 
 
 def option_obstacle(option: str, placement: Placement) -> tuple[str, str] | None:
     """Say why an option can't be had with the provider that a placement means, and the fix; None if it can."""
     provider, _, _ = choose(placement)
     if option == "cuda_graphs" and provider not in NVIDIA:
-        return f"{provider} has no CUDA graphs", f"leave out cuda_graphs, or {_FIXES[_CUDA]}"
+        return f"{provider} has no CUDA graphs", f"leave out cuda_graphs, or {FIXES[_CUDA]}"
     if option == "provider_options" and provider == CPU:
         return f"{CPU} has no options", "leave out provider_options, or name another provider"
     return None

@@ -43,6 +43,8 @@ class PartFiles:
     """What LoRAs add to weights, by their names in `Runtime.shapes`."""
     islands: bool = True
     """Whether layers stored in float32 keep it in a part of two bytes: not where a model is run as it is in another dtype."""
+    vouched: Mapping[str, str] = field(default_factory=dict)
+    """File of the folder -> its sha256 in a manifest that was verified. What is native code is opened only with that."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,13 @@ class Runtime(ABC):
         return option in cls.options or (option == "mapped" and cls.held_mapped is not None)
 
     @classmethod
-    def obstacle(cls, precision: str) -> Availability | None:  # noqa: ARG003 - most run all that they can open
-        """Say what keeps a precision from running on this machine's CPU, or from running as it is meant to; else None."""
+    def option_obstacle(cls, option: str, placement: Placement) -> tuple[str, str] | None:  # noqa: ARG003 - most have none
+        """Say why an option that the runtime has can't be had where a part would run, and the fix; None if it can."""
         return None
 
     @classmethod
-    def option_obstacle(cls, option: str, placement: Placement) -> tuple[str, str] | None:  # noqa: ARG003 - most have none
-        """Say why an option that the runtime has can't be had where a part would run, and the fix; None if it can."""
+    def obstacle(cls, precision: str) -> Availability | None:  # noqa: ARG003 - most run all that they can open
+        """Say what keeps a precision from running on this machine's CPU, or from running as it is meant to; else None."""
         return None
 
     @classmethod
@@ -161,7 +163,7 @@ class Runtime(ABC):
             InputError: a tensor's name, rank, shape or dtype doesn't fit the ports.
         """
         sizes = solve_sizes(self.part.name, self.inputs, inputs)
-        fed = {port.name: _as_port(self.part.name, port, inputs[port.name]) for port in self.inputs}
+        fed = {port.name: as_port(self.part.name, port, inputs[port.name], "cpu") for port in self.inputs}
         results = self._run(fed, {port.name: port.shape(sizes) for port in self.outputs})
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in results.items()}
 
@@ -197,7 +199,7 @@ class Runtime(ABC):
             UsageError: as `operations`.
         """
         solve_sizes(self.part.name, self.inputs, inputs)
-        fed = {port.name: _as_port(self.part.name, port, inputs[port.name]) for port in self.inputs}
+        fed = {port.name: as_port(self.part.name, port, inputs[port.name], "cpu") for port in self.inputs}
         wanted = [name for name in dict.fromkeys(names) if name not in fed]
         return {name: fed[name] for name in names if name in fed} | (self._tap(fed, wanted) if wanted else {})
 
@@ -211,6 +213,10 @@ class Runtime(ABC):
 
         What is the same: the same memory, which nothing but torch writes.
         """
+
+    def adapt(self, deltas: Mapping[str, Sequence[Delta]]) -> bool:  # noqa: ARG002 - most can't
+        """Exchange what LoRAs add while the part is open, if that can be done; else it is opened anew."""
+        return False
 
     def synchronize(self) -> None:  # noqa: B027 - most have nothing to do
         """Wait until the device has finished; nothing to do where `run` returns finished tensors."""
@@ -247,14 +253,19 @@ def _as_in_file(port: Port, dtype: str, rank: int) -> Port:
     return replace(port, dtype=dtype, dims=dims)
 
 
-def _as_port(part: str, port: Port, tensor: Tensor) -> Tensor:
+def as_port(part: str, port: Port, tensor: Tensor, device: str | None = None) -> Tensor:
+    """Return a tensor in a port's dtype, contiguous; on the device that it lies on unless said.
+
+    Raises:
+        InputError: it would lose values.
+    """
     import torch
 
     wanted: torch.dtype = getattr(torch, port.dtype)
     if tensor.dtype != wanted and not _converts(tensor, wanted):
         message = f"{part} got {port.name} as {tensor.dtype}, expected {wanted}: converting would lose values"
         raise InputError(message)
-    return tensor.detach().to("cpu", wanted).contiguous()
+    return tensor.detach().to(device, wanted).contiguous()
 
 
 def _converts(tensor: Tensor, wanted: torch.dtype) -> bool:

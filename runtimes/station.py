@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from ..recipe import Placement
     from .runtime import Runtime
 
+_FLOATS = ("fp32", "bf16", "fp16")
+_BLOCKS_SHARE = 0.15
+"""Of a part's weights, what lies on a device at once where they come a block at a time: two blocks, and what is in none."""
+
 
 class Station:
     """A part's place in the engine: opens the runtime when it is first needed, and times it."""
@@ -37,6 +41,8 @@ class Station:
         """Called before the runtime is opened."""
         self.mapped = False
         """Whether it is to open with its weights left in their files."""
+        self.blocks = False
+        """Whether its weights are to come to its device a block at a time."""
         self.unloaded = 0
         """How often it was closed to make room."""
         self.pieces: dict[str, Any] = {}
@@ -66,10 +72,25 @@ class Station:
         return {**told, **self.pieces, "unloaded": self.unloaded, "lossy": lossy}
 
     @cached_property
-    def _on_cpu(self) -> bool:
-        """Whether it runs, or would run, where the memory is the host's."""
+    def device(self) -> str:
+        """Where it runs, or would run: `cpu` where the memory is the host's."""
         runtime = plugins.runtime(self._entry.backend)
-        return not runtime.probe().ok or runtime.device_for(self._placement) == "cpu"
+        return runtime.device_for(self._placement) if runtime.probe().ok else "cpu"
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.device == "cpu"
+
+    @cached_property
+    def _on_device(self) -> tuple[int, int | None]:
+        """Predicted bytes of another device's memory, and those with its weights coming a block at a time; of weights alone."""
+        held = sum((self._entry.weight_bytes or footprint.weight_bytes(self._baked.folders[self.part.name])).values())
+        runtime = plugins.runtime(self._entry.backend)
+        config = self._baked.config(self.part.module)
+        in_blocks = (
+            self._entry.precision in _FLOATS and runtime.serves("blocks", config) and stage_of(self.part) != "vae"
+        )
+        return held, round(held * _BLOCKS_SHARE) if in_blocks else None
 
     @cached_property
     def _held(self) -> tuple[int, int | None]:
@@ -92,6 +113,12 @@ class Station:
         held, mapped = self._held
         return Need(self.part.name, stage_of(self.part), held, mapped, is_open=self.runtime is not None)
 
+    @property
+    def device_need(self) -> Need:
+        """What it takes of its device's memory, where that isn't the host's; `mapped_bytes` are those in blocks."""
+        held, in_blocks = self._on_device
+        return Need(self.part.name, stage_of(self.part), held, in_blocks, is_open=self.runtime is not None)
+
     def decoding_bytes(self, config: Mapping[str, Any], height: int, width: int) -> int | None:
         """Predict the activations of a picture of this size in pixels, where the component knows them."""
         found = self.part.component.activations(config, 1, height, width) if self._on_cpu else None
@@ -113,9 +140,11 @@ class Station:
     def _opened(self) -> Runtime:
         if self.runtime is None:
             self.before(self)
-            placement = replace(self._placement, offload="mapped" if self.mapped else "none")
+            how = "mapped" if self.mapped else "blocks" if self.blocks else "none"
+            placement = replace(self._placement, offload=how)
             folder = self._baked.folders[self.part.name]
-            self.runtime = open_part(folder, self.part, self._entry, placement, self._deltas)
+            vouched = self._baked.vouched(self.part.name)
+            self.runtime = open_part(folder, self.part, self._entry, placement, self._deltas, vouched)
             self.runtime.between_runs(same=self._in_batch)
             if self.visitor:
                 self.visitor(self.part.name, self.runtime.module())
@@ -128,8 +157,8 @@ class Station:
             self.runtime.between_runs(same=same)
 
     def adapt(self, deltas: Mapping[str, Sequence[Delta]]) -> None:
-        """Open with other LoRAs from now on."""
-        if deltas or self._deltas:
+        """Go on with other LoRAs; it is opened anew where its runtime can't exchange them."""
+        if (deltas or self._deltas) and not (self.runtime and self.runtime.adapt(deltas)):
             self.close()
         self._deltas = deltas
 

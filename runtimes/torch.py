@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..components.component import WRAPPER
 from ..components.low_bit import SCALE
-from ..errors import InputError, UsageError
+from ..errors import InputError, UnavailableError, UsageError
 from ..hardware import OVERFLOWS, Availability, choose_device, overflows_bytes, usable_cores
 from ..lora import added
 from ..weights import Checkpoint, layer_names
-from . import acceleration, attention
+from . import acceleration, aoti, attention
 from .blocks import Blocks
 from .crossing import Crossing
 from .islands import keep_wide
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    import torch
     from torch import Tensor, nn
 
     from ..lora import Delta
@@ -30,7 +31,13 @@ if TYPE_CHECKING:
 
 _DTYPES = {"fp32": "float32", "fp16": "float16"}
 """Precision -> what is computed in, bfloat16 unless said: low-bit precisions are what weights are stored in."""
-_LIBRARIES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "int4": "torchao", "w8a8-dynamic": "torchao"}
+_LIBRARIES = {
+    "int8": "bitsandbytes",
+    "nf4": "bitsandbytes",
+    "int4": "torchao",
+    "w8a8-dynamic": "torchao",
+    "fp8": "torchao",
+}
 """Precision -> what runs its codes."""
 _WIDENED = f"{OVERFLOWS}: layers of w8a8 are multiplied in floats"
 _HALF = {"bf16", "fp16"}
@@ -38,6 +45,8 @@ _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _TORCH_NAMES = {"rocm": "cuda"}
 _CODED = (".SCB", ".absmax", "._weight_qdata", SCALE)
 """What some names of tensors end in where there are codes of bitsandbytes, torchao or our own."""
+FP8_CAPABILITY = (8, 9)
+"""Compute capability from which NVIDIA's GPUs multiply 8-bit floats."""
 _GIVEN = "/input"
 """What the name of what a layer is given ends in."""
 
@@ -122,6 +131,10 @@ class TorchRuntime(Runtime):
             return Availability(ok=False, reason=f"{library} is not installed", fix=f"pip install 'bakeoff[{library}]'")
         if precision == "w8a8" and overflows_bytes():
             return Availability(ok=True, reason=_WIDENED)
+        if precision == "fp8":
+            return Availability(
+                ok=True, reason="a CPU multiplies 8-bit floats slower than float32; GPUs have them from 8.9 on"
+            )
         return None
 
     def __init__(self, part: PartFiles, placement: Placement) -> None:
@@ -133,8 +146,9 @@ class TorchRuntime(Runtime):
         computed = _DTYPES.get(part.precision, "bfloat16")
         self._dtype: torch.dtype = getattr(torch, computed)
         self._device = torch.device(_TORCH_NAMES.get(device, device))
+        _refuse_fp8(part, self._device)
         mapped, in_blocks = placement.offload == "mapped", placement.offload == "blocks"
-        self._channels_last = _channels_last(placement, part.precision)
+        self._channels_last = _channels_last(placement, part.precision) and not aoti.is_compiled(part.folder)
         self._crossing = Crossing(self._device)
         module = part.build(computed)
         module = module if in_blocks else module.to(self._device)
@@ -152,8 +166,12 @@ class TorchRuntime(Runtime):
         compiling = None if acceleration.compiler_obstacle(device) else placement.compile
         self._module: Any
         self._module, compiled = acceleration.compile_module(module, compiling or False)
+        self._call: Any = self._module
+        if aoti.is_compiled(part.folder):
+            self._call, compiled = self._ahead(module, placement, device), "aoti"
         graphs = placement.cuda_graphs and self.option_obstacle("cuda_graphs", placement) is None
-        self._call: Any = self._graphs(wide, blocks) if graphs else self._module
+        if graphs:
+            self._call = self._graphs(wide, blocks)
         self.configuration = {
             "device": device,
             "threads": self._threads,
@@ -170,6 +188,25 @@ class TorchRuntime(Runtime):
             "fallback": "; ".join(filter(None, (fallback, _widened(module, device)))) or None,
         }
 
+    def _ahead(self, module: nn.Module, placement: Placement, device: str) -> aoti.Compiled:
+        """Return code that was compiled ahead of time; it has been decided what it does.
+
+        Raises:
+            UsageError: with an option, or a LoRA, that would change it.
+        """
+        asked = {
+            "compile": placement.compile,
+            "attention": placement.attention,
+            "attention_slicing": placement.attention_slicing,
+            "token_merging": placement.token_merging,
+            "offload=blocks": placement.offload == "blocks",
+            "channels_last": placement.channels_last == "on",
+        }
+        for option in [name for name, value in asked.items() if value]:
+            message = f"{self.part.name} was compiled ahead of time: {option} can't change it"
+            raise UsageError(message, fix=f"leave out {option}, or use an artifact without +aoti")
+        return aoti.Compiled(self.part, module, device)
+
     def _graphs(self, wide: list[str], blocks: Blocks | None) -> acceleration.Graphs:
         """Return what records and replays the module.
 
@@ -181,7 +218,7 @@ class TorchRuntime(Runtime):
         if reason:
             message = f"{self.part.name} can't be recorded as a CUDA graph: {reason}"
             raise UsageError(message, fix="leave out cuda_graphs")
-        return acceleration.Graphs(self.part.name, self._module)
+        return acceleration.Graphs(self.part.name, self._call)
 
     def _run(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         import torch
@@ -278,13 +315,16 @@ def _adapt(module: nn.Module, deltas: Mapping[str, Sequence[Delta]]) -> None:
 
 
 def _precision(module: nn.Module, dtype: str) -> str | dict[str, int]:
-    """Name what is computed in; where there are products of integers, count the layers of each kind."""
+    """Name what is computed in; where there are products of integers or 8-bit floats, count the layers of each kind."""
     from torch import nn
 
     from ..components.byte_layers import ByteLayer
 
     kinds = (nn.Linear, nn.Conv2d, ByteLayer)
     layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, kinds)]
+    floats = sum(type(layer.weight).__name__ == "Float8Tensor" for layer in layers)
+    if floats:
+        return {"float8_e4m3fn": floats, dtype: len(layers) - floats}
     integer = sum(
         layer.rounds and layer.integers
         if isinstance(layer, ByteLayer)
@@ -292,6 +332,23 @@ def _precision(module: nn.Module, dtype: str) -> str | dict[str, int]:
         for layer in layers
     )
     return {"int8": integer, dtype: len(layers) - integer} if integer else dtype
+
+
+def _refuse_fp8(part: PartFiles, device: torch.device) -> None:
+    """Refuse products of 8-bit floats on a device that has none; a CPU computes them, slowly.
+
+    Raises:
+        UnavailableError: with what the device is.
+    """
+    import torch
+
+    if part.precision != "fp8" or device.type in {"cpu", "xpu"}:
+        return
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" and not torch.version.hip else None
+    if device.type != "cuda" or (capability is not None and capability < FP8_CAPABILITY):
+        here = f"compute capability {capability[0]}.{capability[1]}" if capability else device.type
+        message = f"{part.name} is in fp8, which takes a GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell): {here}"
+        raise UnavailableError(message, fix="a recipe of torch:w8a8-dynamic or torch:bf16; or --device cpu")
 
 
 def _widened(module: nn.Module, device: str) -> str | None:

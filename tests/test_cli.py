@@ -25,7 +25,7 @@ def test_precisions(run_json, run_cli):
     assert all(cell["reason"] for cell in found if not (cell["exported"] and cell["runs"]))
     printed = run_cli("precisions").stdout
     assert printed.splitlines()[0].split() == sorted({cell["backend"] for cell in found})
-    assert "torch:fp8: torchao's 8-bit floats ask for" in printed
+    assert "onnx:fp8: ONNX's MatMul takes no 8-bit floats" in printed
 
 
 def test_generate_writes_a_png_and_says_how_it_came_about(run_json, baked, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import bakeoff
-from bakeoff import hardware
+from bakeoff import footprint, hardware
 from bakeoff.bench.experiment import parse_arms
 from bakeoff.components.component import CAPTURE_SIZES
 from bakeoff.errors import RecipeError, UnavailableError, UsageError
@@ -22,7 +22,9 @@ from bakeoff.runtimes.acceleration import GRAPHS_KEPT, ChosenAttention, Graphs, 
 from bakeoff.runtimes.blocks import Blocks, blocks_of
 from bakeoff.runtimes.crossing import Crossing, Same
 from bakeoff.runtimes.engine import Engine
+from bakeoff.runtimes.offload import Need, decide_on_device
 from bakeoff.runtimes.opening import open_part, read_folder
+from bakeoff.runtimes.station import Station
 from bakeoff.runtimes.torch import TorchRuntime
 
 PROMPT = "a large red circle on a white background"
@@ -196,6 +198,43 @@ def test_denoisers_have_blocks(tiny, family):
             assert all(torch.equal(got[name], expected[name]) for name in expected)
         assert blocks.count == len(blocks_of(runtime.module())) > 1
         assert blocks.most == 2
+
+
+GB = 10**9
+NEEDS = [
+    Need("text_encoder", "text", 9 * GB, 1 * GB),
+    Need("transformer", "denoising", 24 * GB, 3 * GB),
+    Need("vae_decoder", "vae", GB // 10),
+]
+
+
+@pytest.mark.parametrize(
+    ("usable", "unload", "blocks"),
+    [(40 * GB, False, set()), (30 * GB, True, set()), (20 * GB, True, {"transformer"}), (None, False, set())],
+)
+def test_a_devices_memory_decides_what_stays_on_it(usable, unload, blocks):
+    found = decide_on_device("auto", "cuda", NEEDS, usable)
+    assert (found.unload, found.blocks) == (unload, blocks)
+    assert bool(found.notes) == unload
+
+
+def test_what_is_asked_for_counts_more_than_a_devices_memory():
+    assert decide_on_device("blocks", "cuda", NEEDS, 40 * GB).blocks == {"text_encoder", "transformer"}
+    assert decide_on_device("parts", "cuda", NEEDS, 40 * GB).unload
+    assert not decide_on_device("none", "cuda", NEEDS, 1).unload
+
+
+def test_parts_on_a_device_that_is_too_small_take_turns_and_come_in_blocks(shapes, plain, monkeypatch):
+    monkeypatch.setattr(Station, "device", "cuda")  # where the memory is; the CPU computes
+    monkeypatch.setattr(footprint, "device_usable_bytes", lambda device: 6_000_000)
+    with bakeoff.load(shapes, device="cpu", threads=1) as engine:
+        result = engine.generate(PROMPT, **SAME)
+        told = engine.configuration
+    assert (result.images == plain).all()
+    assert told["unet"]["blocks"] > 1
+    assert told["vae_decoder"]["blocks"] is None
+    assert any("unet takes" in note and "a block at a time" in note for note in result.notes)
+    assert told["text_encoder"]["unloaded"] == 1
 
 
 def replaying(call):

@@ -57,8 +57,9 @@ def picture(
     """Time pictures of a full-size model whose weights are drawn on the device, first one apart."""
     import torch
 
-    from bakeoff.models.drawn import DENOISERS, open_drawn
+    from bakeoff.models.drawn import DENOISERS, drawn
     from bakeoff.runtimes.engine import Engine
+    from bakeoff.runtimes.opening import read_folder
 
     deadline = Deadline(time.monotonic() + budget_s)
     dtype = "float16" if precision == "fp16" else "bfloat16"
@@ -72,7 +73,7 @@ def picture(
     asked = {"steps": steps, "size": (size, size), "seeds": 1, "stages": True}
     asked |= {} if guidance is None else {"guidance_scale": guidance}
     started = time.perf_counter()
-    with Engine(open_drawn(folder, precision, device), Placement(device, **placement)) as engine:
+    with Engine(drawn(read_folder(folder), precision, device), Placement(device, **placement)) as engine:
         first = engine.generate(PROMPT, **asked)
         first_s = time.perf_counter() - started
         _reset_peak()
@@ -281,8 +282,9 @@ def _possible(arms: list[str], device: str) -> tuple[list[str], dict[str, str]]:
         reason = available.reason if not available.ok else _elsewhere(runtime, placement, device)
         for option in ("compile", "cuda_graphs"):
             if reason is None and getattr(placement, option):
-                obstacle = runtime.obstacle(option, placement)
-                reason = obstacle and obstacle[0]
+                obstacle = runtime.option_obstacle(option, placement)
+                reason = obstacle[0] if obstacle else None
+                reason = reason if option in runtime.options else f"{backend} has no {option}"
         if recipe.default.precision not in plugins.exporter(backend).precisions:
             reason = f"{backend} doesn't bake {recipe.default.precision}"
         if reason is None:

@@ -28,6 +28,8 @@ SIZES = {"sd-1.5": Sizes(2, 64, 64, 77), "sdxl": Sizes(2, 128, 128, 77)}
 CALIBRATED = Sizes(2, 24, 24, 77)
 TIMESTEPS = (981.0, 721.0, 461.0, 201.0)
 """Of the steps that are calibrated on."""
+_CHANNELS = {2: -1, 3: -1, 4: 1}
+"""Dimensions of an activation -> which of them is that of its channels."""
 RUNTIME_PRECISIONS = {"nncf-int8": "int8", "nncf-w8a8": "w8a8", "ort-dynamic": "w8a8-dynamic", "ort-static": "w8a8"}
 """One call of another tool -> the recipe that its file is opened like."""
 
@@ -64,7 +66,7 @@ def inputs(folder: Path, sizes: Sizes, seed: int, timestep: float) -> dict[str, 
 
 
 def calibration(folder: Path, work: Path) -> Path:
-    """Watch the UNet's layers in eager float32; return a folder with the scales and with what was given."""
+    """Watch the UNet's layers in eager float32; return a folder with what they round to and with what was given."""
     made = work / f"{folder.name}-calibration"
     if not made.exists():
         in_child("unet_arms:calibrate_here", {"folder": str(folder), "output": str(made)}, extra_path=str(HERE))
@@ -76,6 +78,7 @@ def calibrate_here(folder: str, output: str) -> None:
 
     from bakeoff.calibrate import watch
     from bakeoff.quantize.calibration import Calibration
+    from bakeoff.quantize.grid import grids_to_json
     from bakeoff.weights import Checkpoint, layer_names
 
     seen, given = Calibration(), {}
@@ -85,10 +88,12 @@ def calibrate_here(folder: str, output: str) -> None:
             step = inputs(Path(folder), CALIBRATED, seed, timestep)
             runtime.run(step)
             given |= {f"{seed}.{name}": tensor.numpy() for name, tensor in step.items()}
-    scales = seen.scales(PART)
-    names = layer_names(scales, Checkpoint.open(Path(folder)))
+    checkpoint = Checkpoint.open(Path(folder))
+    names = layer_names(seen.parts[PART], checkpoint)
+    shapes = {path: checkpoint.entries[f"{name}.weight"].shape for path, name in names.items()}
+    grids = {names[path]: grids_to_json(both) for path, both in seen.grids(PART, shapes).items()}
     Path(output).mkdir()
-    (Path(output) / "scales.json").write_text(json.dumps({names[path]: both for path, both in scales.items()}))
+    (Path(output) / "grids.json").write_text(json.dumps(grids))
     np.savez(Path(output) / "inputs.npz", **given)
 
 
@@ -113,7 +118,7 @@ def make(arm: Arm, folder: Path, work: Path, nncf_python: str | None) -> dict[st
         peak = made.anon_bytes
     else:
         arguments = {"source": str(folder), "output": str(output), "backend": arm.backend}
-        arguments |= {"precision": arm.precision, "scales": str(calibrated / "scales.json")}
+        arguments |= {"precision": arm.precision, "grids": str(calibrated / "grids.json")}
         _, made = in_child("unet_arms:lower_here", arguments, extra_path=str(HERE))
         peak = made.anon_bytes
     row = {
@@ -143,19 +148,21 @@ def _by_nncf(arm: Arm, folder: Path, work: Path, python: str) -> int:
     return watch.peak.anon_bytes
 
 
-def lower_here(source: str, output: str, backend: str, precision: str, scales: str) -> None:
+def lower_here(source: str, output: str, backend: str, precision: str, grids: str) -> None:
     """Export the UNet in this process."""
     from bakeoff import plugins
     from bakeoff.exporters.capture import module_on_hollow, on_hollow
     from bakeoff.exporters.exporter import Subject
+    from bakeoff.quantize.grid import grids_from_json
     from bakeoff.weights import Checkpoint
 
     made, folder, config = UNet2DCondition(), Path(source), _config(Path(source))
+    calibrated = {name: grids_from_json(both) for name, both in json.loads(Path(grids).read_text()).items()}
     with tempfile.TemporaryDirectory(dir=Path(output).parent) as work:
         subject = Subject(
             part=PART,
             mixture=plugins.mixture(precision),
-            activations=json.loads(Path(scales).read_text()) if precision == "w8a8" else {},
+            activations=calibrated if precision == "w8a8" else {},
             inputs=made.inputs(config),
             outputs=made.outputs(config),
             source=folder,

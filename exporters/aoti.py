@@ -1,0 +1,90 @@
+"""A part compiled ahead of time by AOTInductor: native code beside the weights, for one device of one kind of machine.
+
+`model.pt2` holds code alone: the weights stay in the safetensors that the artifact has anyway, and are handed to it
+when it is opened. What torch.export lifted out of the program besides (tables, small constants) is in a file of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from .. import hardware
+from ..errors import LoweringError
+from ..weights import SAFETENSORS_DTYPES, as_bytes, safetensors_header
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch.export import ExportedProgram
+
+    from .exporter import Subject
+
+PACKAGE, FACTS, CONSTANTS = "model.pt2", "aoti.json", "aoti_constants.safetensors"
+OPTION = "aoti"
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def device_here() -> str:
+    """Return the torch device that code is compiled for on this machine."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def facts() -> dict[str, Any]:
+    """Return what compiled code is bound to: torch's version, and the processor's instruction sets or the GPU."""
+    import torch
+
+    device = device_here()
+    found: dict[str, Any] = {"device": device, "torch": torch.__version__}
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return {**found, "gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
+    return {**found, "instruction_sets": hardware.describe()["instruction_sets"]}
+
+
+def write(subject: Subject, folder: Path) -> None:
+    """Capture a part in its precision and compile it, into the folder.
+
+    Raises:
+        LoweringError: it can't be captured or compiled.
+    """
+    import torch._inductor
+
+    device = device_here()
+    program, _ = subject.capture(frozenset(), PRECISIONS[subject.mixture.precision], device)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch._inductor.aoti_compile_and_package(  # noqa: SLF001 - its documented name
+                program,
+                package_path=str(folder / PACKAGE),
+                inductor_configs={"aot_inductor.package_constants_in_so": False},
+            )
+    except Exception as error:
+        message = f"AOTInductor couldn't compile {subject.part}: {error}"
+        raise LoweringError(message, fix="leave out +aoti") from error
+    _write_constants(program, folder / CONSTANTS)
+    (folder / FACTS).write_text(json.dumps(facts(), indent=1) + "\n")
+
+
+def _write_constants(program: ExportedProgram, file: Path) -> None:
+    """Write the constants that aren't in the module's checkpoint: buffers that it computes, and what was lifted."""
+    import torch
+
+    stored = set(program.state_dict)
+    found: Mapping[str, Any] = {
+        name: value.detach().to("cpu").contiguous()
+        for name, value in program.constants.items()
+        if isinstance(value, torch.Tensor) and name not in stored
+    }
+    header, _ = safetensors_header(
+        (name, SAFETENSORS_DTYPES[str(value.dtype).removeprefix("torch.")], value.shape, value.nbytes)
+        for name, value in found.items()
+    )
+    with file.open("wb") as stream:
+        stream.write(header)
+        stream.writelines(as_bytes(value) for value in found.values())

@@ -1,0 +1,128 @@
+"""Lower a captured part to a TensorRT engine: typed ONNX, then a plan for the GPU that is here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import time
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .. import nvinfer
+from ..errors import UnavailableError
+from .costs import BYTES_PER_S, graph_cost, stored_bytes
+from .exporter import Cost, Lowered
+from .layers import FILE as LAYERS
+from .onnx import FILE as ONNX
+from .tensorrt_build import BUILD_TIMES, Request, build, check_room
+from .tensorrt_graph import WEIGHTS, write_graph
+from .tensorrt_settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from ..hardware import Availability
+    from ..quantize.mixture import Mixture
+    from ..weights import Checkpoint
+    from .exporter import Subject
+
+PLAN, ABOUT = "model.plan", "engine.json"
+SCHEMA = 1
+_LOWERED_WITH = ("torch", "onnx", "onnx-ir", "onnxscript")
+_LEAST_CAPABILITY = {"fp16": (5, 3), "fp32": (5, 0), "bf16": (8, 0), "w8a8": (7, 5), "int4": (8, 0), "fp8": (8, 9)}
+"""Precision -> the compute capability from which GPUs have it."""
+
+
+class TensorRTExporter:
+    """`model.plan`, and `engine.json`, which says what it is bound to and what each product is to compute in.
+
+    Precision comes from the graph alone: TensorRT 11 has no other way. `model.onnx` stays beside the plan; its weights
+    only where they can be exchanged (`refit`, `strip`).
+    """
+
+    version: ClassVar[int] = 1
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "w8a8", "fp8", "int4")
+    layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "bf16": ("fp32", "bf16"),
+        "fp16": ("fp32", "fp16"),
+        "w8a8": ("fp32", "bf16", "fp16", "w8a8"),
+        "fp8": ("fp32", "bf16", "fp16", "fp8"),
+        "int4": ("fp32", "bf16", "fp16", "int4"),
+    }
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = Settings.OPTIONS
+    rounds_convolutions: ClassVar[bool] = False
+
+    def probe(self) -> Availability:
+        """Say whether engines can be built here."""
+        return nvinfer.available()
+
+    def check(self, precision: str, options: Mapping[str, str]) -> None:
+        """Refuse options that can't be meant, and precisions that this GPU hasn't.
+
+        Raises:
+            RecipeError: an option's value means nothing.
+            UnavailableError: the GPU is too old.
+        """
+        Settings.read(precision, options)
+        device = nvinfer.device()
+        if not device.at_least(*_LEAST_CAPABILITY[precision]):
+            least = ".".join(map(str, _LEAST_CAPABILITY[precision]))
+            message = f"{device.name} has compute capability {device.capability}; {precision} takes {least}"
+            raise UnavailableError(message, fix="--recipe tensorrt:fp16")
+
+    def key_fields(self, precision: str, options: Mapping[str, str]) -> dict[str, Any]:
+        """Return what decides the plan besides the model and the recipe: all settings, the tools, the machine.
+
+        What the ONNX is made of is in the key already (source, component, recipe, these tools); its hash is in the files.
+        """
+        return {
+            "settings": Settings.read(precision, options).as_dict(),
+            "lowered_with": {package: importlib.metadata.version(package) for package in _LOWERED_WITH},
+            "bound": nvinfer.binding(),
+        }
+
+    def packages(self) -> tuple[str, ...]:
+        return (*_LOWERED_WITH, nvinfer.PACKAGE)
+
+    def cost(
+        self,
+        checkpoint: Checkpoint,
+        mixture: Mixture,
+        *,
+        operations: int,
+        shared: bool,  # noqa: ARG002 - a plan has its own weights
+    ) -> Cost:
+        """Predict the graph's cost, and of the build its memory: the time that it takes isn't known."""
+        weights = stored_bytes(checkpoint, mixture)
+        total = sum(weights.values())
+        graph = graph_cost(weights, total, operations, packs=bool(mixture.formats))
+        return Cost(
+            anon_bytes=graph.anon_bytes + int(BUILD_TIMES * total),
+            disk_bytes=2 * total,
+            seconds=graph.seconds + total / BYTES_PER_S,
+            weight_bytes=weights,
+        )
+
+    def lower(self, subject: Subject, folder: Path) -> Lowered:
+        settings = Settings.read(subject.mixture.precision, subject.options)
+        bound = nvinfer.binding()
+        shapes = settings.shapes(subject.inputs, subject.limits)
+        graph = write_graph(subject, settings.compute, folder)
+        check_room(subject.part, sum(graph.weight_bytes.values()), settings, nvinfer.device().free_bytes)
+        nodes = [name for names in json.loads((folder / LAYERS).read_text()).values() for name in names]
+        started = time.perf_counter()
+        build(Request(subject.part, folder / ONNX, folder / PLAN, settings, shapes, [*nodes, *graph.products]))
+        about = {
+            "schema": SCHEMA,
+            "onnx": graph.sha256,
+            "bound": bound,
+            "settings": settings.as_dict(),
+            "shapes": [{name: [list(shape) for shape in each] for name, each in one.items()} for one in shapes],
+            "products": dict(graph.products),
+            "weights": {name: list(each) for name, each in graph.weights.items()},
+            "build_s": round(time.perf_counter() - started, 2),
+        }
+        (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+        if not settings.keeps_weights:
+            (folder / WEIGHTS).unlink()
+        return Lowered("written", graph.weight_bytes, graph.kept)

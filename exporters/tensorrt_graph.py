@@ -1,0 +1,261 @@
+"""The typed ONNX graph that TensorRT builds from: no GPU and no TensorRT is needed to make it, and any ONNX runtime runs it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..weights import Streamed, as_bytes, read_header, read_tensor, sha256, streamed, write_streamed
+from .exporter import SCALES
+from .layers import write_layers
+from .onnx import FILE, hollow_graph, layers_of, save, strip
+from .tensorrt_qdq import CODES, Quantizer, products_of
+from .tensorrt_types import DTYPES, PRODUCTS, Typing, without_doubles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    import onnx_ir
+
+    from ..weights import Entry
+    from .exporter import Subject
+    from .onnx_weights import Weights
+
+WEIGHTS = "model.safetensors"
+_INLINE_BYTES = 1024
+"""Smaller constants stay in the graph."""
+_ALIGNMENT = 8
+_BF16_OPSET = 22
+"""The first whose convolutions and norms may be of bfloat16."""
+_ONNX = {
+    "F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "F8_E4M3": "FLOAT8E4M3FN", "I64": "INT64", "I32": "INT32",
+    "I8": "INT8", "U8": "UINT8", "BOOL": "BOOL",
+}  # fmt: skip
+"""safetensors' dtype -> ONNX's."""
+_STORED = {onnx: stored for stored, onnx in _ONNX.items()}
+_TORCH = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_CODES = {"I8": "int8", "F8_E4M3": "fp8", "U8": "int4"}
+"""dtype of codes -> the format that they count as."""
+_LABELS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "BOOL": "bool"}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What was written: `model.onnx` and its weights."""
+
+    sha256: str
+    """Of both files."""
+    weight_bytes: Mapping[str, int]
+    """As of `Lowered`."""
+    kept: Mapping[str, str]
+    """As of `Lowered`."""
+    products: Mapping[str, str]
+    """Matrix product or convolution, by its node's name -> dtype that it is to compute in."""
+    weights: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
+    """Initializer -> tensor of the checkpoint that it is, and whether transposed; codes apart."""
+
+
+def write_graph(subject: Subject, compute: str, folder: Path) -> Graph:
+    """Capture a part, type its graph, round what the recipe rounds, and write it into a folder.
+
+    Args:
+        subject: the part.
+        compute: `fp32`, `fp16` or `bf16`: what operations that aren't rounded compute in.
+        folder: exists.
+
+    Raises:
+        LoweringError: the part can't be captured, lowered or typed.
+    """
+    model, weights = hollow_graph(subject)
+    return typed(model, weights, subject, compute, folder)
+
+
+def typed(model: onnx_ir.Model, weights: Weights, subject: Subject, compute: str, folder: Path) -> Graph:
+    """Type a captured graph and write it; as `write_graph`."""
+    import onnx_ir
+
+    without_doubles(model)
+    wide: set[str] = set(weights.found) if compute == "fp32" else set()
+    if compute == "bf16":
+        model.opset_imports[""] = max(_BF16_OPSET, model.opset_imports[""])
+    if compute != "fp32":
+        layers = _wide_layers(subject)
+        names = {node.name or "" for node in model.graph if _layer(node, weights) in layers}
+        typing = Typing(model, compute, subject.inputs, weights.found.keys(), names).apply()
+        wide |= typing.wide_weights
+    quantizer = Quantizer(model, onnx_ir.DataType[DTYPES[compute]], subject.activations)
+    plain, packed, kept = _pack(model, weights, subject, quantizer)
+    turned = {name for name in plain if _turn(model.graph.initializers[name])}
+    streams = [
+        _streamed(plain[name], name, "fp32" if name in wide else compute, turned=name in turned) for name in plain
+    ]
+    _write(model, streams, packed, folder)
+    strip(model)
+    write_layers(layers_of(model), subject.checkpoint, folder)
+    save(model, folder)
+    both = json.dumps([sha256(folder / FILE), sha256(folder / WEIGHTS)]).encode()
+    return Graph(
+        sha256=_digest(both),
+        weight_bytes=_weight_bytes(streams, packed),
+        kept=kept,
+        products=_products(model),
+        weights={name: (entry.name, name in turned) for name, entry in plain.items()},
+    )
+
+
+def _wide_layers(subject: Subject) -> set[str]:
+    return {layer for layer, precision in subject.mixture.layers.items() if precision == "fp32"}
+
+
+def _layer(node: onnx_ir.Node, weights: Weights) -> str | None:
+    """Return the layer whose weight a product takes."""
+    if node.op_type not in PRODUCTS:
+        return None
+    value = node.inputs[1]
+    producer = value.producer() if value is not None else None
+    if producer is not None and producer.op_type == "Transpose":
+        value = producer.inputs[0]
+    entry = weights.found.get(value.name or "") if value is not None else None
+    return entry.name.removesuffix(".weight") if entry else None
+
+
+def _pack(
+    model: onnx_ir.Model, weights: Weights, subject: Subject, quantizer: Quantizer
+) -> tuple[dict[str, Entry], list[Streamed], dict[str, str]]:
+    """Give products codes where the recipe has such; return what stays floats, the codes, and why some stay."""
+    plain: dict[str, Entry] = {}
+    packed: list[Streamed] = []
+    kept: dict[str, str] = {}
+    for name, entry in weights.found.items():
+        precision, weight_format = subject.mixture.precision_of(entry.name), subject.mixture.format_of(entry.name)
+        if weight_format is None or precision not in CODES:
+            reason = subject.mixture.obstacle(entry.name, entry.shape)
+        else:
+            encoded = quantizer.encode(
+                model.graph.initializers[name], entry, precision, weight_format, subject.mixture.importance(entry.name)
+            )
+            if isinstance(encoded, list):
+                packed += encoded
+                del model.graph.initializers[name]
+                continue
+            reason = encoded
+        plain[name] = entry
+        if reason and len(entry.shape) > 1:
+            kept[entry.name] = reason
+    return plain, packed, kept
+
+
+def _turn(value: onnx_ir.Value) -> bool:
+    """Let products take a weight transposed as it is written, so that TensorRT knows it by its name; say if they do."""
+    import onnx_ir
+
+    products = products_of(value)
+    transposes = [user for user, _ in value.uses() if user.op_type == "Transpose"]
+    if products is None or not transposes or any(node.op_type != "MatMul" for node in products):
+        return False
+    assert value.shape is not None  # noqa: S101 - an initializer has one
+    value.shape = onnx_ir.Shape(list(value.shape)[::-1])
+    for node in transposes:
+        onnx_ir.convenience.replace_all_uses_with(node.outputs[0], value)
+        assert node.graph is not None  # noqa: S101 - it was found there
+        node.graph.remove(node, safe=True)
+    return True
+
+
+def _streamed(entry: Entry, name: str, precision: str, *, turned: bool) -> Streamed:
+    """Return a weight as it is written, under its initializer's name."""
+    dtype = _TORCH[precision]
+    plain = streamed(entry, dtype)
+    if not turned:
+        return Streamed(name, plain.dtype, plain.shape, plain.length, plain.chunks)
+    return Streamed(name, plain.dtype, entry.shape[::-1], plain.length, _transposed(entry, dtype))
+
+
+def _transposed(entry: Entry, dtype: str) -> Iterator[memoryview]:
+    import torch
+
+    yield as_bytes(read_tensor(entry).to(getattr(torch, dtype)).T.contiguous())
+
+
+def _write(model: onnx_ir.Model, plain: list[Streamed], packed: list[Streamed], folder: Path) -> None:
+    """Write all weights and large constants into one file, each at a multiple of its width, and point to them."""
+    constants = [
+        Streamed(name, _STORED[tensor.dtype.name], list(tensor.shape.numpy()), tensor.nbytes, [tensor.tobytes()])
+        for name, value in model.graph.initializers.items()
+        if (tensor := value.const_value) is not None
+        and tensor.nbytes >= _INLINE_BYTES
+        and name not in {each.name for each in plain}
+    ]
+    floats = sorted([*constants, *plain], key=lambda each: -_width(each))
+    codes = [each for each in packed if each.name.endswith(".codes")]
+    scales = [each for each in packed if not each.name.endswith(".codes")]
+    split = next((index for index, each in enumerate(floats) if _width(each) < 4), len(floats))  # noqa: PLR2004 - bytes
+    pad = -sum(each.length for each in codes) % _ALIGNMENT
+    padding = [Streamed("padding", "U8", [pad], pad, [bytes(pad)])] if pad else []
+    ordered = [*floats[:split], *codes, *padding, *scales, *floats[split:]]
+    write_streamed(ordered, folder / WEIGHTS)
+    for entry in read_header(folder / WEIGHTS):
+        if entry.name != "padding":
+            _point(model.graph.initializers[entry.name], entry, folder)
+
+
+def _width(tensor: Streamed) -> int:
+    return tensor.length // max(1, math.prod(tensor.shape))
+
+
+def _point(value: onnx_ir.Value, entry: Entry, folder: Path) -> None:
+    import onnx_ir
+
+    given = value.dtype
+    int4 = given is not None and given.name == "INT4"
+    dtype = onnx_ir.DataType.INT4 if int4 else onnx_ir.DataType[_ONNX[entry.dtype]]
+    assert value.shape is not None  # noqa: S101 - an initializer has one
+    value.const_value = onnx_ir.ExternalTensor(
+        location=entry.file.name,
+        offset=entry.offset,
+        length=entry.length,
+        dtype=dtype,
+        shape=value.shape,
+        name=value.name or entry.name,
+        base_dir=folder,
+    )
+    value.type = onnx_ir.TensorType(dtype)
+
+
+def _weight_bytes(plain: list[Streamed], packed: list[Streamed]) -> dict[str, int]:
+    totals: dict[str, int] = defaultdict(int)
+    for each in plain:
+        totals[_LABELS.get(each.dtype, each.dtype.lower())] += each.length
+    for each in packed:
+        totals[_CODES[each.dtype] if each.name.endswith(".codes") else SCALES] += each.length
+    return dict(totals)
+
+
+def _products(model: onnx_ir.Model) -> dict[str, str]:
+    """Return each product's node -> the dtype of what it multiplies."""
+    found = {}
+    for node in model.graph:
+        if node.op_type in PRODUCTS and node.name:
+            found[node.name] = _multiplied(node)
+    return found
+
+
+def _multiplied(node: onnx_ir.Node) -> str:
+    taken = node.inputs[0]
+    assert taken is not None  # noqa: S101 - a product has two factors
+    producer = taken.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear" and producer.inputs[0] is not None:
+        taken = producer.inputs[0]
+    names = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "INT8": "int8", "FLOAT8E4M3FN": "float8"}
+    assert taken.dtype is not None  # noqa: S101 - typed
+    return names.get(taken.dtype.name, taken.dtype.name.lower())
+
+
+def _digest(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,120 @@
+"""The device that TensorRT parts run on: tensors of torch, one stream, and one block of memory for parts that run in turn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import Tensor
+
+_ALIGNMENT = 256
+"""Bytes, of what TensorRT is given."""
+
+
+class Device:
+    """One CUDA device. All parts share it: they run on one stream, one after another."""
+
+    _shared: Device | None = None
+
+    @classmethod
+    def shared(cls) -> Device:
+        """Return the process's own."""
+        if Device._shared is None:
+            Device._shared = cls()
+        return Device._shared
+
+    def __init__(self) -> None:
+        import torch
+
+        self.name = torch.device("cuda", torch.cuda.current_device())
+        self._stream: Any = torch.cuda.Stream(self.name)
+        self._block: Tensor | None = None
+        self._wants: dict[int, int] = {}
+
+    @property
+    def stream(self) -> int:
+        """The stream's handle."""
+        return int(self._stream.cuda_stream)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a tensor of anything; it may be used on the stream at once."""
+        import torch
+
+        with torch.cuda.stream(self._stream):
+            return torch.empty(shape, dtype=dtype, device=self.name)
+
+    def bring(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a tensor on the device, contiguous and in a dtype; the same one if it is that already."""
+        import torch
+
+        self._stream.wait_stream(torch.cuda.current_stream(self.name))
+        with torch.cuda.stream(self._stream):
+            brought = tensor.to(self.name, dtype, non_blocking=tensor.is_pinned()).contiguous()
+        if brought.data_ptr() == tensor.data_ptr():
+            tensor.record_stream(self._stream)
+        return brought
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy on the stream."""
+        import torch
+
+        with torch.cuda.stream(self._stream):
+            target.copy_(source)
+
+    def hand_over(self, tensor: Tensor) -> Tensor:
+        """Let the caller's stream use what was made on ours."""
+        import torch
+
+        current = torch.cuda.current_stream(self.name)
+        current.wait_stream(self._stream)
+        tensor.record_stream(current)
+        return tensor
+
+    def finish(self) -> None:
+        """Wait until all that was asked for is done."""
+        self._stream.synchronize()
+
+    def free_bytes(self) -> int:
+        import torch
+
+        return int(torch.cuda.mem_get_info(self.name)[0])
+
+    def capture(self, work: Callable[[], None]) -> Any:  # noqa: ANN401 - a CUDA graph
+        """Record what `work` puts on the stream; return the graph, which `replay` runs."""
+        import torch
+
+        graph: Any = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            work()
+        return graph
+
+    def replay(self, graph: Any) -> None:  # noqa: ANN401
+        import torch
+
+        with torch.cuda.stream(self._stream):
+            graph.replay()
+
+    def reserve(self, owner: object, size: int) -> None:
+        """Say how much of the shared block a part needs; the block grows to what the largest part needs."""
+        self._wants[id(owner)] = size
+
+    def release(self, owner: object) -> None:
+        """Forget a part; the block goes with the last one."""
+        self._wants.pop(id(owner), None)
+        if not self._wants:
+            self.finish()
+            self._block = None
+
+    def block(self) -> tuple[int, int]:
+        """Return address and bytes of the block that all parts share. Its address changes when it grows."""
+        import torch
+
+        wanted = max(self._wants.values(), default=0)
+        if self._block is None or self._block.numel() < wanted:
+            self.finish()
+            self._block = None
+            self._block = self.empty((max(wanted, _ALIGNMENT),), torch.uint8)
+        return self._block.data_ptr(), self._block.numel()
