@@ -78,8 +78,10 @@ class Session:
 
 
 def open_source(source: Source, precision: str = "fp32", threads: int | None = None) -> Engine:
-    """Open a model as it is, in eager torch on the CPU."""
-    return Engine(of_source(source, precision), Placement(device="cpu", threads=threads))
+    """Open a model as it is, in eager torch on the CPU, by default with as many threads as torch has been given."""
+    import torch
+
+    return Engine(of_source(source, precision), Placement(device="cpu", threads=threads or torch.get_num_threads()))
 
 
 def sit(source: Source, model: str) -> Session:

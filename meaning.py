@@ -50,7 +50,7 @@ def judge(artifact: Artifact, source: Source, count: int) -> dict[str, Any]:
         raise UsageError(message)
     arguments = {"folder": str(artifact.folder), "source": str(source.folder), "count": count}
     found, _ = in_child("bakeoff.meaning:judge_here", arguments)
-    return found | _gate(trajectory.precisions(artifact), found, count)
+    return {**found, **_gate(trajectory.precisions(artifact), found, count)}
 
 
 def _gate(kinds: set[str], found: Mapping[str, Any], count: int) -> dict[str, Any]:
@@ -64,13 +64,15 @@ def _gate(kinds: set[str], found: Mapping[str, Any], count: int) -> dict[str, An
 def judge_here(folder: str, source: str, count: int) -> dict[str, Any]:
     """Draw and score in this process; runs in the child of `judge`."""
     import numpy as np
+    import torch
 
     from .verdict import mean_interval
 
     texts = [prompt.text for prompt in read_prompts(PROMPTS, count)]
     with open_source(Source.open(source)) as engine:
         theirs = _right(engine, texts)
-    with Engine(of_artifact(Artifact.open(Path(folder))), Placement(device="cpu")) as engine:
+    placement = Placement(device="cpu", threads=torch.get_num_threads())
+    with Engine(of_artifact(Artifact.open(Path(folder))), placement) as engine:
         mine = _right(engine, texts)
     difference = np.subtract(mine, theirs, dtype=float) * 100
     mean, low, high = mean_interval(list(difference))

@@ -224,7 +224,7 @@ def _record(artifact: Artifact, source: Source) -> dict[str, str]:
         trajectory.record(artifact, source, session, folder)
     gc.collect()
     why = session.obstacle or f"no drawing of a {artifact.manifest.family} pipeline comes to it"
-    made_up = {}
+    made_up: dict[str, str] = {}
     for name, entry in artifact.manifest.parts.items():
         if entry.backend != "null":
             cases = session.cases.get(name, ())

@@ -1,6 +1,6 @@
 """What an artifact draws against what eager float32 drew: distance after each step, and the pictures.
 
-In units of floors that were drawn with it: F0, eager float32 on another number of threads and a picture at a time; F1,
+In units of floors that were drawn with it: F0, eager float32 on one thread and a picture at a time; F1,
 eager bfloat16 (float16 for a recipe in it), torch alone.
 """
 
@@ -48,8 +48,7 @@ def record(artifact: Artifact, source: Source, session: Session, folder: Path) -
     import torch
     from safetensors.torch import save_file
 
-    threads = 1 if torch.get_num_threads() > 1 else 2
-    floors = {"f0": _floor(source, session, "fp32", threads=threads, max_batch=1)}
+    floors = {"f0": _floor(source, session, "fp32", threads=1, max_batch=1)}
     kinds = precisions(artifact)
     if kinds != {"fp32"}:
         dtypes = ("fp16", "bf16") if "fp16" in kinds and not kinds & set(LOST_POINTS) else ("bf16",)
@@ -128,6 +127,8 @@ def prove(artifact: Artifact) -> dict[str, Any]:
         `figures`, floors, `units` (each figure over its floor's), `gates`, what is `missing` and the `problem`, if any;
         or why nothing was drawn, as `skipped`.
     """
+    import torch
+
     idle = [name for name, part in artifact.manifest.parts.items() if part.backend == "null"]
     if idle:
         return {"skipped": f"{', '.join(idle)} of the null backend compute nothing"}
@@ -137,7 +138,7 @@ def prove(artifact: Artifact) -> dict[str, Any]:
     reference = read(file)
     told: dict[str, Any] = {"shots": [asdict(shot) for shot in reference.shots], "floors": reference.floors}
     try:
-        with Engine(of_artifact(artifact), Placement(device="cpu")) as engine:
+        with Engine(of_artifact(artifact), Placement(device="cpu", threads=torch.get_num_threads())) as engine:
             found = figures(reference.drawn, [draw(engine, shot) for shot in reference.shots])
     except InputError as error:  # such as a fractional timestep, which the file can't take
         return {"skipped": f"the artifact can't draw this: {error.message}"}

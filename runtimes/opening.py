@@ -218,6 +218,7 @@ def open_part(
         outputs=tuple(port_from_dict(port) for port in entry.outputs),
         build=lambda dtype: part.component.flat(part.component.load(folder, _torch_dtype(dtype))).eval(),
         deltas=deltas or {},
+        islands=bool(entry.key),
         vouched=vouched or {},
     )
     return runtime(files, placement)

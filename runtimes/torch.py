@@ -152,7 +152,7 @@ class TorchRuntime(Runtime):
         self._crossing = Crossing(self._device)
         module = part.build(computed)
         module = module if in_blocks else module.to(self._device)
-        wide = keep_wide(module, part.folder, self._dtype) if part.precision in _HALF else []
+        wide = keep_wide(module, part.folder, self._dtype) if part.precision in _HALF and part.islands else []
         _adapt(module, part.deltas)
         merged = attention.merge_tokens(module, placement.token_merging)
         self._slicing: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()

@@ -162,3 +162,13 @@ def test_what_the_scorer_cannot_judge(baked, tmp_path, tiny):
     with pytest.raises(UsageError, match="got 1 prompts"):
         meaning.judge(Artifact.open(baked("torch:fp32")), Source.open("shapes"), 1)
     assert main(["verify", str(other.folder), "--scorer", "8"]) == 2
+
+
+def test_the_floor_in_bfloat16_is_one_whatever_dtype_the_model_is_stored_in(tiny):
+    """Layers that an artifact stores in float32 stay in it; all of a model that is stored so would."""
+    from bakeoff.source import Source
+
+    source = Source.open(str(tiny("stable-diffusion")))
+    session = drawing.sit(source, "tiny")
+    last = drawing.Session(session.shots[-1:], session.drawn[-1:])
+    assert trajectory._floor(source, last, "bf16")["drift"][0] > 1e-3
