@@ -225,7 +225,7 @@ class Encoder:
         """Let a convolution's bias be in its output's codes."""
         import numpy as np
 
-        bias = np.asarray(grid.zeros, dtype=np.float32)
+        bias: Any = np.asarray(grid.zeros, dtype=np.float32)
         if len(node.inputs) > 2 and node.inputs[2] is not None:  # noqa: PLR2004 - its third is the bias
             old = node.inputs[2].const_value
             assert old is not None and old.nbytes < SOLID_BYTES  # noqa: S101, PT018 - larger ones are hollow
