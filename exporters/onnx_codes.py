@@ -61,7 +61,7 @@ class Encoder:
         """
         self._model, self._mixture, self._precision, self._activations = model, mixture, precision, activations
         self._format = mixture.formats[precision]
-        self._codes: dict[tuple[onnx_ir.Value, Grid, bool], onnx_ir.Value] = {}
+        self._codes: dict[tuple[onnx_ir.Value, Grid], onnx_ir.Value] = {}
         model.opset_imports[_CONTRIB] = 1
 
     def encode(self, value: onnx_ir.Value, entry: Entry) -> list[Streamed] | str:
@@ -151,13 +151,14 @@ class Encoder:
         Not Q/DQ: ONNX Runtime makes a float Gemm of a product with a bias between them. Activations are of unsigned bytes
         around 128: for signed ones its kernel is slower than float32's.
         """
-        step, zero = self._numbers(grid.steps), self._codes_of(grid.zeros, signed=False)
-        inputs = [self._round(taken, grid, node, signed=False), turned, step, scales, zero]
+        step, zero = self._numbers(grid.steps), self._codes_of(grid.zeros)
+        inputs = [self._round(taken, grid, node), turned, step, scales, zero]
         return [_node("MatMulIntegerToFloat", inputs, like=node, domain=_CONTRIB)]
 
     def _convolutions(self, value: onnx_ir.Value, entry: Entry, grids: Grids | None) -> list[Streamed]:
         """Widen codes as they run; between roundings of what goes in and out ONNX Runtime makes QLinearConv of it.
 
+        Activations are of unsigned bytes: of signed ones ONNX Runtime would make these, with one zero point for all channels.
         QLinearConv takes one step for all of its input, and one for its output. So where channels have steps of their own,
         those of the input are in the weights, and those of the output in the weights' scales and in the bias.
 
@@ -188,8 +189,8 @@ class Encoder:
         taken = node.inputs[0]
         assert taken is not None  # noqa: S101 - a convolution has an input
         step = self._numbers((1.0,) if grid.by_channel else grid.steps)
-        zero = self._codes_of(grid.zeros, signed=True)
-        values = self._round(taken, grid, node, signed=True)
+        zero = self._codes_of(grid.zeros)
+        values = self._round(taken, grid, node)
         wide = _node("DequantizeLinear", [values, step, zero], name=f"{node.name}.given")
         self._model.graph.insert_before(node, wide)
         node.replace_input_with(0, wide.outputs[0])
@@ -197,12 +198,13 @@ class Encoder:
     def _give_rounded(self, node: onnx_ir.Node, grid: Grid) -> None:
         """Round what a convolution gives; with steps for channels its weights make it of steps, and its bias begins at nought's code."""
         given = node.outputs[0]
-        steps, zero = self._numbers(grid.steps), self._codes_of((0,) if grid.by_channel else grid.zeros, signed=True)
+        steps, zero = self._numbers(grid.steps), self._codes_of((0,) if grid.by_channel else grid.zeros)
         if grid.by_channel:
             self._give_bias(node, grid)
         step = self._numbers((1.0,)) if grid.by_channel else steps
         rounded = _node("QuantizeLinear", [given, step, zero], name=f"{node.name}.rounded")
-        behind = [rounded.outputs[0], steps, *([] if grid.by_channel else [zero])]
+        zeros = self._codes_of((0,) * len(grid.steps)) if grid.by_channel else zero
+        behind = [rounded.outputs[0], steps, zeros]
         new = [rounded, _node("DequantizeLinear", behind, {"axis": 1}, name=f"{node.name}.made")]
         if grid.by_channel:
             new.append(_node("Add", [new[-1].outputs[0], self._noughts(grid)], name=f"{node.name}.around"))
@@ -225,7 +227,7 @@ class Encoder:
         """Let a convolution's bias be in its output's codes."""
         import numpy as np
 
-        bias = np.asarray(grid.zeros, dtype=np.float32)
+        bias: Any = np.asarray(grid.zeros, dtype=np.float32)
         if len(node.inputs) > 2 and node.inputs[2] is not None:  # noqa: PLR2004 - its third is the bias
             old = node.inputs[2].const_value
             assert old is not None and old.nbytes < SOLID_BYTES  # noqa: S101, PT018 - larger ones are hollow
@@ -234,12 +236,12 @@ class Encoder:
         node.resize_inputs(3)
         node.replace_input_with(2, made)
 
-    def _round(self, value: onnx_ir.Value, grid: Grid, before: onnx_ir.Node, *, signed: bool) -> onnx_ir.Value:
-        """Return an activation's codes: rounded once for all that take it on this grid and as this kind of bytes."""
-        key = (value, grid, signed)
+    def _round(self, value: onnx_ir.Value, grid: Grid, before: onnx_ir.Node) -> onnx_ir.Value:
+        """Return an activation's codes: rounded once for all that take it on this grid."""
+        key = (value, grid)
         if key not in self._codes:
             zeros = grid.zeros * len(grid.steps) if len(grid.zeros) == 1 else grid.zeros
-            inputs = [value, self._numbers(grid.steps), self._codes_of(zeros, signed=signed)]
+            inputs = [value, self._numbers(grid.steps), self._codes_of(zeros)]
             node = _node("QuantizeLinear", inputs, {"axis": 1} if grid.by_channel else {}, name=f"{before.name}.taken")
             self._model.graph.insert_before(before, node)
             self._codes[key] = node.outputs[0]
@@ -315,12 +317,12 @@ class Encoder:
 
         return self._array(np.asarray(numbers if len(numbers) > 1 else numbers[0], dtype=np.float32))
 
-    def _codes_of(self, zeros: Sequence[int], *, signed: bool) -> onnx_ir.Value:
-        """Return a constant of codes: as they are, or those of unsigned bytes, which are larger by 128."""
+    def _codes_of(self, zeros: Sequence[int]) -> onnx_ir.Value:
+        """Return a constant of codes, as unsigned bytes: larger by 128."""
         import numpy as np
 
         codes = np.asarray(zeros if len(zeros) > 1 else zeros[0])
-        return self._array(codes.astype(np.int8) if signed else (codes + 128).astype(np.uint8))
+        return self._array((codes + 128).astype(np.uint8))
 
     def _array(self, array: Any, name: str | None = None) -> onnx_ir.Value:  # noqa: ANN401 - NumPy's
         """Return an initializer with these values; the same one for the same values, unless it is named."""
