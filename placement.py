@@ -105,8 +105,8 @@ class Placement:
 def _devices(given: Any) -> tuple[tuple[str, str], ...]:  # noqa: ANN401 - a mapping, pairs or text
     """Return pairs of part and device, sorted."""
     if isinstance(given, str):
-        pairs = [tuple(each.strip().split("@")) for each in given.split(",") if each.strip()]
-        if not all(len(pair) == 2 and all(pair) for pair in pairs):  # noqa: PLR2004 - part, device
+        pairs = [each.strip().partition("@")[::2] for each in given.split(",") if each.strip()]
+        if not all(part and device for part, device in pairs):
             message = f"got devices = {given!r}, expected part@device,part@device"
             raise RecipeError(message)
         given = dict(pairs)

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import hardware
 from ..errors import LoweringError
-from ..weights import SAFETENSORS_DTYPES, as_bytes, safetensors_header
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from torch.export import ExportedProgram
@@ -74,17 +72,12 @@ def write(subject: Subject, folder: Path) -> None:
 def _write_constants(program: ExportedProgram, file: Path) -> None:
     """Write the constants that aren't in the module's checkpoint: buffers that it computes, and what was lifted."""
     import torch
+    from safetensors.torch import save_file
 
     stored = set(program.state_dict)
-    found: Mapping[str, Any] = {
-        name: value.detach().to("cpu").contiguous()
+    found = {
+        name: value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
         for name, value in program.constants.items()
         if isinstance(value, torch.Tensor) and name not in stored
     }
-    header, _ = safetensors_header(
-        (name, SAFETENSORS_DTYPES[str(value.dtype).removeprefix("torch.")], value.shape, value.nbytes)
-        for name, value in found.items()
-    )
-    with file.open("wb") as stream:
-        stream.write(header)
-        stream.writelines(as_bytes(value) for value in found.values())
+    save_file(found, file)
