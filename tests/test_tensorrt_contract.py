@@ -305,12 +305,13 @@ def test_each_option_sets_its_flags_alone(lower, options, flags):
     assert (folder / "model.safetensors").is_file() == bool({"refit", "strip"} & set(options))
 
 
-def test_several_profiles(lower, simulation):
+def test_several_profiles_and_one_for_the_proof(lower, simulation):
     lower("fp32", profiles="batch:1/height:8/width:8/sequence:4|batch:1:2:4/height:16/width:16/sequence:4")
-    assert len(simulation.named("add_optimization_profile")) == 2
+    assert len(simulation.named("add_optimization_profile")) == 3
     assert [each["max"] for each in simulation.named("set_shape") if each["input"] == "picture"] == [
         (1, 8, 8, 8),
         (4, 8, 16, 16),
+        (3, 8, 16, 16),
     ]
 
 
@@ -447,7 +448,7 @@ def test_inputs_are_taken_where_they_lie(lower, simulation):
 def test_the_profile_is_chosen_by_shape(lower):
     folder, _ = lower(
         "fp32",
-        profiles="batch:1:1:4/height:8:8:16/width:8:8:16/sequence:4|batch:1:2:4/height:8:16:16/width:8:16:16/sequence:4",
+        profiles="batch:1:1:4/height:8:8:16/width:8:8:16/sequence:1:4:12|batch:1:2:4/height:8:16:16/width:8:16:16/sequence:1:4:12",
     )
     with opened(folder) as runtime:
         runtime.run(example(0, (1, 8, 8, 4)))
@@ -460,7 +461,7 @@ def test_outside_all_profiles_is_an_error_with_the_nearest(lower):
     folder, _ = lower("fp32", profiles="batch:1/height:8/width:8/sequence:4|batch:1:2:4/height:16/width:16/sequence:4")
     with (
         opened(folder) as runtime,
-        pytest.raises(InputError, match=r"outside all 2 profiles.*the nearest, 1, takes") as e,
+        pytest.raises(InputError, match=r"outside all 3 profiles.*the nearest, 1, takes") as e,
     ):
         runtime.run(example(0, (5, 16, 16, 4)))
     assert "profiles=" in e.value.fix
