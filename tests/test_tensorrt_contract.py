@@ -525,6 +525,16 @@ def test_as_many_weights_stay_on_the_device_as_fit(lower, simulation, free, kept
     assert order[0] == "weight_streaming_budget_v2"
 
 
+def test_launches_are_not_recorded_where_weights_are_streamed(lower, simulation, captured):
+    simulation.streamable, simulation.device.free = 5_000, 1_000
+    folder, _ = lower("fp32", weight_streaming=True)
+    with opened(folder, graphs=True) as runtime:
+        inputs = example()
+        assert close(runtime.run(inputs), eager(captured[0], inputs))
+        assert not runtime.configuration["cuda_graphs"]
+        assert runtime.configuration["runs"]["graph_captures"] == 0
+
+
 def test_device_memory_is_reported(lower):
     folder, _ = lower("fp32")
     with opened(folder) as runtime:
@@ -837,6 +847,25 @@ def test_a_device_that_ends_the_process_is_no_device(monkeypatch):
     cuda.first.cache_clear()
     assert cuda.first() == (None, "cuInit gave 999")
     cuda.first.cache_clear()
+
+
+def test_fp8_takes_the_largest_magnitude_that_calibration_saw(captured):
+    from bakeoff.bake import _activations
+    from bakeoff.quantize.calibration import Calibration
+    from bakeoff.recipe import PartRecipe
+
+    seen, values = Calibration(), torch.cat([torch.randn(1_000_000), torch.tensor([40.0])])
+    seen.see("little", "first", values, values)
+    part = SimpleNamespace(name="little", module="little")
+    checkpoint = Checkpoint.open(captured[0])
+    found = {}
+    for precision in ("w8a8", "fp8"):
+        parts = {"little": PartRecipe("tensorrt", precision)}
+        source = SimpleNamespace(checkpoint=lambda _: checkpoint)
+        planned = SimpleNamespace(parts=parts, calibration=seen, source=source)
+        found[precision] = _activations(planned, part)["first"][0] * 127
+    assert found["fp8"] == pytest.approx(40.0, rel=1e-3)
+    assert found["w8a8"] < 20
 
 
 # The list of names
