@@ -79,7 +79,7 @@ class Typing:
         self.kinds: dict[onnx_ir.Value, Kind] = {}
         self.wide_weights: set[str] = set()
         self.wide_products: set[str] = set()
-        self._scopes: dict[onnx_ir.Value, str] = {}
+        self._scopes: dict[onnx_ir.Value, str | None] = {}
         self._casts: dict[tuple[onnx_ir.Value, Kind], onnx_ir.Value] = {}
         self._constants: dict[tuple[onnx_ir.Value, Kind], onnx_ir.Value] = {}
 

@@ -306,12 +306,13 @@ def test_each_option_sets_its_flags_alone(lower, options, flags):
     assert (folder / "model.safetensors").is_file() == bool({"refit", "strip"} & set(options))
 
 
-def test_several_profiles(lower, simulation):
+def test_several_profiles_and_one_for_the_proof(lower, simulation):
     lower("fp32", profiles="batch:1/height:8/width:8/sequence:4|batch:1:2:4/height:16/width:16/sequence:4")
-    assert len(simulation.named("add_optimization_profile")) == 2
+    assert len(simulation.named("add_optimization_profile")) == 3
     assert [each["max"] for each in simulation.named("set_shape") if each["input"] == "picture"] == [
         (1, 8, 8, 8),
         (4, 8, 16, 16),
+        (3, 8, 16, 16),
     ]
 
 
@@ -448,7 +449,7 @@ def test_inputs_are_taken_where_they_lie(lower, simulation):
 def test_the_profile_is_chosen_by_shape(lower):
     folder, _ = lower(
         "fp32",
-        profiles="batch:1:1:4/height:8:8:16/width:8:8:16/sequence:4|batch:1:2:4/height:8:16:16/width:8:16:16/sequence:4",
+        profiles="batch:1:1:4/height:8:8:16/width:8:8:16/sequence:1:4:12|batch:1:2:4/height:8:16:16/width:8:16:16/sequence:1:4:12",
     )
     with opened(folder) as runtime:
         runtime.run(example(0, (1, 8, 8, 4)))
@@ -461,7 +462,7 @@ def test_outside_all_profiles_is_an_error_with_the_nearest(lower):
     folder, _ = lower("fp32", profiles="batch:1/height:8/width:8/sequence:4|batch:1:2:4/height:16/width:16/sequence:4")
     with (
         opened(folder) as runtime,
-        pytest.raises(InputError, match=r"outside all 2 profiles.*the nearest, 1, takes") as e,
+        pytest.raises(InputError, match=r"outside all 3 profiles.*the nearest, 1, takes") as e,
     ):
         runtime.run(example(0, (5, 16, 16, 4)))
     assert "profiles=" in e.value.fix
@@ -523,6 +524,16 @@ def test_as_many_weights_stay_on_the_device_as_fit(lower, simulation, free, kept
         name for _, name, _ in simulation.calls if name in {"weight_streaming_budget_v2", "create_execution_context"}
     ]
     assert order[0] == "weight_streaming_budget_v2"
+
+
+def test_launches_are_not_recorded_where_weights_are_streamed(lower, simulation, captured):
+    simulation.streamable, simulation.device.free = 5_000, 1_000
+    folder, _ = lower("fp32", weight_streaming=True)
+    with opened(folder, graphs=True) as runtime:
+        inputs = example()
+        assert close(runtime.run(inputs), eager(captured[0], inputs))
+        assert not runtime.configuration["cuda_graphs"]
+        assert runtime.configuration["runs"]["graph_captures"] == 0
 
 
 def test_device_memory_is_reported(lower):
@@ -837,6 +848,25 @@ def test_a_device_that_ends_the_process_is_no_device(monkeypatch):
     cuda.first.cache_clear()
     assert cuda.first() == (None, "cuInit gave 999")
     cuda.first.cache_clear()
+
+
+def test_fp8_takes_the_largest_magnitude_that_calibration_saw(captured):
+    from bakeoff.bake import _activations
+    from bakeoff.quantize.calibration import Calibration
+    from bakeoff.recipe import PartRecipe
+
+    seen, values = Calibration(), torch.cat([torch.randn(1_000_000), torch.tensor([40.0])])
+    seen.see("little", "first", values, values)
+    part = SimpleNamespace(name="little", module="little")
+    checkpoint = Checkpoint.open(captured[0])
+    found = {}
+    for precision in ("w8a8", "fp8"):
+        parts = {"little": PartRecipe("tensorrt", precision)}
+        source = SimpleNamespace(checkpoint=lambda _: checkpoint)
+        planned = SimpleNamespace(parts=parts, calibration=seen, source=source)
+        found[precision] = _activations(planned, part)["first"][0] * 127
+    assert found["fp8"] == pytest.approx(40.0, rel=1e-3)
+    assert found["w8a8"] < 20
 
 
 # The list of names

@@ -74,6 +74,7 @@ def make(simulation):
     for name, listed in API["classes"].items():
         body = bodies.get(by_name.get(name, name), object)
         setattr(module, name, generate(name, listed, body, simulation, module))
+    module.IHostMemory = type("IHostMemory", (bytes,), {"nbytes": property(len)})  # a buffer, as the real one
     module.ILogger.Severity = enum.Enum("Severity", {m: i for i, m in enumerate(API["enums"]["ILogger.Severity"])})
     module.get_nv_onnx_parser_version = lambda: 110400
     return module
@@ -81,8 +82,6 @@ def make(simulation):
 
 def generate(name, listed, body, simulation, module):
     """Return a class with the listed methods and attributes alone; `body` says what they do."""
-    if name == "IHostMemory":
-        return type(name, (bytes,), {"nbytes": property(len)})
 
     def start(self, *args, **kwargs):
         if "__init__" not in listed["methods"]:
