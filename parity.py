@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from . import meaning, trajectory
 from .artifact import Artifact, staged
-from .budget import Budget, Gate, decibels, granted, tolerance, upper_bound
+from .budget import Budget, Gate, decibels, granted, upper_bound
 from .drawing import sit
 from .errors import ParityError, SourceError, UnavailableError
 from .memory import available_bytes, in_child
-from .proof import axes_of, family_part, fed, measure, record, recorded, relative_error
+from .proof import axes_of, family_part, fed, justified, measure, record, recorded, row_errors, row_tolerances
 from .recipe import Placement
 from .source import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from .components.family import Part
     from .proof import Measured, Tensors
@@ -238,8 +238,8 @@ def _prove_part(artifact: Artifact, part: Part, precision: str, budget: Budget |
     from .runtimes.opening import open_part
 
     found = recorded(artifact, part.name)
-    floors = found.floors
-    allowed = granted(part.name, tolerance(precision, floors["f0"], floors.get("f1")), budget)
+    allowed = granted(part.name, justified(precision, found.floors), budget)
+    by_row = [] if budget else row_tolerances(precision, found.floors)
     entry, placement = artifact.manifest.parts[part.name], Placement(device="cpu")
     cases, rows, problem = [], [], None
     try:
@@ -248,16 +248,16 @@ def _prove_part(artifact: Artifact, part: Part, precision: str, budget: Budget |
             for inputs, expected in found.cases:
                 got = _run_case(runtime, part.name, inputs)
                 cases.append(measure(got, expected, axes_of(inputs)))
-                rows += _row_errors(got, expected)
-        problem = _problem(part.name, cases, upper_bound(rows), allowed)
+                rows += row_errors(got, expected)
+        problem = _problem(part.name, cases, _upper(rows, by_row, allowed), allowed)
     except ParityError as error:
         problem = error.message
     return {
         "tolerance": allowed,
         **({"budget": asdict(budget)} if budget else {}),
-        **floors,
+        **{name: floor.error for name, floor in found.floors.items()},
         "inputs": found.inputs,
-        "upper": upper_bound(rows) if rows else math.inf,
+        "upper": _upper(rows, by_row, allowed),
         "problem": problem,
         "cases": [asdict(case) for case in cases],
     }
@@ -271,11 +271,12 @@ def _run_case(runtime: Runtime, name: str, inputs: Tensors) -> Tensors:
         raise ParityError(message) from error
 
 
-def _row_errors(got: Tensors, expected: Tensors) -> list[float]:
-    """Return each row's relative error, of all outputs that both have: the worst counts."""
-    names = sorted(set(got) & set(expected))
-    count = min(len(expected[name]) for name in names)
-    return [max(relative_error(got[name][row], expected[name][row]) for name in names) for row in range(count)]
+def _upper(rows: Sequence[float], by_row: Sequence[float], allowed: float) -> float:
+    """Return the upper end of the 95 % interval of rows' errors: each against its own tolerance, in terms of the part's."""
+    if not rows:
+        return math.inf
+    own = by_row if len(by_row) == len(rows) else [allowed] * len(rows)
+    return allowed * upper_bound([error / each for error, each in zip(rows, own, strict=True)])
 
 
 def _problem(part: str, cases: list[Measured], upper: float, allowed: float) -> str | None:

@@ -74,9 +74,40 @@ def measure(got: Tensors, expected: Tensors, sizes: dict[str, int]) -> Measured:
     return Measured(sizes, error, -20 * math.log10(max(error, 1e-15)), cosine, worst)
 
 
+def row_errors(got: Tensors, expected: Tensors) -> list[float]:
+    """Return each row's relative error, of all outputs that both have: the worst counts."""
+    names = sorted(set(got) & set(expected))
+    count = min(len(expected[name]) for name in names)
+    return [max(relative_error(got[name][row], expected[name][row]) for name in names) for row in range(count)]
+
+
 def _cosine(a: Tensor, b: Tensor) -> float:
     a, b = a.double().flatten(), b.double().flatten()
     return float((a @ b) / (a.norm() * b.norm()).clamp_min(1e-30))
+
+
+@dataclass(frozen=True)
+class Floor:
+    """How far eager computation is from eager float32 without anything being wrong."""
+
+    error: float = 0.0
+    """Of the worst case."""
+    rows: tuple[float, ...] = ()
+    """Of each row of each case: rows of small outputs have larger ones."""
+
+    def and_of(self, got: Tensors, expected: Tensors) -> Floor:
+        """Return the floor with one more case."""
+        worst = max(self.error, measure(got, expected, {}).error)
+        return Floor(worst, (*self.rows, *row_errors(got, expected)))
+
+    def to_json(self) -> str:
+        return json.dumps({"error": self.error, "rows": self.rows})
+
+    @classmethod
+    def read(cls, text: str) -> Floor:
+        """Read what `to_json` gave, or the one number that older artifacts have."""
+        data = json.loads(text)
+        return cls(data["error"], tuple(data["rows"])) if isinstance(data, dict) else cls(float(data))
 
 
 def family_part(artifact: Artifact, name: str) -> Part:
@@ -107,22 +138,23 @@ def record(part: Part, entry: PartEntry, source: Source, folder: Path, given: Se
     flat = part.component.flat(part.component.load(source.path(part.module), torch.float32))
     cases = [_as_taken(case, entry) for case in given or _made_up(part.component, config)]
     tensors: Tensors = {}
-    f0 = 0.0
+    f0 = Floor()
     for index, case in enumerate(cases):
         expected = eager(part.component, flat, config, case.inputs)
-        f0 = max(f0, measure(_split(part.component, flat, config, case.inputs), expected, {}).error)
+        f0 = f0.and_of(_split(part.component, flat, config, case.inputs), expected)
         tensors |= {f"{index}.in.{name}": value for name, value in case.inputs.items()}
         tensors |= {f"{index}.out.{name}": value.contiguous() for name, value in expected.items()}
     floors = {"f0": f0}
     if mixture.precision != "fp32":
         _round(flat, mixture, source.checkpoint(part.module), folder.parent / part.name)
         dtypes = [torch.float16, torch.bfloat16] if mixture.precision == "fp16" else [torch.bfloat16]
-        floors["f1"] = next(filter(math.isfinite, (_rounded_floor(part, flat, config, tensors, d) for d in dtypes)))
+        low = (_rounded_floor(part, flat, config, tensors, dtype) for dtype in dtypes)
+        floors["f1"] = next(floor for floor in low if math.isfinite(floor.error))
     folder.mkdir(exist_ok=True)
     file = folder / f"{part.name}.safetensors"
     file.unlink(missing_ok=True)  # it may be a link that shares its bytes
     calls = json.dumps([case.call for case in cases])
-    save_file(tensors, file, metadata={"calls": calls, **{k: repr(v) for k, v in floors.items()}})
+    save_file(tensors, file, metadata={"calls": calls, **{name: floor.to_json() for name, floor in floors.items()}})
 
 
 def _made_up(component: Component, config: Mapping[str, Any]) -> list[Case]:
@@ -146,11 +178,12 @@ def _rounded_floor(
     config: Mapping[str, Any],
     tensors: Tensors,
     dtype: Any,  # noqa: ANN401 - torch's
-) -> float:
+) -> Floor:
     """Return how far eager in a narrower dtype is from eager fp32; infinite where it overflows."""
-    low = flat.to(dtype)
-    cases = _cases(tensors)
-    return max(measure(eager(part.component, low, config, given, dtype), wide, {}).error for given, wide in cases)
+    low, floor = flat.to(dtype), Floor()
+    for given, wide in _cases(tensors):
+        floor = floor.and_of(eager(part.component, low, config, given, dtype), wide)
+    return floor
 
 
 def _round(flat: Any, mixture: Mixture, checkpoint: Checkpoint, folder: Path) -> None:  # noqa: ANN401 - a torch module
@@ -238,7 +271,7 @@ class Recorded:
 
     cases: tuple[tuple[Tensors, Tensors], ...]
     """Inputs, and what eager float32 gave."""
-    floors: Mapping[str, float]
+    floors: Mapping[str, Floor]
     """F0, and F1 where it was measured."""
     tolerance: float
     """Relative error that the part may have."""
@@ -284,5 +317,17 @@ def _read_recorded(file: Path, precision: str, known: float | None) -> Recorded:
         tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
     cases = _cases(tensors)
     calls = tuple(json.loads(about.pop("calls", "[]"))) or (None,) * len(cases)
-    floors = {key: float(value) for key, value in about.items()}
-    return Recorded(cases, floors, known or tolerance(precision, floors["f0"], floors.get("f1")), calls)
+    floors = {key: Floor.read(value) for key, value in about.items()}
+    return Recorded(cases, floors, known or justified(precision, floors), calls)
+
+
+def justified(precision: str, floors: Mapping[str, Floor]) -> float:
+    """Return the relative error that a part's floors justify in this precision."""
+    return tolerance(precision, floors["f0"].error, floors["f1"].error if "f1" in floors else None)
+
+
+def row_tolerances(precision: str, floors: Mapping[str, Floor]) -> list[float]:
+    """Return what each row's own floors justify; nothing of artifacts that don't have them."""
+    own = floors["f0"].rows
+    narrow = floors["f1"].rows if "f1" in floors else (None,) * len(own)
+    return [tolerance(precision, *both) for both in zip(own, narrow, strict=True)]
