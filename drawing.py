@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Tensors = dict[str, Tensor]
 
-STEPS = 4
+STEPS = 3
 _PICTURE_TASK = "image-to-image"
 
 
