@@ -11,7 +11,7 @@ import bakeoff.pictures
 from bakeoff import plugins
 from bakeoff.bake import export
 from bakeoff.components.component import Port
-from bakeoff.errors import ArtifactError, CorruptError, RecipeError, UnavailableError, UsageError
+from bakeoff.errors import ArtifactError, CorruptError, InputError, RecipeError, UnavailableError, UsageError
 from bakeoff.exporters import aoti as written
 from bakeoff.recipe import Placement, parse
 from bakeoff.runtimes import aoti
@@ -72,6 +72,28 @@ def test_code_for_another_machine_is_not_opened(part, never_opened, change, says
     (part.folder / aoti.FACTS).write_text(json.dumps(facts))
     with pytest.raises(UnavailableError, match=says):
         aoti.Compiled(vouched(part), torch.nn.Identity(), "cpu")
+
+
+GIVEN = {"dtype": "float32", "dims": [[1, None], [4, 4], [1, 77]]}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "fits"),
+    [
+        (torch.zeros(1, 4, 77), True),
+        (torch.zeros(9, 4, 5), True),
+        (torch.zeros(1, 5, 77), False),
+        (torch.zeros(1, 4, 78), False),
+        (torch.zeros(1, 4, 77).half(), False),
+        (torch.zeros(4, 77), False),
+    ],
+)
+def test_what_the_code_was_not_made_for_is_refused(tensor, fits):
+    if fits:
+        aoti._refuse_misfit("unet", "sample", GIVEN, tensor)
+        return
+    with pytest.raises(InputError, match=r"compiled for \(1 to any, 4, 1 to 77\) float32"):
+        aoti._refuse_misfit("unet", "sample", GIVEN, tensor)
 
 
 def test_exporter_and_runtime_agree_on_names():
