@@ -51,7 +51,7 @@ class Bars:
 def monitor(trt: Any, bars: Bars, stop: threading.Event) -> Any:  # noqa: ANN401 - tensorrt is untyped
     """Return a progress monitor that moves bars, and stops the build once the event is set."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
 

@@ -216,7 +216,7 @@ def _up(scales: Tensor, dtype: object) -> Tensor:
     held = scales.to(dtype)  # type: ignore[call-overload]
     if dtype is torch.float32:
         return held
-    raised = (held.view(torch.int16) + 1).view(dtype)  # type: ignore[call-overload]
+    raised = (held.view(torch.int16) + 1).view(dtype)
     return torch.where(held.float() < scales, raised, held)
 
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..components.component import PROOF_SIZES
 from ..errors import RecipeError, unknown
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ class Settings:
     def shapes(self, ports: tuple[Port, ...], limits: Mapping[str, int]) -> list[dict[str, Triple]]:
         """Return, for each profile, input -> its least, best and largest shape; inputs of one fixed shape are left out.
 
+        Where the recipe's profiles don't hold the small shapes that an export is proved at, one more does.
+
         Args:
             ports: the part's inputs.
             limits: named dimension -> the largest size that the model can take.
@@ -121,7 +124,34 @@ class Settings:
                     triples[port.name] = (least, best, most)
             if triples not in found:
                 found.append(triples)
+        proof = _proof_shapes(ports, limits)
+        if not all(any(_holds(each, shapes) for each in found) for shapes in proof):
+            found.append({name: _spanned([shapes[name] for shapes in proof]) for name in found[0]})
         return found
+
+
+def _proof_shapes(ports: tuple[Port, ...], limits: Mapping[str, int]) -> list[dict[str, tuple[int, ...]]]:
+    """Return the inputs' shapes at which every artifact is proved."""
+    found = []
+    for sizes in PROOF_SIZES:
+        limited = {name: min(size, limits.get(name, size)) for name, size in sizes.as_dict().items()}
+        found.append(
+            {port.name: port.shape(limited) for port in ports if any(isinstance(dim, str) for dim in port.dims)}
+        )
+    return found
+
+
+def _holds(profile: Mapping[str, Triple], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    return all(
+        low <= size <= high
+        for name, shape in shapes.items()
+        for low, size, high in zip(profile[name][0], shape, profile[name][2], strict=True)
+    )
+
+
+def _spanned(shapes: list[tuple[int, ...]]) -> Triple:
+    """Return the least, the first and the largest of some shapes, dimension by dimension."""
+    return tuple(map(min, *shapes)), shapes[0], tuple(map(max, *shapes))
 
 
 def _profiles(text: str) -> tuple[Mapping[str, Range], ...]:

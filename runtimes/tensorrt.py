@@ -130,7 +130,10 @@ class TensorRTRuntime(Runtime):
 
     @property
     def _with_graphs(self) -> bool:
-        return bool(getattr(self.placement, "cuda_graphs", False))
+        """Whether launches are recorded; not where weights come from host memory in each run, which isn't known to work."""
+        memory = self._memory
+        streams = memory.streaming_budget is not None and memory.streaming_budget < memory.streamable
+        return bool(getattr(self.placement, "cuda_graphs", False)) and not streams
 
     def _deserialized(self) -> Any:  # noqa: ANN401 - tensorrt is untyped
         runtime = self._trt.Runtime(self._logger)

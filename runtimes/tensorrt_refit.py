@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, InputError
 from ..lora import added
 from ..weights import TORCH_DTYPES, read_header, read_tensor
-from .tensorrt_files import PLAN, WEIGHTS
+from .tensorrt_files import ONNX, PLAN, WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,7 +43,7 @@ class Refit:
     """What an engine's weights are now. Those of the file come back as the file's own bytes."""
 
     def __init__(self, trt: Any, engine: Any, logger: Any, files: EngineFiles) -> None:  # noqa: ANN401 - tensorrt is untyped
-        self._trt, self._files = trt, files
+        self._trt, self._files, self._logger = trt, files, logger
         self._refitter = trt.Refitter(engine, logger)
         self._names = {tensor: name for name, (tensor, _) in files.weights.items()}
         self._changed: set[str] = set()
@@ -50,9 +51,18 @@ class Refit:
         """What the last exchange came to: weights that LoRAs changed, that went back, and that went along unchanged."""
 
     def load_all(self) -> None:
-        """Give a plan without weights all of them."""
-        entries = {entry.name: entry for entry in read_header(self._files.folder / WEIGHTS)}
-        self._apply({name: _stored(entry) for name, entry in entries.items() if name != "padding"}, known_alone=True)
+        """Give a plan without weights all of them, from the graph that it was built of.
+
+        Raises:
+            ArtifactError: they don't fit.
+        """
+        parser = self._trt.OnnxParserRefitter(self._refitter, self._logger)
+        if not parser.refit_from_file(str(self._files.folder / ONNX)) or not self._refitter.refit_cuda_engine():
+            errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+            message = (
+                f"the weights of {self._files.folder} don't fit its plan: {' '.join(errors) or 'nothing said why'}"
+            )
+            raise ArtifactError(message, fix="export the artifact again")
 
     def change(self, deltas: Mapping[str, Sequence[Delta]]) -> None:
         """Add LoRAs to the file's weights, instead of what was added before; weights that neither has stay untouched.
@@ -63,44 +73,34 @@ class Refit:
         if deltas and not self._files.refits:
             message = f"{self._files.folder / PLAN} was built for identical weights alone"
             raise ArtifactError(message, fix="export it with +refit")
-        entries = {entry.name: entry for entry in read_header(self._files.folder / WEIGHTS)}
-        touched = {self._names[tensor] for tensor in deltas} | self._changed
+        changed = {self._names[tensor] for tensor in deltas}
+        touched = changed | self._changed
         if not touched:
             return
+        stored = _Stored(self._files.folder)
         values = {}
         for name in sorted(touched):
             tensor, turned = self._files.weights[name]
-            stored = _stored(entries[name])
+            value = stored.read(name)
             if tensor in deltas:
-                plain = stored.T if turned else stored
-                new = added(plain, deltas[tensor])
-                stored = (new.T if turned else new).contiguous()
-            values[name] = stored
-        along = self._apply(values, entries=entries)
-        changed = {self._names[tensor] for tensor in deltas}
+                new = added(value.T if turned else value, deltas[tensor])
+                value = (new.T if turned else new).contiguous()
+            values[name] = value
+        along = self._apply(values, stored)
         self.last = {"changed": len(changed), "restored": len(touched - changed), "unchanged": along}
         self._changed = changed
 
-    def _apply(
-        self, values: Mapping[str, Tensor], *, entries: Mapping[str, Any] | None = None, known_alone: bool = False
-    ) -> int:
+    def _apply(self, values: Mapping[str, Tensor], stored: _Stored) -> int:
         """Set weights, and what TensorRT wants beside them because it combined them; return how many those were."""
-        known = set(self._refitter.get_all_weights())
-        held = {name: value for name, value in values.items() if not known_alone or name in known}
-        for name, value in held.items():
+        for name, value in values.items():
             self._set(name, value)
-        missing = [name for name in self._refitter.get_missing_weights() if name]
-        beside = {}
-        for name in missing:
-            if entries is None or name not in entries:
-                message = f"TensorRT wants {name!r} for a refit, which isn't among the weights beside the plan"
-                raise ArtifactError(message, fix="export the artifact again")
-            beside[name] = _stored(entries[name])
-            self._set(name, beside[name])
+        beside = {name: stored.read(name) for name in self._refitter.get_missing_weights() if name}
+        for name, value in beside.items():
+            self._set(name, value)
         if not self._refitter.refit_cuda_engine():
             message = f"TensorRT refused to exchange weights of {self._files.folder / PLAN}"
             raise ArtifactError(message, fix="bake the LoRA in: bakeoff export … --lora FILE:SCALE")
-        for name in (*held, *beside):
+        for name in (*values, *beside):
             self._refitter.unset_named_weights(name)
         return len(beside)
 
@@ -112,8 +112,41 @@ class Refit:
             raise ArtifactError(message, fix="export the artifact again")
 
 
-def _stored(entry: Any) -> Tensor:  # noqa: ANN401 - an Entry of any dtype
-    if entry.dtype not in TORCH_DTYPES:
-        message = f"{entry.name} is stored as {entry.dtype}, which LoRAs can't be added to"
-        raise InputError(message, fix="bake the LoRA in: bakeoff export … --lora FILE:SCALE")
-    return read_tensor(entry)
+class _Stored:
+    """The weights beside a plan: large ones in a safetensors file, small ones in the graph itself."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._entries = {entry.name: entry for entry in read_header(folder / WEIGHTS)}
+
+    def read(self, name: str) -> Tensor:
+        """Return a weight by its initializer's name.
+
+        Raises:
+            ArtifactError: it isn't there, or isn't of floats.
+        """
+        entry = self._entries.get(name)
+        if entry is not None and entry.dtype in TORCH_DTYPES:
+            return read_tensor(entry)
+        found = self._inline.get(name)
+        if found is None:
+            message = f"TensorRT wants {name!r} for a refit, which isn't among the floats beside {self._folder / PLAN}"
+            raise ArtifactError(message, fix="bake the LoRA in: bakeoff export … --lora FILE:SCALE")
+        return found
+
+    @cached_property
+    def _inline(self) -> dict[str, Tensor]:
+        import onnx
+        import torch
+
+        graph = onnx.load(self._folder / ONNX, load_external_data=False).graph
+        dtypes = {
+            onnx.TensorProto.FLOAT: torch.float32,
+            onnx.TensorProto.FLOAT16: torch.float16,
+            onnx.TensorProto.BFLOAT16: torch.bfloat16,
+        }
+        return {
+            tensor.name: torch.frombuffer(bytearray(tensor.raw_data), dtype=dtypes[tensor.data_type])
+            for tensor in graph.initializer
+            if tensor.data_type in dtypes and tensor.raw_data
+        }

@@ -59,11 +59,12 @@ def make(simulation):
         if "." not in name:
             setattr(module, name, enum.Enum(name, {member: index for index, member in enumerate(members)}))
     bodies = {each.__name__: each for each in (Builder, Config, Network, Parser, ParserError, Profile, TimingCache)}
-    bodies |= {each.__name__: each for each in (Runtime, Engine, Context, Inspector, Refitter, Weights)}
+    bodies |= {each.__name__: each for each in (Runtime, Engine, Context, Inspector, Refitter, ParserRefitter, Weights)}
     by_name = {
         "IBuilderConfig": "Config",
         "INetworkDefinition": "Network",
         "OnnxParser": "Parser",
+        "OnnxParserRefitter": "ParserRefitter",
         "IOptimizationProfile": "Profile",
         "ITimingCache": "TimingCache",
         "ICudaEngine": "Engine",
@@ -73,6 +74,7 @@ def make(simulation):
     for name, listed in API["classes"].items():
         body = bodies.get(by_name.get(name, name), object)
         setattr(module, name, generate(name, listed, body, simulation, module))
+    module.IHostMemory = type("IHostMemory", (bytes,), {"nbytes": property(len)})  # a buffer, as the real one
     module.ILogger.Severity = enum.Enum("Severity", {m: i for i, m in enumerate(API["enums"]["ILogger.Severity"])})
     module.get_nv_onnx_parser_version = lambda: 110400
     return module
@@ -80,10 +82,8 @@ def make(simulation):
 
 def generate(name, listed, body, simulation, module):
     """Return a class with the listed methods and attributes alone; `body` says what they do."""
-    if name == "IHostMemory":
-        return type(name, (bytes,), {"nbytes": property(len)})
 
-    def __init__(self, *args, **kwargs):
+    def start(self, *args, **kwargs):
         if "__init__" not in listed["methods"]:
             message = f"{name}: No constructor defined!"
             raise TypeError(message)
@@ -94,7 +94,7 @@ def generate(name, listed, body, simulation, module):
         if body is not object:
             object.__setattr__(self, "_body", body(simulation, module, **given))
 
-    def __setattr__(self, key, value):
+    def assign(self, key, value):
         if type(self) is not made:  # a class of Python's own may have what it likes
             object.__setattr__(self, key, value)
         elif listed["attributes"].get(key) != "rw":
@@ -104,7 +104,7 @@ def generate(name, listed, body, simulation, module):
             simulation.calls.append((name, key, {"value": value}))
             setattr(self._body, key, value)
 
-    members = {"__init__": __init__, "__setattr__": __setattr__}
+    members = {"__init__": start, "__setattr__": assign}
     for method, overloads in listed["methods"].items():
         if method != "__init__":
             members[method] = function(name, method, overloads, simulation)
@@ -179,10 +179,8 @@ class Builder(Body):
                 return None
         monitor.phase_finish("Building Engine")
         if self.simulation.build_fails_at:
-            self.logger.log(
-                self.module.ILogger.Severity.ERROR,
-                f"Error Code 10: could not find any implementation for node {self.simulation.build_fails_at}",
-            )
+            said = f"Error Code 10: could not find any implementation for node {self.simulation.build_fails_at}"
+            self.logger.log(self.module.ILogger.Severity.ERROR, said)
             return None
         settings.timed = b"timings"
         flags = sorted(flag.name for flag in settings.set)
@@ -426,7 +424,6 @@ class Context(Body):
             options.add_session_config_entry("session.disable_quant_qdq", "1")
             self.session = onnxruntime.InferenceSession(self.engine_body.model.SerializeToString(), options)
             self.version = self.engine_body.version
-        self.shapes = shapes
         fed = {name: self._array(name, shapes.get(name, ()), addresses) for name in self.engine_body.inputs}
         names = [v.name for v in self.engine_body.model.graph.output]
         for name, made in zip(names, self.session.run(names, fed), strict=True):
@@ -518,4 +515,18 @@ class Refitter(Body):
         for name, data in self.held.items():
             self._tensors()[name].raw_data = data
         self.engine_body.version += 1
+        return True
+
+
+class ParserRefitter(Body):
+    num_errors = 0
+
+    def __init__(self, simulation, module, refitter, logger):
+        super().__init__(simulation, module)
+        self.refitter = refitter._body
+
+    def refit_from_file(self, model):
+        for tensor in onnx.load(model).graph.initializer:
+            if tensor.name in self.refitter._tensors():
+                self.refitter.held[tensor.name] = numpy_helper.to_array(tensor).tobytes()
         return True
