@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .crossing import Same
@@ -47,7 +48,7 @@ class DeviceBinding:
         slot = self._slot(inputs, outputs)
         for name, tensor in inputs.items():
             value = slot.inputs[name]
-            self.same.get(f"{slot.number}/{name}", tensor, lambda tensor=tensor, value=value: _fill(value, tensor))
+            self.same.get(f"{slot.number}/{name}", tensor, partial(_fill, value, tensor))
         self._session.run_with_iobinding(slot.binding, self._run_options(slot))
         return {name: torch.from_numpy(value.numpy().copy()) for name, value in slot.outputs.items()}
 
