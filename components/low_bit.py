@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import torch
     from torch import Tensor, nn
 
 _KEY = "quantization_config"
@@ -104,6 +105,19 @@ def require(library: str) -> None:
     except ImportError as error:
         message = f"these weights are codes of {library}, which is not installed"
         raise UnavailableError(message, fix=f"pip install 'bakeoff[{library}]'") from error
+
+
+def move(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move a module to a device with all that its codes need there; in place, it is returned.
+
+    `Module.to` moves the codes of bitsandbytes' layers and leaves their scales behind, which these keep beside them.
+    """
+    layer: Any
+    for layer in module.modules():
+        weight = layer._parameters.get("weight")  # noqa: SLF001 - as named_parameters, with the layer that it is of
+        if weight is not None and type(weight).__module__.startswith("bitsandbytes.") and weight.device != device:
+            layer.weight = weight.to(device)
+    return module.to(device)
 
 
 def keep_codes(module: nn.Module) -> None:

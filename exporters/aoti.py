@@ -66,7 +66,29 @@ def write(subject: Subject, folder: Path) -> None:
         message = f"AOTInductor couldn't compile {subject.part}: {error}"
         raise LoweringError(message, fix="leave out +aoti") from error
     _write_constants(program, folder / CONSTANTS)
-    (folder / FACTS).write_text(json.dumps(facts(), indent=1) + "\n")
+    told = {**facts(), "inputs": _inputs(program)}
+    (folder / FACTS).write_text(json.dumps(told, indent=1) + "\n")
+
+
+def _inputs(program: ExportedProgram) -> list[dict[str, Any]]:
+    """Return dtype, and the least and most of each dimension (None: any), of each tensor that the code is given.
+
+    The least is 1 where the program says 2: torch.export takes every size as 2 or more, and what it makes of it runs with
+    1, too, which the proof shows. AOTInductor's own checks would refuse that.
+    """
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    found = []
+    for name in program.graph_signature.user_inputs:
+        value = values[name]
+        dims = [[dim, dim] if isinstance(dim, int) else [1, _most(program, dim)] for dim in value.shape]
+        found.append({"dtype": str(value.dtype).removeprefix("torch."), "dims": dims})
+    return found
+
+
+def _most(program: ExportedProgram, dim: Any) -> int | None:  # noqa: ANN401 - a SymInt
+    known = program.range_constraints.get(dim.node.expr)
+    upper = getattr(known, "upper", None)
+    return int(upper) if upper is not None and upper.is_Integer else None
 
 
 def _write_constants(program: ExportedProgram, file: Path) -> None:

@@ -82,6 +82,7 @@ class Typing:
         self._scopes: dict[onnx_ir.Value, str | None] = {}
         self._casts: dict[tuple[onnx_ir.Value, Kind], onnx_ir.Value] = {}
         self._constants: dict[tuple[onnx_ir.Value, Kind], onnx_ir.Value] = {}
+        self._may: dict[str, bool] = {}
 
     def apply(self) -> Typing:
         """Rewrite the graph; its inputs and outputs stay as they are.
@@ -125,7 +126,7 @@ class Typing:
             self.wide_products.add(node.name or "")
 
     def _kind_of(self, node: onnx_ir.Node, taken: list[onnx_ir.Value]) -> Kind:
-        if node.name in self._wide_nodes:
+        if node.name in self._wide_nodes or not self._may_be_narrow(node.op_type):
             return Kind.WIDE
         if node.op_type in PRODUCTS or node.op_type in _NORMS:
             return Kind.NARROW
@@ -139,6 +140,18 @@ class Typing:
         scope = _scope(node)
         inside = any(self.kinds.get(value) is Kind.WIDE and self._scopes.get(value) == scope for value in taken)
         return Kind.WIDE if node.op_type in _SUMS or inside or Kind.EXACT in kinds else Kind.NARROW
+
+    def _may_be_narrow(self, operator: str) -> bool:
+        """Say whether ONNX has an operator in the narrow dtype: some never got bfloat16."""
+        import onnx
+
+        if operator not in self._may:
+            schema = onnx.defs.get_schema(operator, self._model.opset_imports[""])
+            allowed = {each.type_param_str: each.allowed_type_strs for each in schema.type_constraints}
+            taken = [allowed.get(each.type_str, [each.type_str]) for each in (*schema.inputs, *schema.outputs)]
+            floats = next((types for types in taken if "tensor(float)" in types), None)
+            self._may[operator] = floats is None or f"tensor({self._dtype.name.lower()})" in floats
+        return self._may[operator]
 
     def _scope_of(self, node: onnx_ir.Node, taken: list[onnx_ir.Value]) -> str | None:
         """Return the module that a value belongs to: moving one about doesn't move it into another module."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter, OrderedDict
+import warnings
+from collections import Counter, OrderedDict, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnavailableError
 from ..home import home
+from .blocks import blocks_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,34 +39,44 @@ def compile_module(module: nn.Module, how: bool | str) -> tuple[Any, Any]:  # no
     """Have torch compile a module when it runs first; what it compiles is kept in the home folder for later processes.
 
     Returns:
-        What to call, and what is compiled: `False`, `full`, or with `regional` how many blocks of each class. A part
-        without repeated blocks is left as it is by `regional`.
+        What to call, and what is compiled: `False`, `full`, or with `regional` how many blocks of each class; none where
+        no two are alike, and the part is left as it is.
     """
     import torch
 
     if not how:
         return module, False
     os.environ.setdefault(_CACHE, str(home() / "compiled"))
-    if how != "regional":
-        return torch.compile(module), "full"
-    counts: Counter[str] = Counter()
-    names = _repeated(module)
-    for layer in module.modules():
-        if type(layer).__name__ in names:
+    with warnings.catch_warnings():  # of torch, about itself
+        warnings.simplefilter("ignore")
+        if how != "regional":
+            return torch.compile(module), "full"
+        counts: Counter[str] = Counter()
+        for layer in _repeated(module):
             layer.compile()
             counts[type(layer).__name__] += 1
     return module, {"regional": dict(counts)}
 
 
-def _repeated(module: nn.Module) -> set[str]:
-    """Return the classes of a module's blocks: those that Diffusers compiles, those that Transformers doesn't split."""
+def _repeated(module: nn.Module) -> list[nn.Module]:
+    """Return a module's blocks: those that Diffusers compiles, those that Transformers doesn't split.
+
+    Where neither says, members of the outermost lists that are alike in class and weights.
+    """
     names: set[str] = set()
     for layer in module.modules():
         own: Any = getattr(layer, "_repeated_blocks", None)
         if own is None and type(layer).__module__.startswith("transformers."):
             own = getattr(layer, "_no_split_modules", None)
         names |= set(own or ())
-    return names
+    named = [layer for layer in module.modules() if type(layer).__name__ in names]
+    if named:
+        return named
+    alike: dict[Any, list[nn.Module]] = defaultdict(list)
+    for block in blocks_of(module):
+        shapes = tuple((name, tuple(weight.shape)) for name, weight in block.named_parameters())
+        alike[type(block), shapes].append(block)
+    return [block for blocks in alike.values() if len(blocks) > 1 for block in blocks]
 
 
 def compiler_obstacle(device: str) -> tuple[str, str] | None:

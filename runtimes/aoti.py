@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArtifactError, CorruptError, UnavailableError
+from ..errors import ArtifactError, CorruptError, InputError, UnavailableError
 from ..hardware import describe
 from ..weights import sha256
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from .runtime import PartFiles
 
 PACKAGE, FACTS, CONSTANTS = "model.pt2", "aoti.json", "aoti_constants.safetensors"
-_CHECKS = "AOTI_RUNTIME_CHECK_INPUTS"
-"""Has compiled code check the shapes and dtypes that it is given; without, it reads what lies there."""
 
 
 def is_compiled(folder: Path) -> bool:
@@ -43,7 +40,7 @@ class Compiled:
         for name in (PACKAGE, FACTS, CONSTANTS):
             _refuse_unvouched(part, name)
         _refuse_elsewhere(part, device)
-        os.environ.setdefault(_CHECKS, "1")
+        self._part, self._inputs = part, json.loads((part.folder / FACTS).read_text())["inputs"]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = torch._inductor.aoti_load_package(str(part.folder / PACKAGE))  # noqa: SLF001 - its documented name
@@ -59,8 +56,23 @@ class Compiled:
         self._loaded: Any = loaded
 
     def __call__(self, *arguments: Tensor) -> list[Tensor]:
+        for port, given, tensor in zip(self._part.inputs, self._inputs, arguments, strict=True):
+            _refuse_misfit(self._part.name, port.name, given, tensor)
         made = self._loaded(*arguments)
         return [*made] if isinstance(made, list | tuple) else [made]
+
+
+def _refuse_misfit(part: str, name: str, given: Mapping[str, Any], tensor: Tensor) -> None:
+    """Refuse what the code wasn't made for: it would read what lies there, or beyond."""
+    dims = given["dims"]
+    fits = len(dims) == tensor.ndim and all(
+        least <= size and (most is None or size <= most)
+        for (least, most), size in zip(dims, tensor.shape, strict=len(dims) == tensor.ndim)
+    )
+    if not fits or str(tensor.dtype) != f"torch.{given['dtype']}":
+        wanted = ", ".join(str(least) if least == most else f"{least} to {most or 'any'}" for least, most in dims)
+        message = f"{part} got {name} as {tuple(tensor.shape)} {tensor.dtype}, it was compiled for ({wanted}) {given['dtype']}"
+        raise InputError(message)
 
 
 def _refuse_unvouched(part: PartFiles, name: str) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..components.component import WRAPPER
-from ..components.low_bit import SCALE
+from ..components.low_bit import SCALE, move
 from ..errors import InputError, UnavailableError, UsageError
 from ..hardware import OVERFLOWS, Availability, choose_device, overflows_bytes, usable_cores
 from ..lora import added
@@ -151,7 +151,7 @@ class TorchRuntime(Runtime):
         self._channels_last = _channels_last(placement, part.precision) and not aoti.is_compiled(part.folder)
         self._crossing = Crossing(self._device)
         module = part.build(computed)
-        module = module if in_blocks else module.to(self._device)
+        module = module if in_blocks else move(module, self._device)
         wide = keep_wide(module, part.folder, self._dtype) if part.precision in _HALF and part.islands else []
         _adapt(module, part.deltas)
         merged = attention.merge_tokens(module, placement.token_merging)

@@ -15,7 +15,10 @@ import bakeoff
 from bakeoff import footprint, hardware
 from bakeoff.bench.experiment import parse_arms
 from bakeoff.components.component import CAPTURE_SIZES
+from bakeoff.components.low_bit import move
 from bakeoff.errors import RecipeError, UnavailableError, UsageError
+from bakeoff.models import fullsize
+from bakeoff.models.drawn import quantize
 from bakeoff.pictures import psnr
 from bakeoff.recipe import Placement, parse
 from bakeoff.runtimes.acceleration import GRAPHS_KEPT, ChosenAttention, Graphs, compile_module, record_graph
@@ -363,7 +366,38 @@ print(json.dumps([told, dict(counters["inductor"]), int(images.sum())]))
     assert picture == again
 
 
-def test_a_part_without_repeated_blocks_is_left_alone_by_regional():
+def test_blocks_that_are_alike_are_compiled_where_the_class_names_none():
     module = Stack()
-    assert compile_module(module, "regional") == (module, {"regional": {}})
-    assert compile_module(module, False) == (module, False)  # noqa: FBT003 - the placement's own value
+    assert compile_module(module, "regional") == (module, {"regional": {"Linear": 4}})
+    assert all(layer._compiled_call_impl is not None for layer in module.layers)
+    assert module.first._compiled_call_impl is None
+    alone = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert compile_module(alone, "regional") == (alone, {"regional": {}})
+    assert compile_module(alone, False) == (alone, False)  # noqa: FBT003 - the placement's own value
+
+
+@pytest.mark.parametrize(
+    ("model", "module", "count"),
+    [
+        ("sdxl", "unet", 70),
+        ("sd-3.5-medium", "transformer", 23),
+        ("sd-3.5-large", "transformer", 37),
+        ("z-image", "transformer", 34),
+        ("flux.1-dev", "transformer", 57),
+    ],
+)
+def test_regional_finds_the_blocks_of_full_size_denoisers(model, module, count):
+    library, class_name, config = fullsize.config(model, module)
+    with torch.device("meta"):
+        made = getattr(__import__(library), class_name)(**config)
+    _, compiled = compile_module(made, "regional")
+    assert sum(compiled["regional"].values()) == count
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_codes_go_to_a_device_with_their_scales(precision):
+    pytest.importorskip("bitsandbytes")
+    layer = torch.nn.Sequential(torch.nn.Linear(64, 64)).to(torch.bfloat16)
+    moved = move(quantize(layer, precision), torch.device("meta"))[0].weight
+    beside = (moved.CB, moved.SCB) if precision == "int8" else (moved.quant_state.absmax, moved.quant_state.code)
+    assert {each.device.type for each in (moved, *beside)} == {"meta"}

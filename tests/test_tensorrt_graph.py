@@ -472,6 +472,24 @@ def test_a_graph_with_branches_is_refused():
         Typing(model, "fp16", ports, ()).apply()
 
 
+@pytest.mark.parametrize(("precision", "kept"), [("bf16", "FLOAT"), ("fp16", "FLOAT16")])
+def test_an_operator_that_onnx_has_not_in_bfloat16_stays_wide(precision, kept):
+    import onnx_ir
+
+    weight = numpy_helper.from_array(torch.ones(4, 4).numpy(), "w")
+    nodes = [
+        onnx.helper.make_node("Einsum", ["x"], ["turned"], equation="ab->ba"),
+        onnx.helper.make_node("MatMul", ["turned", "w"], ["y"]),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 4]) for name in ("x", "y", "turned")]
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:2], [weight], value_info=ends[2:])
+    model = onnx_ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 22)]))
+    Typing(model, precision, (Port("x", "float32", (4, 4)),), ()).apply()
+    found = {node.op_type: node.outputs[0].dtype.name for node in model.graph if node.op_type != "Cast"}
+    assert found == {"Einsum": kept, "MatMul": DTYPES[precision]}
+    onnx.shape_inference.infer_shapes(onnx_ir.to_proto(model), check_type=True, strict_mode=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "compute", "to_rounded", "to_float32"),
@@ -501,3 +519,28 @@ def test_the_unet_of_shapes(unet, tmp_path, record_property, precision, compute,
     assert found[1] > to_float32
     if precision in {"w8a8", "fp8"}:
         check_placement(tmp_path / "g", precision, compute, rounded=106)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [
+        ("flux", "transformer"),
+        ("flux", "text_encoder_2"),
+        ("stable-diffusion-3", "transformer"),
+        ("stable-diffusion-xl", "unet"),
+        ("z-image", "transformer"),
+        ("z-image", "text_encoder"),
+    ],
+)
+def test_parts_of_other_families_are_typed_alike(tiny, tmp_path, family, part):
+    source = Source.open(str(tiny(family)))
+    found = source.family.part(part)
+    path, work = source.path(found.module), tmp_path / "work"
+    work.mkdir()
+    config = source.config(found.module)
+    captured = Captured(found.component, config, path, source.checkpoint(found.module), work)
+    example = found.component.example(config, found.component.limit(config, Sizes(2, 16, 8, 12)), seed=0)
+    for precision, least in (("fp32", 90), ("fp16", 45), ("bf16", 28)):
+        captured.write(tmp_path / precision, precision, precision)
+        assert decibels(run(tmp_path / precision, example), captured.eager(example)) > least

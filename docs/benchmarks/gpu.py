@@ -28,6 +28,8 @@ ITEMS_SCRIPT = Path(__file__).with_name("gpu_items.py")
 SCHEMA = 1
 _LEAST_S = 15.0
 """Less than this isn't worth starting a process for."""
+_BUDGETS = {None: 60.0, "regional": 120.0, "full": 180.0}
+"""Seconds of an item by what it compiles."""
 _GRACE_S = 20.0
 """What an item may take beyond its budget before its process is ended."""
 PACKAGES = (
@@ -137,7 +139,7 @@ def _picture(model: Model, arm: str, common: dict[str, Any], *, tiny: bool) -> I
         "pictures": 2 if tiny else 3,
         "tiny": tiny,
     }
-    return Item(f"{model.name}, {arm}", "picture", 150 if placement.get("compile") == "full" else 75, arguments)
+    return Item(f"{model.name}, {arm}", "picture", _BUDGETS[placement.get("compile")], arguments)
 
 
 def run(item: Item, seconds: float, logs: Path) -> dict[str, Any]:
