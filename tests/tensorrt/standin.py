@@ -8,6 +8,7 @@ import ctypes
 import enum
 import inspect
 import json
+import re
 import types
 from pathlib import Path
 
@@ -362,6 +363,12 @@ class Engine(Body):
         return wrap(self.module, "EngineInspector", Inspector(self.simulation, self.module, self))
 
 
+def sized(name, found):
+    """Return the size of a dimension that the graph calls `height`, `4_height` or `height_over_2`."""
+    times, plain, over = re.fullmatch(r"(?:(\d+)_)?(\w+?)(?:_over_(\d+))?", name).groups()
+    return int(times or 1) * found[plain] // int(over or 1)
+
+
 class Context(Body):
     def __init__(self, simulation, module, engine, strategy):
         super().__init__(simulation, module)
@@ -396,7 +403,7 @@ class Context(Body):
     def get_tensor_shape(self, name):
         found = self._dims()
         dims = self.engine_body.tensors[name].type.tensor_type.shape.dim
-        return tuple(dim.dim_value or found[dim.dim_param] for dim in dims)
+        return tuple(dim.dim_value or sized(dim.dim_param, found) for dim in dims)
 
     def set_device_memory(self, memory, size):
         assert memory % 2 == 0
