@@ -42,6 +42,11 @@ class TensorRTExporter:
 
     version: ClassVar[int] = 1
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "w8a8", "fp8", "int4")
+    reasons: ClassVar[Mapping[str, str]] = {
+        "int8": "of int8, TensorRT multiplies rounded weights by rounded activations alone; weight-only is int4",
+        "nf4": "TensorRT has no codes of 16 uneven levels",
+        "w8a8-dynamic": "TensorRT rounds activations as they come in blocks of 8-bit and 4-bit floats alone",
+    }
     layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "bf16": ("fp32", "bf16"),
         "fp16": ("fp32", "fp16"),
