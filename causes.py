@@ -204,25 +204,39 @@ def run_with(module: nn.Module | None, given: Tensor, weight: Tensor) -> Tensor:
 
 
 def _scale(evidence: Evidence) -> Cause | None:
-    """Recognise a factor, of all or of each channel; a bias may have been added after it."""
-    operation = principal(evidence.inner)
+    """Recognise a factor, of all or of each channel; a bias may have been added after it.
+
+    Where a channel is nearly the same all over, a constant explains a factor and the other way round: the better one counts.
+    """
+    operation, by_offset = principal(evidence.inner), _left_by_offset(evidence)
     for offset in _offsets(evidence):
         got, expected = evidence.made - offset, evidence.expected - offset
         factor, left = _factor(got, expected)
-        if left < _EXPLAINED * evidence.error and abs(factor - 1) > _LEAST_CHANGE:
+        if left < min(_EXPLAINED * evidence.error, by_offset) and abs(factor - 1) > _LEAST_CHANGE:
             return Cause(SCALE, operation, {"factor": factor})
         factors, left = _channel_factors(got, expected, _channels(evidence))
-        if got.numel() >= _LEAST_VALUES * len(factors) and left < _EXPLAINED * evidence.error:
+        if got.numel() >= _LEAST_VALUES * len(factors) and left < min(_EXPLAINED * evidence.error, by_offset):
             wrong = (factors - 1).abs() > _LEAST_CHANGE
             figures = {"factor, least": float(factors.min()), "factor, most": float(factors.max())}
             return Cause(SCALE, operation, {**figures, "channels": f"{int(wrong.sum())} of {len(factors)}"})
     return None
 
 
+def _left_by_offset(evidence: Evidence) -> float:
+    """Return the relative error that a constant for each channel leaves."""
+    difference, constant = _constants(evidence)
+    return float((difference - constant).norm() / evidence.made.double().norm().clamp_min(1e-30))
+
+
+def _constants(evidence: Evidence) -> tuple[Tensor, Tensor]:
+    """Return what was made too much in each channel (C, …), and its mean (C, 1)."""
+    difference = (evidence.made - evidence.expected).movedim(_channels(evidence), 0).flatten(1).double()
+    return difference, difference.mean(1, keepdim=True)
+
+
 def _offset(evidence: Evidence) -> Cause | None:
     """Recognise a constant that was added to each channel."""
-    difference = (evidence.made - evidence.expected).movedim(_channels(evidence), 0).flatten(1).double()
-    constant = difference.mean(1, keepdim=True)
+    difference, constant = _constants(evidence)
     if difference.shape[1] < _LEAST_VALUES:
         return None
     if float((difference - constant).norm()) > _EXPLAINED * float(difference.norm()):

@@ -144,6 +144,8 @@ def prove(artifact: Artifact) -> dict[str, Any]:
         return {"skipped": f"the artifact can't draw this: {error.message}"}
     except ParityError as error:
         found = {"problem": error.message}
+    except Exception as error:  # noqa: BLE001 - a backend's own, such as for a shape that was baked in
+        found = {"problem": f"the artifact can't draw: {error}"}
     if "problem" in found:
         return told | {"problem": found["problem"]}
     unit, floor = _floor_of(reference)

@@ -76,13 +76,14 @@ def build(request: Request) -> None:
             outcome.append(error)
 
     thread = threading.Thread(target=work, name=f"build {request.part}")
-    thread.start()
     try:
+        thread.start()  # which waits for it, and can be interrupted
         while thread.is_alive():
             thread.join(_EVERY_S)
     except KeyboardInterrupt:
         stop.set()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
         message = f"the build of {request.part} was interrupted"
         raise Cancelled(message) from None
     if outcome[0] is not None:

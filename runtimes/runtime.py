@@ -41,10 +41,10 @@ class PartFiles:
     """Build the eager module, with flat tensors, in a dtype: for the torch runtime."""
     deltas: Mapping[str, Sequence[Delta]] = field(default_factory=dict)
     """What LoRAs add to weights, by their names in `Runtime.shapes`."""
-    islands: bool = True
-    """Whether layers stored in float32 keep it in a part of two bytes: not where a model is run as it is in another dtype."""
     vouched: Mapping[str, str] = field(default_factory=dict)
     """File of the folder -> its sha256 in a manifest that was verified. What is native code is opened only with that."""
+    islands: bool = True
+    """Whether layers stored in float32 keep it in a part of two bytes: not where a model is run as it is in another dtype."""
 
 
 @dataclass(frozen=True)

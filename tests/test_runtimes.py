@@ -117,7 +117,7 @@ def test_a_missing_device_falls_back_and_says_so(monkeypatch):
 def test_unknown_backends_list_the_known():
     with pytest.raises(RecipeError, match="'openvino'"):
         plugins.runtime("openvno")
-    with pytest.raises(RecipeError, match="Known: null, onnx, openvino, torch"):
+    with pytest.raises(RecipeError, match="Known: null, onnx, openvino, tensorrt, torch"):
         plugins.exporter("tflite")
 
 

@@ -111,9 +111,9 @@ def test_a_checked_recipe_is_drawn(measured, tmp_path, capsys):
 
 
 def test_a_backend_that_mixes_nothing_measured_says_so(measured):
-    found = Sensitivity({}, {"unet": {"a": Layer(1, 1, {"w8a8": 1.0})}}, {"unet": {}})
-    with pytest.raises(RecipeError, match="torch bakes none of w8a8 for single layers"):
-        recipe_within(found, "torch", 30)
+    found = Sensitivity({}, {"unet": {"a": Layer(1, 1, {"fp8": 1.0})}}, {"unet": {}})
+    with pytest.raises(RecipeError, match="onnx bakes none of fp8 for single layers"):
+        recipe_within(found, "onnx", 30)
 
 
 def test_what_cannot_be_meant(tmp_path, capsys):
