@@ -251,6 +251,7 @@ def test_vae_tiling_and_slicing_stay_diffusers_own(engines):
     assert tiled.shape == (1, 128, 128, 3)
 
 
+@pytest.mark.slow
 def test_fractional_timesteps_need_a_float_port(baked):
     from diffusers import EulerDiscreteScheduler
 
@@ -285,6 +286,7 @@ def test_ancestral_noise_comes_from_each_prompts_own_generator(engines):
     assert worst(together, alone) >= 45
 
 
+@pytest.mark.slow
 def test_bf16_is_within_its_floor(engines):
     """The distance of each runtime's bf16 from torch fp32, against torch's own."""
     exact = engines("torch:fp32").generate(PROMPTS, **SAME).images.astype(float)

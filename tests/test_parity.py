@@ -138,6 +138,7 @@ def test_a_budget_refuses_marks_and_stays(tmp_path, capsys):
     assert Artifact.open(target).manifest.proof["status"] == "failing"
 
 
+@pytest.mark.slow
 def test_a_looser_budget_needs_a_reason(tmp_path, capsys):
     arguments = ["export", "shapes", "-o", str(tmp_path / "out"), "--recipe", "torch:fp32", "--budget", "unet=20dB"]
     assert main(arguments) == 2

@@ -45,6 +45,7 @@ def test_stand_ins_have_the_real_models_parameters(tmp_path, model, module, bill
     assert checkpoint.nbytes / 2e9 == pytest.approx(billions, rel=0.005)
 
 
+@pytest.mark.slow
 def test_weights_that_are_linked_take_no_disk(sdxl, tmp_path):
     linked = plan(str(sdxl), recipe("onnx:bf16")).forecast(sdxl)
     copied = plan(str(sdxl), recipe("onnx:bf16"), weights="copy").forecast(sdxl)

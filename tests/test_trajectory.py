@@ -141,6 +141,7 @@ def test_the_scorers_gate():
     assert (marked["status"], marked["scorer"]["low"]) == ("failing", -2.6)
 
 
+@pytest.mark.slow
 def test_the_scorer_judges_paired_pictures(copied, capsys):
     folder = copied("torch:fp32")
     assert main(["verify", str(folder), "--parity", "--scorer", "3", "--json"]) == 0
