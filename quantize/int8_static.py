@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 class Int8Static(Int8):
     """Layers that weren't calibrated have int8 weights alone."""
 
+    version: ClassVar[int] = 2
     calibrated: ClassVar[bool] = True
     uses_inputs: ClassVar[bool] = False  # next to what the activations lose it is nothing
 
