@@ -10,8 +10,6 @@ from .grid import LEAST, MOST, Grid
 if TYPE_CHECKING:
     from torch import Tensor
 
-_HEADROOM = 1.25
-"""What a channel may come to, of what it came to in calibration: other sizes and steps go beyond, and clipping costs most."""
 _LEAST_STEP = 1e-3
 """Of the widest channel's step: a channel that hardly moved in calibration may move more elsewhere."""
 
@@ -84,9 +82,9 @@ class Channels:
         return Grid(_floats(steps), tuple(int(zero) for zero in zeros))
 
     def _ends(self) -> tuple[Tensor, Tensor]:
-        """Return each channel's ends with headroom, and nought between them."""
+        """Return each channel's ends, with nought between them."""
         assert self.least is not None and self.most is not None  # noqa: S101, PT018 - made by `see`
-        return _HEADROOM * self.least.clamp(max=0), _HEADROOM * self.most.clamp(min=0)
+        return self.least.clamp(max=0), self.most.clamp(min=0)
 
     def as_tensor(self) -> Tensor:
         """Return ends, means and mean squares, float32 (4, C)."""
