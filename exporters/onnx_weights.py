@@ -71,7 +71,7 @@ def bring(model: onnx_ir.Model, weights: Weights, subject: Subject, folder: Path
         brought, moved = _pack(model, weights.found, subject, folder)
     for name, entry in moved.items():
         value = model.graph.initializers[name]
-        _point(value, entry, folder)
+        point(value, entry, folder)
         if entry.dtype in _WIDENED:
             _widen(model, value)
     if weights.made:
@@ -115,10 +115,11 @@ def _place(found: dict[str, Entry], subject: Subject, folder: Path) -> tuple[str
     return how, {name: replace(entry, file=folder / entry.file.name) for name, entry in found.items()}
 
 
-def _point(value: onnx_ir.Value, entry: Entry, folder: Path) -> None:
+def point(value: onnx_ir.Value, entry: Entry, folder: Path, dtype: onnx_ir.DataType | None = None) -> None:
+    """Let an initializer's bytes be those of a safetensors file; without a dtype they are what the file says."""
     import onnx_ir
 
-    dtype = onnx_ir.DataType[DTYPES[entry.dtype]]
+    dtype = dtype or onnx_ir.DataType[DTYPES[entry.dtype]]
     assert value.shape is not None  # noqa: S101 - an initializer has one
     value.const_value = onnx_ir.ExternalTensor(
         location=entry.file.name,
@@ -150,7 +151,7 @@ def _write_made(model: onnx_ir.Model, made: dict[str, Tensor], folder: Path) -> 
     file = folder / "constants.safetensors"
     save_file(made, file)
     for entry in read_header(file):
-        _point(model.graph.initializers[entry.name], entry, folder)
+        point(model.graph.initializers[entry.name], entry, folder)
 
 
 def _pack(
@@ -178,7 +179,7 @@ def _pack(
     rest = {entry.name: streamed(entry, storage(mixture.precision_of(entry.name))) for entry in plain.values()}
     written = write_streamed([*packed, *rest.values()], folder / FILE)
     for tensor in packed:
-        _point(model.graph.initializers[tensor.name], written[tensor.name], folder)
+        point(model.graph.initializers[tensor.name], written[tensor.name], folder)
     return brought, {name: written[entry.name] for name, entry in plain.items()}
 
 

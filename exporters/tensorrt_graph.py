@@ -12,6 +12,7 @@ from ..weights import Streamed, as_bytes, read_header, read_tensor, sha256, stre
 from .exporter import SCALES
 from .layers import write_layers
 from .onnx import FILE, hollow_graph, layers_of, save, strip
+from .onnx_weights import point
 from .tensorrt_qdq import CODES, Quantizer, products_of
 from .tensorrt_types import DTYPES, PRODUCTS, Typing, without_doubles
 
@@ -213,17 +214,7 @@ def _point(value: onnx_ir.Value, entry: Entry, folder: Path) -> None:
     given = value.dtype
     int4 = given is not None and given.name == "INT4"
     dtype = onnx_ir.DataType.INT4 if int4 else onnx_ir.DataType[_ONNX[entry.dtype]]
-    assert value.shape is not None  # noqa: S101 - an initializer has one
-    value.const_value = onnx_ir.ExternalTensor(
-        location=entry.file.name,
-        offset=entry.offset,
-        length=entry.length,
-        dtype=dtype,
-        shape=value.shape,
-        name=value.name or entry.name,
-        base_dir=folder,
-    )
-    value.type = onnx_ir.TensorType(dtype)
+    point(value, entry, folder, dtype)
 
 
 def _weight_bytes(plain: list[Streamed], packed: list[Streamed]) -> dict[str, int]:
