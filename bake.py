@@ -235,6 +235,7 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
         weights=planned.weights,
         options=recipe.options,
         limits=part.component.limit(config, _BOUNDLESS).as_dict(),
+        origin={field: planned.part_fields[name].get(field) for field in ("source", "component", "loras")},
     )
     shutil.copyfile(origin / "config.json", folder / "config.json")
     if subject.activations:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..quantize.inputs import corrected
+from ..weights import sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +40,9 @@ def lower_corrected(
         changed = corrected(subject.checkpoint, subject.mixture, file, kept)
         if changed is subject.checkpoint:
             return exporter.lower(subject, folder)
-        lowered = exporter.lower(replace(subject, checkpoint=changed, capture=recapture(changed)), folder)
+        origin = {**subject.origin, "biases": sha256(file)} if subject.origin is not None else None
+        other = replace(subject, checkpoint=changed, capture=recapture(changed), origin=origin)
+        lowered = exporter.lower(other, folder)
         late = frozenset(
             name for name in lowered.kept if name not in kept and _bias_differs(name, subject.checkpoint, changed)
         )

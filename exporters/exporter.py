@@ -50,6 +50,9 @@ class Subject:
     """Of the recipe."""
     limits: Mapping[str, int] = field(default_factory=dict)
     """Named dimension -> the largest size that the model can take."""
+    origin: Mapping[str, object] | None = None
+    """What decides on the captured program beside ports and tools: hashes of the module's files and the like. None: its
+    graph isn't kept for later exports."""
 
 
 @dataclass(frozen=True)

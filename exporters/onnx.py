@@ -12,9 +12,10 @@ from ..errors import LoweringError
 from ..quantize.calibration import METHODS
 from .costs import graph_cost, stored_bytes
 from .exporter import Cost, Lowered
+from .graphs import Shelf
 from .hollow import lower_hollow
 from .layers import write_layers
-from .onnx_weights import Weights, bring, weight_bytes
+from .onnx_weights import Weights, bring, empty, weight_bytes
 from .packing import storage
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 FILE = "model.onnx"
 _FOLD_ELEMENTS = 8192
 _FOLDS = 2
+_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript")
+_KEPT_BYTES = 256_000_000
+"""Graphs with more of their own constants aren't kept."""
 
 
 class OnnxExporter:
@@ -67,7 +71,7 @@ class OnnxExporter:
         return graph_cost(weights, written, operations, packs=bool(mixture.formats))
 
     def packages(self) -> tuple[str, ...]:
-        return ("torch", "onnx", "onnx-ir", "onnxscript")
+        return _TOOLS
 
     def lower(self, subject: Subject, folder: Path) -> Lowered:
         model, weights = hollow_graph(subject)
@@ -79,7 +83,11 @@ class OnnxExporter:
 
 
 def hollow_graph(subject: Subject) -> tuple[onnx_ir.Model, Weights]:
-    """Return a part's graph in float32, whose large weights are stand-ins, and what they stand for."""
+    """Return a part's graph in float32, whose large weights are stand-ins without values, and what they stand for."""
+    shelf = Shelf.of(subject, "onnx", _TOOLS)
+    found = shelf.found()
+    if found:
+        return read_hollow(found, subject.checkpoint)
 
     def lowered(program: ExportedProgram, hollow: Hollow) -> tuple[tuple[onnx_ir.Model, Weights], set[str]]:
         model = translate(subject, program)
@@ -89,7 +97,18 @@ def hollow_graph(subject: Subject) -> tuple[onnx_ir.Model, Weights]:
 
     model, weights = lower_hollow(subject.part, subject.capture, lowered)
     name_dims(model, subject.inputs, subject.outputs)
+    empty(model, weights)
+    if weights.made_bytes < _KEPT_BYTES:
+        shelf.keep(lambda folder: save(model, folder))
     return model, weights
+
+
+def read_hollow(folder: Path, checkpoint: Checkpoint) -> tuple[onnx_ir.Model, Weights]:
+    """Read what `hollow_graph` has kept."""
+    import onnx_ir
+
+    model = onnx_ir.load(folder / FILE)
+    return model, Weights.read(model, checkpoint)
 
 
 def translate(subject: Subject, captured: ExportedProgram) -> onnx_ir.Model:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..quantize.mixture import Mixture
-    from ..weights import Entry
+    from ..weights import Checkpoint, Entry
     from .exporter import Subject
     from .hollow import Hollow
 
@@ -50,6 +50,26 @@ class Weights:
                 weights.found[name] = entry
         return weights
 
+    @classmethod
+    def read(cls, model: onnx_ir.Model, checkpoint: Checkpoint) -> Weights:
+        """Tell apart the initializers of a graph that `empty` has changed."""
+        import onnx_ir
+
+        weights = cls({}, {})
+        for name, value in model.graph.initializers.items():
+            constant = value.const_value
+            if isinstance(constant, onnx_ir.ExternalTensor):
+                weights.found[name] = checkpoint.entries[str(constant.location)]
+            elif constant is not None and constant.nbytes >= _INLINE_BYTES:
+                tensor = _torch_tensor(value)
+                assert tensor is not None  # noqa: S101 - it has a constant
+                weights.made[name] = tensor
+        return weights
+
+    @property
+    def made_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.made.values())
+
 
 @dataclass
 class Brought:
@@ -60,6 +80,23 @@ class Brought:
     """Weight that the recipe's low-bit formats left as it is -> why."""
     labels: dict[str, str] = field(default_factory=dict)
     """Initializer of codes, or of their scales -> what its bytes count as."""
+
+
+def empty(model: onnx_ir.Model, weights: Weights) -> None:
+    """Let initializers that are the checkpoint's name its tensor, in the place of a file, and have no values."""
+    import onnx_ir
+
+    for name, entry in weights.found.items():
+        value = model.graph.initializers[name]
+        assert value.const_value is not None and value.shape is not None  # noqa: S101, PT018 - an initializer has both
+        value.const_value = onnx_ir.ExternalTensor(
+            location=entry.name,
+            offset=0,
+            length=value.const_value.nbytes,
+            dtype=value.const_value.dtype,
+            shape=value.shape,
+            name=name,
+        )
 
 
 def bring(model: onnx_ir.Model, weights: Weights, subject: Subject, folder: Path) -> Brought:
@@ -142,7 +179,7 @@ def _widen(model: onnx_ir.Model, value: onnx_ir.Value) -> None:
     )
     onnx_ir.convenience.replace_all_uses_with(value, wide)
     to = onnx_ir.AttrInt64("to", onnx_ir.DataType.FLOAT)
-    model.graph.insert_before(model.graph[0], onnx_ir.Node("", "Cast", [value], [to], outputs=[wide]))
+    model.graph.insert_before(model.graph[0], onnx_ir.Node("", "Cast", [value], [to], outputs=[wide], name=f"widen {value.name}"))
 
 
 def _write_made(model: onnx_ir.Model, made: dict[str, Tensor], folder: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import LoweringError
 from ..quantize.calibration import METHODS
 from .costs import graph_cost, stored_bytes
 from .exporter import Cost, Lowered
+from .graphs import Shelf
 from .hollow import lower_hollow
 from .layers import write_layers
 from .openvino_activations import round_activations
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from .hollow import Hollow
 
 FILE = "openvino_model.xml"
+_ABOUT = "graph.json"
 _LEAST_BYTES = 1024
 """Smaller constants are OpenVINO's to write."""
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32", "boolean": "bool"}
@@ -67,22 +71,62 @@ class OpenVINOExporter:
         return graph_cost(weights, sum(weights.values()), operations, packs=bool(mixture.formats))
 
     def lower(self, subject: Subject, folder: Path) -> Lowered:
-        import openvino
-
-        def translate(program: ExportedProgram, hollow: Hollow) -> tuple[tuple[Any, list[Entry]], set[str]]:
-            _spell_sizes(program)
-            model = _convert(subject.part, program)
-            layers = list(_layers(model, program))
-            model, entries = _with_interface(model, program, hollow, subject.inputs, subject.outputs)
-            round_activations(model, entries, subject.activations)
-            _keep_wide(model, write_layers(layers, subject.checkpoint, folder), subject.mixture)
-            return (model, entries), {entry.name for entry in entries}
-
-        model, entries = lower_hollow(subject.part, subject.capture, translate)
-        openvino.save_model(model, folder / FILE, compress_to_fp16=False)
-        del model
+        graph = _hollow_graph(subject, self.packages())
+        round_activations(graph.model, graph.entries, subject.activations)
+        _keep_wide(graph.model, write_layers(graph.layers, subject.checkpoint, folder), subject.mixture)
+        _save(graph.model, folder)
+        entries = graph.entries
+        del graph
         written = write_weights(folder / FILE, entries, subject.mixture, subject.activations)
         return Lowered("written", written.weight_bytes, written.kept)
+
+
+@dataclass
+class _Graph:
+    """A part's graph in float32, with a parameter in the place of each large weight."""
+
+    model: Any
+    entries: list[Entry]
+    """What the parameters stand for, in their order."""
+    layers: list[tuple[str, str]]
+    """(Module path, operation) of each that came from a module."""
+
+    def write(self, folder: Path) -> None:
+        _save(self.model, folder)
+        about = {"entries": [entry.name for entry in self.entries], "layers": self.layers}
+        (folder / _ABOUT).write_text(json.dumps(about))
+
+    @classmethod
+    def read(cls, folder: Path, checkpoint: Checkpoint) -> _Graph:
+        import openvino
+
+        about = json.loads((folder / _ABOUT).read_text())
+        entries = [checkpoint.entries[name] for name in about["entries"]]
+        return cls(openvino.Core().read_model(folder / FILE), entries, [(path, name) for path, name in about["layers"]])
+
+
+def _hollow_graph(subject: Subject, packages: tuple[str, ...]) -> _Graph:
+    shelf = Shelf.of(subject, "openvino", packages)
+    found = shelf.found()
+    if found:
+        return _Graph.read(found, subject.checkpoint)
+
+    def translate(program: ExportedProgram, hollow: Hollow) -> tuple[_Graph, set[str]]:
+        _spell_sizes(program)
+        model = _convert(subject.part, program)
+        layers = list(_layers(model, program))
+        model, entries = _with_interface(model, program, hollow, subject.inputs, subject.outputs)
+        return _Graph(model, entries, layers), {entry.name for entry in entries}
+
+    graph = lower_hollow(subject.part, subject.capture, translate)
+    shelf.keep(graph.write)
+    return graph
+
+
+def _save(model: Any, folder: Path) -> None:  # noqa: ANN401 - openvino is untyped
+    import openvino
+
+    openvino.save_model(model, folder / FILE, compress_to_fp16=False)
 
 
 def _spell_sizes(program: ExportedProgram) -> None:

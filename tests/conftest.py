@@ -25,8 +25,10 @@ PROMPTS = [
 
 @pytest.fixture(scope="session", autouse=True)
 def own_home(tmp_path_factory):
-    """Keep the user's cache out of it."""
-    os.environ["BAKEOFF_HOME"] = str(tmp_path_factory.mktemp("home"))
+    """Keep the user's cache out of it; processes of one session share theirs, which holds the graphs of `shapes`."""
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "home"
+    os.environ["BAKEOFF_HOME"] = str(home)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -48,7 +49,9 @@ def export_here(source: str, output: str, recipe: str) -> dict[str, Any]:
         if line.startswith("["):
             marks.append((line.partition("] ")[2].partition(":")[0], time.perf_counter()))
 
-    export(source, output, parse(recipe)[0], prove=False, progress=say)
+    with tempfile.TemporaryDirectory() as home:  # no graph of an earlier export
+        os.environ["BAKEOFF_HOME"] = home
+        export(source, output, parse(recipe)[0], prove=False, progress=say)
     ended = time.perf_counter()
     ends = [begin for _, begin in marks[1:]] + [ended]
     parts = {name: round(end - begin, 1) for (name, begin), end in zip(marks, ends, strict=True)}
