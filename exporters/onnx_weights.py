@@ -179,7 +179,9 @@ def _widen(model: onnx_ir.Model, value: onnx_ir.Value) -> None:
     )
     onnx_ir.convenience.replace_all_uses_with(value, wide)
     to = onnx_ir.AttrInt64("to", onnx_ir.DataType.FLOAT)
-    model.graph.insert_before(model.graph[0], onnx_ir.Node("", "Cast", [value], [to], outputs=[wide], name=f"widen {value.name}"))
+    model.graph.insert_before(
+        model.graph[0], onnx_ir.Node("", "Cast", [value], [to], outputs=[wide], name=f"widen {value.name}")
+    )
 
 
 def _write_made(model: onnx_ir.Model, made: dict[str, Tensor], folder: Path) -> None:

@@ -116,8 +116,6 @@ def test_the_oldest_go(home, subject, monkeypatch):
     for number, shelf in enumerate(shelves):
         shelf.keep(_fill)
         if number == 1:
-            import os
-
             os.utime(shelves[1].folder, (1, 1))
             os.utime(shelves[0].folder, (2, 2))
     assert [shelf.found() is not None for shelf in shelves] == [True, False, True]
