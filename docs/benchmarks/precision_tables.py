@@ -15,9 +15,9 @@ def with_tables(page: str, record: dict[str, Any]) -> str:
     """Return the page with its tables made anew."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    lines = [BEGIN, "", f"Run on: {_machine(record['machine'])}.", ""]
+    lines = [BEGIN, ""]
     for model, found in record.items():
-        if model in {"machine", "command"}:
+        if model == "command":
             continue
         for name, group in found["groups"].items():
             lines += [f"### {model}: {name}", "", *_group(group), ""]
@@ -33,7 +33,8 @@ def _machine(machine: dict[str, Any]) -> str:
 
 def _group(group: dict[str, Any]) -> list[str]:
     busy = group["machine_time"]
-    told = f"{group['threads']} thread, {group['blocks']} blocks; all cores were {busy['busy']:.0%} busy, {busy['stolen']:.0%} stolen."
+    load = f"all cores were {busy['busy']:.0%} busy, {busy['stolen']:.0%} stolen"
+    told = f"{_machine(group['machine'])}. Threads: {group['threads']}; blocks: {group['blocks']}; {load}."
     return [told, "", *HEAD, *(_arm(name, row) for name, row in group["arms"].items())]
 
 
@@ -43,8 +44,8 @@ def _arm(name: str, row: dict[str, Any]) -> str:
     peak = row["step_peak_anon_bytes"] - row["before_anon_bytes"]
     cells = [
         f"{row['median_s']:.1f}",
-        _ratio(row["to_fp32"]),
-        _ratio(row["to_bf16"]),
+        "1" if name == "fp32" else _ratio(row["to_fp32"]),
+        "1" if name == "bf16" else _ratio(row["to_bf16"]),
         "same" if row["sqnr_db"] > 150 else f"{row['sqnr_db']:.1f}",  # noqa: PLR2004 - of float32
         *(f"{size / 1e9:.2f}" for size in (row["opened_anon_bytes"], peak, row["disk_bytes"])),
         "not timed" if row["export_seconds"] is None else f"{row['export_seconds']:.0f}",
@@ -54,7 +55,7 @@ def _arm(name: str, row: dict[str, Any]) -> str:
 
 
 def _ratio(found: dict[str, float] | None) -> str:
-    return "1" if found is None else f"{found['middle']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    return "" if found is None else f"{found['middle']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
 def _profile(profile: dict[str, Any]) -> list[str]:
@@ -63,7 +64,7 @@ def _profile(profile: dict[str, Any]) -> list[str]:
         for row in profile["nodes"]
     ]
     return [
-        f"{profile['step_seconds']:.1f} s.",
+        f"{_machine(profile['machine'])}. {profile['step_seconds']:.1f} s.",
         "",
         "| node | kernel | nodes | s | share |",
         "| --- | --- | --- | --- | --- |",

@@ -44,7 +44,7 @@ GROUPS = {
     "openvino, weights alone": ("openvino", ["fp32", "bf16", "int8", "int4", "nf4", "nncf-int8"]),
     "onnx, activations too": ("onnx", ["fp32", "bf16", "w8a8", "w8a8-dynamic", "ort-dynamic", "ort-static"]),
     "onnx, weights alone": ("onnx", ["fp32", "bf16", "int8", "int4", "nf4"]),
-    "torch": ("torch", ["fp32", "bf16", "int8", "nf4"]),
+    "torch": ("torch", ["fp32", "bf16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic"]),
 }
 PROFILED = ["openvino:bf16", "openvino:w8a8", "openvino:nncf-w8a8", "onnx:fp32", "onnx:w8a8"]
 REFERENCE = Arm("torch", "fp32")
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep what is in --work, and use what is there")
     parser.add_argument("--only", nargs="+", choices=[*GROUPS, "profiles"], default=[*GROUPS, "profiles"])
     parser.add_argument("--again", action="store_true", help="run what --only names although the record has it")
-    parser.add_argument("--arms", nargs="+", help="of these precisions alone, besides fp32 and bf16")
+    parser.add_argument("--arms", nargs="+", help="of these precisions alone; fp32, which ratios are to, among them")
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--nncf-python", help="python of an environment with NNCF")
@@ -67,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:
         work = (options.work if options.keep else Path(temporary)).resolve()
         found = record.setdefault(options.model, {"groups": {}, "profiles": {}})
-        record |= {"machine": describe(), "command": "make bench-precisions"}
+        record["command"] = "make bench-precisions"
         for name in options.only:
             if name == "profiles":
                 for _ in _profile(found["profiles"], work, options):
@@ -105,7 +105,7 @@ def _compare(backend: str, precisions: list[str], work: Path, options: argparse.
             "median_s": round(float(np.median(seconds[name])), 2),
             "seconds": [round(each, 3) for [each] in seconds[name]],
             "to_fp32": _interval(seconds["fp32"], seconds[name]),
-            "to_bf16": _interval(seconds["bf16"], seconds[name]),
+            "to_bf16": _interval(seconds["bf16"], seconds[name]) if "bf16" in seconds else None,
         }
         for name, arm in opened.items()
     }
@@ -115,6 +115,7 @@ def _compare(backend: str, precisions: list[str], work: Path, options: argparse.
         "arms": made | rows,
         "blocks": options.blocks,
         "threads": options.threads,
+        "machine": describe(),
         "machine_time": _shares(before, after),
     }
 
@@ -122,7 +123,7 @@ def _compare(backend: str, precisions: list[str], work: Path, options: argparse.
 def _is_wanted(precision: str, options: argparse.Namespace) -> bool:
     if precision.startswith("nncf") and not options.nncf_python:
         return False
-    return not options.arms or precision in {"fp32", "bf16", *options.arms}
+    return not options.arms or precision in options.arms
 
 
 def _attempt(arm: Arm, folder: Path, work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -191,7 +192,8 @@ def _profile(found: dict[str, Any], work: Path, options: argparse.Namespace) -> 
         make(arm, folder, work, options.nncf_python)
         arguments = {"folder": str(work / f"{folder.name}-{arm.backend}-{arm.precision}"), "inputs": str(file)}
         arguments |= {"threads": options.threads}
-        found[name], _ = in_child(f"node_profile:{arm.backend}_here", arguments, extra_path=str(HERE))
+        made, _ = in_child(f"node_profile:{arm.backend}_here", arguments, extra_path=str(HERE))
+        found[name] = {"machine": describe(), **made}
         yield name
 
 
