@@ -84,10 +84,12 @@ class OnnxExporter:
 
 def hollow_graph(subject: Subject) -> tuple[onnx_ir.Model, Weights]:
     """Return a part's graph in float32, whose large weights are stand-ins without values, and what they stand for."""
+    import onnx_ir
+
     shelf = Shelf.of(subject, "onnx", _TOOLS)
-    found = shelf.found()
-    if found:
-        return read_hollow(found, subject.checkpoint)
+    kept = shelf.found()
+    if kept:
+        return _read(onnx_ir.load(kept / FILE), subject.checkpoint)
 
     def lowered(program: ExportedProgram, hollow: Hollow) -> tuple[tuple[onnx_ir.Model, Weights], set[str]]:
         model = translate(subject, program)
@@ -98,16 +100,14 @@ def hollow_graph(subject: Subject) -> tuple[onnx_ir.Model, Weights]:
     model, weights = lower_hollow(subject.part, subject.capture, lowered)
     name_dims(model, subject.inputs, subject.outputs)
     empty(model, weights)
-    if weights.made_bytes < _KEPT_BYTES:
-        shelf.keep(lambda folder: save(model, folder))
-    return model, weights
+    if weights.made_bytes >= _KEPT_BYTES:
+        return model, weights
+    shelf.keep(lambda folder: save(model, folder))
+    # As if it had been kept: names that nodes get from here on depend on those that were ever given.
+    return _read(onnx_ir.from_proto(onnx_ir.to_proto(model)), subject.checkpoint)
 
 
-def read_hollow(folder: Path, checkpoint: Checkpoint) -> tuple[onnx_ir.Model, Weights]:
-    """Read what `hollow_graph` has kept."""
-    import onnx_ir
-
-    model = onnx_ir.load(folder / FILE)
+def _read(model: onnx_ir.Model, checkpoint: Checkpoint) -> tuple[onnx_ir.Model, Weights]:
     return model, Weights.read(model, checkpoint)
 
 

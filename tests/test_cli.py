@@ -32,7 +32,9 @@ def test_generate_writes_a_png_and_says_how_it_came_about(run_json, baked, tmp_p
     from PIL import Image
 
     output = tmp_path / "out.png"
-    found = run_json("generate", baked("openvino:fp32"), "a red circle", "-o", output, "--seed", 5, "--steps", 2)
+    found = run_json(
+        "generate", baked("torch:fp32", proved=True), "a red circle", "-o", output, "--seed", 5, "--steps", 2
+    )
     assert found["files"] == [str(output)]
     assert found["seeds"] == [5]
     assert found["proved"]
@@ -42,19 +44,19 @@ def test_generate_writes_a_png_and_says_how_it_came_about(run_json, baked, tmp_p
 
 
 def test_several_prompts_write_several_pictures(run_cli, baked, tmp_path):
-    finished = run_cli("generate", baked("null:fp32"), "a", "b", "-o", tmp_path / "out.png", "--steps", 1)
+    finished = run_cli("generate", baked("null:fp32", proved=True), "a", "b", "-o", tmp_path / "out.png", "--steps", 1)
     assert finished.returncode == 0, finished.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out-0.png", "out-1.png"]
     assert "unproved: the null backend computes nothing" in finished.stderr
 
 
 def test_inspect_verify_and_why_rebuild(run_json, baked):
-    folder = baked("onnx:fp32")
+    folder = baked("torch:fp32", proved=True)
     assert run_json("inspect", folder)["proof"]["status"] == "proved"
     assert run_json("verify", folder)["problems"] == []
     assert run_json("verify", folder, "--parity")["proof"]["status"] == "proved"
-    assert run_json("why-rebuild", folder, "shapes", "--recipe", "onnx:fp32") == {"rebuild": False, "fields": []}
-    fields = run_json("why-rebuild", folder, "shapes", "--recipe", "onnx:fp32", "--weights", "copy")["fields"]
+    assert run_json("why-rebuild", folder, "shapes", "--recipe", "torch:fp32") == {"rebuild": False, "fields": []}
+    fields = run_json("why-rebuild", folder, "shapes", "--recipe", "torch:fp32", "--weights", "copy")["fields"]
     assert all(".weights: shared where possible -> own" in field for field in fields)
 
 

@@ -107,7 +107,9 @@ def conv_of(folder, layer):
 
 def test_a_wrong_scale_in_a_convolution(baked, planted):
     layer = "down_blocks.1.resnets.0.conv2"
-    artifact = planted(baked("onnx:fp32"), "unet", edit_onnx(set_weight(f"{layer}.weight", lambda weight: weight * 2)))
+    artifact = planted(
+        baked("onnx:fp32", proved=True), "unet", edit_onnx(set_weight(f"{layer}.weight", lambda weight: weight * 2))
+    )
     found = only(artifact)
     assert (found.part, found.layer, found.operator, found.cause) == ("unet", layer, "Conv", causes.SCALE)
     assert found.figures["factor"] == pytest.approx(2, rel=1e-3)
@@ -115,7 +117,7 @@ def test_a_wrong_scale_in_a_convolution(baked, planted):
 
 def test_a_transposed_weight(baked, planted):
     layer = f"{ATTENTION}.to_q"
-    artifact = planted(baked("onnx:fp32"), "unet", edit_onnx(set_weight(f"{layer}.weight", np.transpose)))
+    artifact = planted(baked("onnx:fp32", proved=True), "unet", edit_onnx(set_weight(f"{layer}.weight", np.transpose)))
     found = only(artifact)
     assert (found.part, found.layer, found.operator, found.cause) == ("unet", layer, "MatMul", causes.TRANSPOSED)
 
@@ -124,7 +126,7 @@ def test_saturated_attention(baked, planted):
     import onnx_ir
 
     def sharpen(graph):
-        names = json.loads((baked("onnx:fp32") / "unet" / "layers.json").read_text())[ATTENTION]
+        names = json.loads((baked("onnx:fp32", proved=True) / "unet" / "layers.json").read_text())[ATTENTION]
         (softmax,) = [node for node in graph if node.name in names and node.op_type == "Softmax"]
         times = onnx_ir.Value(name="times", const_value=onnx_ir.tensor(np.float32(60), name="times"))
         graph.initializers["times"] = times
@@ -132,7 +134,7 @@ def test_saturated_attention(baked, planted):
         graph.insert_before(softmax, more)
         softmax.replace_input_with(0, more.outputs[0])
 
-    found = only(planted(baked("onnx:fp32"), "unet", edit_onnx(sharpen)))
+    found = only(planted(baked("onnx:fp32", proved=True), "unet", edit_onnx(sharpen)))
     assert (found.part, found.layer, found.operator, found.cause) == ("unet", ATTENTION, "Softmax", causes.ATTENTION)
     assert found.figures["scores times"] == pytest.approx(60, rel=1e-3)
     assert found.figures["rows on one token"] > found.figures["rows on one token in eager"]
@@ -205,7 +207,11 @@ def test_a_wrong_scale_in_openvino(decoders, planted):
 
 def test_a_changed_weight_in_torch(baked, planted):
     layer = "down_blocks.1.resnets.0.conv2"
-    found = only(planted(baked("torch:fp32"), "unet", edit_safetensors(f"{layer}.weight", lambda weight: weight * 2)))
+    found = only(
+        planted(
+            baked("torch:fp32", proved=True), "unet", edit_safetensors(f"{layer}.weight", lambda weight: weight * 2)
+        )
+    )
     assert (found.part, found.layer, found.operator, found.cause) == ("unet", layer, "Conv2d", causes.SCALE)
 
 
@@ -224,7 +230,7 @@ def test_an_exact_artifact_has_no_fault(decoders):
 
 
 def test_another_model_and_none_are_refused(baked, run_cli, tiny):
-    folder = baked("torch:fp32")
+    folder = baked("torch:fp32", proved=True)
     finished = run_cli("verify", folder, "--explain")
     assert finished.returncode == 2
     assert "add --source" in finished.stderr
@@ -235,7 +241,9 @@ def test_another_model_and_none_are_refused(baked, run_cli, tiny):
 
 def test_the_command_names_it(baked, planted, run_cli):
     layer = "encoder.conv_in"
-    artifact = planted(baked("torch:fp32"), "vae_encoder", edit_safetensors(f"{layer}.bias", lambda bias: bias + 3))
+    artifact = planted(
+        baked("torch:fp32", proved=True), "vae_encoder", edit_safetensors(f"{layer}.bias", lambda bias: bias + 3)
+    )
     finished = run_cli("verify", artifact.folder, "--explain", "--source", "shapes", "--json")
     assert finished.returncode == 7, finished.stderr
     (found,) = json.loads(finished.stdout)["parts"]

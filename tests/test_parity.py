@@ -27,9 +27,12 @@ def test_sqnr_is_minus_twenty_log10():
     assert proof.measure(got, expected, {}).sqnr_db == pytest.approx(20, abs=0.01)
 
 
-@pytest.mark.parametrize("recipe", ["onnx:fp32", "openvino:fp32", "torch:bf16", "openvino:bf16"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["onnx:fp32", "openvino:fp32", "torch:bf16", pytest.param("openvino:bf16", marks=pytest.mark.slow)],
+)
 def test_each_part_is_proved_at_three_shapes(baked, recipe):
-    proved = Artifact.open(baked(recipe)).manifest.proof
+    proved = Artifact.open(baked(recipe, proved=True)).manifest.proof
     assert proved["status"] == "proved"
     assert proved["peak_anon_bytes"] > 0
     for part in proved["parts"].values():
@@ -42,7 +45,7 @@ def test_each_part_is_proved_at_three_shapes(baked, recipe):
 @pytest.mark.parametrize("recipe", ["onnx:fp32", "openvino:fp32"])
 def test_a_damaged_weight_is_named(copied, recipe):
     """Scale some of the UNet's weights by a tenth, and the proof names the UNet."""
-    folder = copied(recipe)
+    folder = copied(recipe, proved=True)
     artifact = Artifact.open(folder)
     file = next(
         f
@@ -83,7 +86,7 @@ def test_a_baked_shape_fails_the_export_and_names_the_part(tmp_path, monkeypatch
     monkeypatch.setattr(capturing, "capture", capture)
     monkeypatch.setenv("BAKEOFF_HOME", str(tmp_path / "home"))  # nobody else shall find this graph
     with pytest.raises(ParityError, match="vae_decoder can't run at the shapes"):
-        bake.export("shapes", tmp_path / "out", parse("torch:fp32,vae_decoder=onnx:fp32")[0])
+        bake.export("shapes", tmp_path / "out", parse("null:fp32,vae_decoder=onnx:fp32")[0])
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
@@ -110,7 +113,7 @@ def test_a_module_that_cannot_be_captured_is_named(shapes):
 
 
 def test_the_proof_is_skipped_where_it_would_not_fit(baked, monkeypatch):
-    artifact = Artifact.open(baked("torch:fp32"))
+    artifact = Artifact.open(baked("torch:fp32", proved=True))
     monkeypatch.setattr(parity, "available_bytes", lambda: 1_000_000)
     proved = parity.prove(artifact, Source.open("shapes"))
     assert proved["status"] == "unproved"
@@ -135,7 +138,6 @@ def test_a_budget_refuses_marks_and_stays(tmp_path, capsys):
     assert not proved["parts"]["unet"]["problem"]
     assert main(strict) == ParityError.exit_code, "the same export again"
     assert main(["verify", str(target), "--parity"]) == 0
-    assert main(["verify", str(target), "--parity", "--json"]) == 0
     assert Artifact.open(target).manifest.proof["status"] == "failing"
 
 

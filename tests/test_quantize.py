@@ -636,9 +636,10 @@ class TestBitsandbytes:
             expected = theirs(inputs["input_ids"]).last_hidden_state
         assert relative_error(got, expected.float()) < 1e-2
 
+    @pytest.mark.slow
     def test_a_denoiser_is_proved_and_takes_no_loras(self, baked, name):
         pytest.importorskip("bitsandbytes")
-        folder = baked(f"torch:fp32,unet=torch:{name}")
+        folder = baked(f"torch:fp32,unet=torch:{name}", proved=True)
         manifest = json.loads((folder / "bakeoff.json").read_text())
         assert manifest["proof"]["status"] == "proved"
         assert manifest["parts"]["unet"]["weight_bytes"][name] > 0
@@ -699,7 +700,7 @@ class TestTorchAO:
     @pytest.mark.slow
     def test_a_denoiser_is_proved_and_takes_no_loras(self, baked, name):
         pytest.importorskip("torchao")
-        folder = baked(f"torch:fp32,unet=torch:{name},text_encoder=torch:{name}")
+        folder = baked(f"torch:fp32,unet=torch:{name},text_encoder=torch:{name}", proved=True)
         manifest = json.loads((folder / "bakeoff.json").read_text())
         assert manifest["proof"]["status"] == "proved"
         assert "convolutions" in " ".join(manifest["parts"]["unet"]["kept"].values()) or name != "int4"

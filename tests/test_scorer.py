@@ -10,7 +10,7 @@ from bakeoff.errors import InputError
 from bakeoff.models.scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, SIZES, Item, Scene, random_scene
 from bakeoff.models.scorer import ATTRIBUTES, parse_caption, read, score, scorer_hash
 
-COUNT = 400
+COUNT = 300
 VALUES = {"shape": SHAPES, "color": tuple(COLORS), "size": tuple(SIZES)}
 
 

@@ -88,7 +88,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def test_an_artifact_draws_what_its_proof_keeps(baked, capsys):
-    folder = baked("torch:fp32")
+    folder = baked("torch:fp32", proved=True)
     told = Artifact.open(folder).manifest.proof["trajectory"]
     assert told["problem"] is None
     assert told["unit"] == "F0"
@@ -108,7 +108,7 @@ def test_a_part_that_draws_something_else_fails(copied):
     """The text encoder is another one: the parts' own cases would tell, and the pictures do."""
     from safetensors.torch import load_file, save_file
 
-    folder = copied("torch:fp32")
+    folder = copied("torch:fp32", proved=True)
     (file,) = (folder / "text_encoder").glob("*.safetensors")
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     norm = next(name for name in tensors if name.endswith("final_layer_norm.weight"))
@@ -122,7 +122,7 @@ def test_a_part_that_draws_something_else_fails(copied):
 
 
 def test_without_a_trajectory_the_reason_is_said(copied):
-    folder = copied("torch:fp32")
+    folder = copied("torch:fp32", proved=True)
     artifact = Artifact.open(folder)
     shutil.rmtree(folder / "proof")
     assert "--source" in trajectory.prove(artifact)["skipped"]
@@ -143,7 +143,7 @@ def test_the_scorers_gate():
 
 @pytest.mark.slow
 def test_the_scorer_judges_paired_pictures(copied, capsys):
-    folder = copied("torch:fp32")
+    folder = copied("torch:fp32", proved=True)
     assert main(["verify", str(folder), "--parity", "--scorer", "3", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["proof"]["scorer"]
     assert (told["prompts"], told["difference"], told["low"], told["holds"]) == (3, 0, 0, None)
@@ -161,7 +161,7 @@ def test_what_the_scorer_cannot_judge(baked, tmp_path, tiny):
     with pytest.raises(UnavailableError, match="scorer for shapes alone"):
         meaning.judge(other, Source.open(str(tiny("stable-diffusion"))), 1024)
     with pytest.raises(UsageError, match="got 1 prompts"):
-        meaning.judge(Artifact.open(baked("torch:fp32")), Source.open("shapes"), 1)
+        meaning.judge(Artifact.open(baked("torch:fp32", proved=True)), Source.open("shapes"), 1)
     assert main(["verify", str(other.folder), "--scorer", "8"]) == 2
 
 
