@@ -30,19 +30,19 @@ from .artifact import (
     stated_share,
     sweep,
 )
-from .budget import Gate, check_parts
 from .components.component import Sizes
 from .errors import CorruptError, ParityError, RecipeError, UsageError
 from .exporters.capture import module_on_hollow, on_hollow
 from .exporters.corrected import lower_corrected
 from .exporters.exporter import Subject
-from .lora import merge
 from .memory import give_back
+from .parity.budget import Gate, check_parts
 from .plan import ACTIVATIONS_OPTION, check_room, is_calibrated, merged_modules, mixture_of, plan
 from .quantize.grid import grids_to_json
 from .quantize.inputs import with_inputs, write_inputs
 from .recipe import to_dict
 from .runtimes.opening import port_to_dict
+from .sources.lora import merge
 from .weights import layer_names, place, sha256
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .quantize.grid import Grids
     from .recipe import PartRecipe, Recipe
-    from .source import Source
+    from .sources.source import Source
 
     Progress = Callable[[str], None]
 
@@ -150,32 +150,32 @@ def _with_loras(planned: Plan, target: Path, progress: Progress) -> Iterator[Pla
 
 
 def _prove(artifact: Artifact, source: Source, gate: Gate, progress: Progress) -> None:
-    from . import parity
+    from .parity import prover
 
     progress("proving each part in a child process")
-    proved = artifact.with_proof(parity.prove(artifact, source, gate))
+    proved = artifact.with_proof(prover.prove(artifact, source, gate))
     if not proved.manifest.proved:
         progress(f"{proved.manifest.proof['status']}: {proved.manifest.proof['reason']}")
 
 
 def _proved_later(artifact: Artifact, planned: Plan, gate: Gate, progress: Progress) -> Artifact:
     """Prove an artifact that an earlier export left unproved, or granted something else, if that can be done here."""
-    from . import parity
+    from .parity import prover
 
     proof = artifact.manifest.proof
-    if proof["status"] == parity.FAILING and not gate.allow_failing:
+    if proof["status"] == prover.FAILING and not gate.allow_failing:
         raise ParityError(proof["reason"], fix="add --allow-failing to keep it as it is, or --force to export it anew")
-    if proof["status"] != parity.UNPROVED and all(
+    if proof["status"] != prover.UNPROVED and all(
         proof["parts"][part].get("budget") == asdict(budget) for part, budget in gate.budgets.items()
     ):
         return artifact
-    reason = parity.obstacle(artifact, planned.source)
+    reason = prover.obstacle(artifact, planned.source)
     if reason:
         progress(f"not proved: {reason}")
         return artifact
     with _with_loras(planned, artifact.folder, progress) as baked:
         progress("proving each part in a child process")
-        return parity.prove_in_place(artifact, baked.source, gate)
+        return prover.prove_in_place(artifact, baked.source, gate)
 
 
 def _present(target: Path, key: str) -> Artifact | None:

@@ -14,8 +14,6 @@ if not __package__:
     sys.exit("type bakeoff, not python cli.py: run as a script, the folder's modules would load twice")
 
 from .bench.command import add_bench
-from .calibrate import add_calibrate
-from .choose import add_recipe
 from .doctor import add_doctor
 from .errors import ArtifactError, BakeoffError, InputError, ParityError, ResourceError, UsageError
 from .pictures import check_output, save
@@ -24,13 +22,15 @@ from .precisions import add_precisions
 from .progress import Steps
 from .recipe import LOAD_OPTIONS, OFFLOADS, SWITCHES, option_value, read
 from .reports.command import add_compare, add_report
-from .sensitivity import add_sensitivity
+from .tuning.calibrate import add_calibrate
+from .tuning.choose import add_recipe
+from .tuning.sensitivity import add_sensitivity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from .artifact import Artifact, PartEntry
-    from .budget import Gate
+    from .parity.budget import Gate
     from .plan import Plan
     from .recipe import Placement, Recipe
 
@@ -166,7 +166,7 @@ def _add_gate(command: argparse.ArgumentParser) -> None:
 
 
 def _gate(options: argparse.Namespace) -> Gate:
-    from .budget import Gate, parse
+    from .parity.budget import Gate, parse
 
     return Gate(parse(options.budget, options.budget_reason), options.allow_failing)
 
@@ -295,7 +295,7 @@ def _export(options: argparse.Namespace) -> None:
             "force": options.force,
         }
         if options.repair:
-            from .repair import export_repaired
+            from .tuning.repair import export_repaired
 
             artifact, repaired = export_repaired(options.model, options.output, recipe, **details)
         else:
@@ -387,8 +387,8 @@ def _add_verify(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from . import parity
     from .artifact import Artifact
+    from .parity import prover
 
     if options.scorer and not options.parity:
         message = "got --scorer without --parity, which it belongs to"
@@ -398,8 +398,8 @@ def _verify(options: argparse.Namespace) -> int:
         return _explain(artifact, options)
     problems = _hash_all(artifact)
     if options.parity and not problems:
-        source = parity.source_of(artifact, options.source, options.config) if options.source else None
-        artifact = parity.prove_in_place(artifact, source, scorer_prompts=options.scorer)
+        source = prover.source_of(artifact, options.source, options.config) if options.source else None
+        artifact = prover.prove_in_place(artifact, source, scorer_prompts=options.scorer)
     if options.json:
         _print_json({"folder": str(options.folder), "problems": problems, "proof": artifact.manifest.proof})
     elif not problems:
@@ -407,7 +407,7 @@ def _verify(options: argparse.Namespace) -> int:
             f"{options.folder}: all {len(artifact.manifest.files)} files are as written; {_proof(artifact.manifest.proof)}"
         )
         if options.parity:
-            print(*(f"  {line}" for line in parity.in_words(artifact.manifest.proof)), sep="\n")
+            print(*(f"  {line}" for line in prover.in_words(artifact.manifest.proof)), sep="\n")
     for problem in problems:
         _say(f"error: {problem}")
     if problems:
@@ -422,8 +422,8 @@ def _explain(artifact: Artifact, options: argparse.Namespace) -> int:
     if not options.source:
         message = "--explain got no --source: it runs the model in eager fp32 beside the artifact"
         raise UsageError(message, fix=f"add --source {artifact.manifest.source['id']}")
-    from .explain import as_json, explain, in_words
-    from .parity import source_of
+    from .parity.explain import as_json, explain, in_words
+    from .parity.prover import source_of
 
     problems = _hash_all(artifact)
     found = explain(artifact, source_of(artifact, options.source, options.config))

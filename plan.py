@@ -13,11 +13,11 @@ from .artifact import key_of
 from .errors import RecipeError, ResourceError, UnavailableError, UsageError, unknown
 from .exporters.exporter import BoundExporter
 from .forecast import Forecast
-from .lora import Lora
 from .memory import available_bytes
 from .quantize.calibration import Calibration
 from .recipe import PartRecipe, Recipe
-from .source import Source
+from .sources.lora import Lora
+from .sources.source import Source
 from .weights import WEIGHT_MODES, sha256
 
 if TYPE_CHECKING:

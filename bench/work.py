@@ -36,7 +36,7 @@ def write_latents(
     import numpy as np
 
     from ..runtimes.request import row_generator
-    from ..source import Source
+    from ..sources.source import Source
 
     source = Source.open(model, config=config)
     configs = {part.module: source.config(part.module) for part in source.parts}
@@ -70,7 +70,7 @@ def local(name: str) -> Path:
 def found(folder: str) -> dict[str, Any]:
     """Say what a folder or a hub id holds that is run as it is; runs in a child process."""
     from ..artifact import MANIFEST, Artifact
-    from ..source import Source
+    from ..sources.source import Source
 
     path = Path(folder) if Path(folder).is_dir() else Source.open(folder).folder
     if (path / MANIFEST).is_file():

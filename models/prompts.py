@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError, unknown
-from ..source import EMBEDDED
+from ..sources.source import EMBEDDED
 from .scenes import is_held_out, random_scene
 
 if TYPE_CHECKING:

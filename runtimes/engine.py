@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from .. import plugins
 from ..errors import Cancelled, ParityError
-from ..lora import Lora, deltas_of
 from ..recipe import Placement
+from ..sources.lora import Lora, deltas_of
 from .idle import refuse_idle_options
 from .image import as_pictures
 from .keeper import Keeper

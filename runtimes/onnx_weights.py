@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..lora import added
+from ..sources.lora import added
 from ..weights import TORCH_DTYPES, read_header, read_tensor
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ..lora import Delta
+    from ..sources.lora import Delta
     from ..weights import Entry
 
 

@@ -9,7 +9,7 @@ from .. import plugins
 from ..artifact import MANIFEST, Artifact, PartEntry
 from ..components.component import Port
 from ..errors import ArtifactError, UnavailableError, UsageError
-from ..source import family_of, parts_of, read_json
+from ..sources.source import family_of, parts_of, read_json
 from ..weights import Checkpoint
 from .runtime import PartFiles
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..components.family import Family, Part
-    from ..lora import Delta, Lora
     from ..recipe import Placement
-    from ..source import Source
+    from ..sources.lora import Delta, Lora
+    from ..sources.source import Source
     from .runtime import Runtime
 
 _FOREIGN_FILES = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from typing import TYPE_CHECKING, Any
 
-from ..lora import added
+from ..sources.lora import added
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from ..lora import Delta
+    from ..sources.lora import Delta
 
 
 def shapes(file: Path) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, InputError
-from ..source import read_json
+from ..sources.source import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from ..components.component import Activations, Port
     from ..hardware import Availability
-    from ..lora import Delta
     from ..recipe import Placement
+    from ..sources.lora import Delta
 
 
 _LIVE_MAPS = 16.0

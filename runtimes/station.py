@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from ..components.component import Port
     from ..components.family import Part
-    from ..lora import Delta
     from ..recipe import Placement
+    from ..sources.lora import Delta
     from .runtime import Runtime
 
 _FLOATS = ("fp32", "bf16", "fp16")

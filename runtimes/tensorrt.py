@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..hardware import Availability
-    from ..lora import Delta
     from ..recipe import Placement
+    from ..sources.lora import Delta
 
 _DTYPES = {
     "FLOAT": "float32",

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, InputError
-from ..lora import added
+from ..sources.lora import added
 from ..weights import TORCH_DTYPES, read_header, read_tensor
 from .tensorrt_files import ONNX, PLAN, WEIGHTS
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ..lora import Delta
+    from ..sources.lora import Delta
     from .tensorrt_files import EngineFiles
 
 _DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}

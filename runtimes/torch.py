@@ -11,7 +11,7 @@ from ..components.component import WRAPPER
 from ..components.low_bit import SCALE, move
 from ..errors import InputError, UnavailableError, UsageError
 from ..hardware import OVERFLOWS, Availability, choose_device, overflows_bytes, usable_cores
-from ..lora import added
+from ..sources.lora import added
 from ..weights import Checkpoint, layer_names
 from . import acceleration, aoti, attention
 from .blocks import Blocks
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ..lora import Delta
     from ..recipe import Placement
+    from ..sources.lora import Delta
 
 _DTYPES = {"fp32": "float32", "fp16": "float16"}
 """Precision -> what is computed in, bfloat16 unless said: low-bit precisions are what weights are stored in."""

@@ -9,7 +9,7 @@ from bakeoff.bake import export
 from bakeoff.errors import ArtifactError, CorruptError, ParityError, SourceError, UnavailableError
 from bakeoff.plan import plan, why_rebuild
 from bakeoff.recipe import parse
-from bakeoff.source import Source
+from bakeoff.sources.source import Source
 
 
 def test_a_fresh_artifact_verifies(baked):
@@ -114,18 +114,18 @@ def test_why_rebuild_names_the_fields(baked):
 
 
 def test_no_prove_says_unproved_and_verify_proves_it_later(tmp_path):
-    from bakeoff import parity
+    from bakeoff.parity import prover
 
     artifact = export("shapes", tmp_path / "a", parse("torch:fp32")[0], prove=False)
     assert not artifact.manifest.proved
     with pytest.raises(UnavailableError, match="--source"):
-        parity.prove_in_place(artifact, None)
-    assert parity.prove_in_place(artifact, parity.source_of(artifact, "shapes")).manifest.proved
+        prover.prove_in_place(artifact, None)
+    assert prover.prove_in_place(artifact, prover.source_of(artifact, "shapes")).manifest.proved
     assert Artifact.open(tmp_path / "a").verify() == []
 
 
 def test_a_proof_that_fails_changes_nothing(copied, monkeypatch):
-    from bakeoff import parity
+    from bakeoff.parity import prover
 
     folder = copied("torch:fp32", proved=True)
     before = (folder / MANIFEST).read_bytes()
@@ -134,22 +134,22 @@ def test_a_proof_that_fails_changes_nothing(copied, monkeypatch):
         message = "killed"
         raise ParityError(message)
 
-    monkeypatch.setattr(parity, "in_child", fail)
+    monkeypatch.setattr(prover, "in_child", fail)
     with pytest.raises(ParityError):
-        parity.prove_in_place(Artifact.open(folder), Source.open("shapes"))
-    monkeypatch.setattr(parity, "available_bytes", lambda: 0)
+        prover.prove_in_place(Artifact.open(folder), Source.open("shapes"))
+    monkeypatch.setattr(prover, "available_bytes", lambda: 0)
     with pytest.raises(UnavailableError, match="GB of memory"):
-        parity.prove_in_place(Artifact.open(folder), Source.open("shapes"))
+        prover.prove_in_place(Artifact.open(folder), Source.open("shapes"))
     assert (folder / MANIFEST).read_bytes() == before
     assert Artifact.open(folder).verify() == []
 
 
 def test_another_model_is_no_source_of_a_proof(copied, baked, tmp_path):
-    from bakeoff import parity
+    from bakeoff.parity import prover
 
     other = _as_diffusers(baked("torch:fp32"), tmp_path / "other")
     with pytest.raises(SourceError, match="is not what"):
-        parity.source_of(Artifact.open(copied("torch:fp32")), str(other))
+        prover.source_of(Artifact.open(copied("torch:fp32")), str(other))
 
 
 def test_what_appears_meanwhile_is_not_replaced(tmp_path):

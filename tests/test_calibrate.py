@@ -4,15 +4,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bakeoff.calibrate import calibrate
 from bakeoff.cli import main
 from bakeoff.errors import CorruptError, InputError, UsageError
 from bakeoff.models.prompts import read_prompts
+from bakeoff.parity.proof import relative_error
 from bakeoff.plan import plan
-from bakeoff.proof import relative_error
 from bakeoff.quantize.calibration import METHODS, Calibration, Magnitudes
 from bakeoff.quantize.grid import Grid
 from bakeoff.recipe import parse
+from bakeoff.tuning.calibrate import calibrate
 
 
 @pytest.fixture(scope="module")

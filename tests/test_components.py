@@ -7,8 +7,8 @@ from bakeoff import plugins
 from bakeoff.components.component import CAPTURE_SIZES, PROOF_SIZES, Port, Sizes, solve_sizes
 from bakeoff.components.modules.unet_2d_condition import UNet2DCondition, _feed
 from bakeoff.errors import InputError
-from bakeoff.proof import relative_error
-from bakeoff.source import Source, read_json
+from bakeoff.parity.proof import relative_error
+from bakeoff.sources.source import Source, read_json
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from bakeoff import drawing
 from bakeoff.components.component import PROOF_SIZES, solve_sizes
 from bakeoff.models.tiny import build
-from bakeoff.source import Source
+from bakeoff.parity import drawing
+from bakeoff.sources.source import Source
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from bakeoff.bake import export
 from bakeoff.recipe import parse
 from bakeoff.runtimes.engine import load
-from bakeoff.source import Source
+from bakeoff.sources.source import Source
 
 SIZE = (64, 64)
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32

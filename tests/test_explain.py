@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from bakeoff import causes
-from bakeoff.anatomy import Anatomy
 from bakeoff.artifact import Artifact, describe_files
 from bakeoff.bake import export
-from bakeoff.causes import Evidence, find_cause
-from bakeoff.explain import NOWHERE, explain
+from bakeoff.parity import causes
+from bakeoff.parity.anatomy import Anatomy
+from bakeoff.parity.causes import Evidence, find_cause
+from bakeoff.parity.explain import NOWHERE, explain
 from bakeoff.recipe import parse
 from bakeoff.runtimes.runtime import Operation
-from bakeoff.source import Source
+from bakeoff.sources.source import Source
 from bakeoff.weights import Checkpoint, as_bytes, read_tensor
 
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"

@@ -12,16 +12,16 @@ import torch
 
 from bakeoff import plugins
 from bakeoff.bake import export
-from bakeoff.budget import FP32_LEAST
 from bakeoff.cli import main
 from bakeoff.components.component import Sizes
 from bakeoff.errors import InputError, UsageError
 from bakeoff.models.tiny import build
-from bakeoff.proof import relative_error
+from bakeoff.parity.budget import FP32_LEAST
+from bakeoff.parity.proof import relative_error
 from bakeoff.recipe import parse
 from bakeoff.runtimes.engine import load
 from bakeoff.runtimes.request import row_generator
-from bakeoff.source import Source
+from bakeoff.sources.source import Source
 
 FAMILIES = plugins.names("families")
 OFTEN = {"stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "z-image"}

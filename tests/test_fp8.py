@@ -14,7 +14,7 @@ from bakeoff.errors import UnavailableError
 from bakeoff.recipe import Placement, parse
 from bakeoff.runtimes import torch as runtime_torch
 from bakeoff.runtimes.opening import open_part, read_folder
-from bakeoff.source import Source
+from bakeoff.sources.source import Source
 from bakeoff.weights import Checkpoint
 
 pytest.importorskip("torchao")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from bakeoff import hub
 from bakeoff.bake import export
 from bakeoff.errors import SourceError, UsageError
 from bakeoff.recipe import parse
-from bakeoff.source import Source
+from bakeoff.sources import hub
+from bakeoff.sources.source import Source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CHILD = """

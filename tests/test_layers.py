@@ -3,7 +3,7 @@ import json
 import pytest
 
 from bakeoff.components.family import Part
-from bakeoff.source import Source
+from bakeoff.sources.source import Source
 
 HALVES = {"vae_encoder": ("encoder", "quant_conv"), "vae_decoder": ("decoder", "post_quant_conv")}
 

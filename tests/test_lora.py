@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from bakeoff.artifact import Artifact
 from bakeoff.bake import export
 from bakeoff.errors import PickleError, SourceError, UsageError
-from bakeoff.lora import Lora
 from bakeoff.pictures import psnr
 from bakeoff.plan import plan, why_rebuild
 from bakeoff.recipe import parse
 from bakeoff.runtimes.engine import load
-from bakeoff.source import Source
+from bakeoff.sources.lora import Lora
+from bakeoff.sources.source import Source
 from bakeoff.weights import Checkpoint, read_tensor
 
 RECIPE = parse("torch:fp32")[0]

@@ -7,8 +7,8 @@ from torch import nn
 
 from bakeoff import plugins
 from bakeoff.errors import CorruptError, InputError, RecipeError
+from bakeoff.parity.proof import relative_error
 from bakeoff.plan import plan
-from bakeoff.proof import relative_error
 from bakeoff.quantize.calibration import METHODS, Calibration
 from bakeoff.quantize.channels import Channels
 from bakeoff.quantize.grid import LEAST, MOST, Grid, grids_from_json, grids_to_json

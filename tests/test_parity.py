@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bakeoff import parity, proof
 from bakeoff.artifact import Artifact
-from bakeoff.budget import upper_bound
 from bakeoff.cli import main
 from bakeoff.errors import LoweringError, ParityError
-from bakeoff.source import Source
+from bakeoff.parity import proof, prover
+from bakeoff.parity.budget import upper_bound
+from bakeoff.sources.source import Source
 
 
 def test_relative_error():
@@ -58,7 +58,7 @@ def test_a_damaged_weight_is_named(copied, recipe):
     values.mul_(1.1)
     file.write_bytes(data)
     with pytest.raises(ParityError, match="unet differs from eager fp32"):
-        parity.prove(artifact, None)
+        prover.prove(artifact, None)
 
 
 def test_a_baked_shape_fails_the_export_and_names_the_part(tmp_path, monkeypatch):
@@ -93,7 +93,7 @@ def test_a_baked_shape_fails_the_export_and_names_the_part(tmp_path, monkeypatch
 def test_a_module_that_cannot_be_captured_is_named(shapes):
     from bakeoff.components.modules.clip_text import ClipText
     from bakeoff.exporters.capture import capture
-    from bakeoff.source import read_json
+    from bakeoff.sources.source import read_json
 
     class Broken(ClipText):
         def flat(self, module):
@@ -114,8 +114,8 @@ def test_a_module_that_cannot_be_captured_is_named(shapes):
 
 def test_the_proof_is_skipped_where_it_would_not_fit(baked, monkeypatch):
     artifact = Artifact.open(baked("torch:fp32", proved=True))
-    monkeypatch.setattr(parity, "available_bytes", lambda: 1_000_000)
-    proved = parity.prove(artifact, Source.open("shapes"))
+    monkeypatch.setattr(prover, "available_bytes", lambda: 1_000_000)
+    proved = prover.prove(artifact, Source.open("shapes"))
     assert proved["status"] == "unproved"
     assert "GB" in proved["reason"]
 

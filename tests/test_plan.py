@@ -13,7 +13,7 @@ from bakeoff.errors import ResourceError
 from bakeoff.models import fullsize
 from bakeoff.plan import check_room, plan
 from bakeoff.recipe import parse
-from bakeoff.source import Source
+from bakeoff.sources.source import Source
 
 
 @pytest.fixture(scope="module")

@@ -33,9 +33,8 @@ from bakeoff.errors import InputError, RecipeError, UnavailableError
 from bakeoff.exporters.capture import module_on_hollow, on_hollow
 from bakeoff.exporters.corrected import lower_corrected
 from bakeoff.exporters.exporter import Subject
-from bakeoff.lora import Delta
+from bakeoff.parity.proof import names_in, relative_error, scales_of
 from bakeoff.precisions import cells, markdown
-from bakeoff.proof import names_in, relative_error, scales_of
 from bakeoff.quantize.calibration import Calibration
 from bakeoff.quantize.channels import Channels
 from bakeoff.quantize.grid import Grid
@@ -44,6 +43,7 @@ from bakeoff.recipe import PRECISIONS, Placement, parse
 from bakeoff.runtimes.engine import load
 from bakeoff.runtimes.opening import open_part, read_folder
 from bakeoff.runtimes.runtime import PartFiles
+from bakeoff.sources.lora import Delta
 from bakeoff.weights import Checkpoint
 
 SHAPES = Path(bakeoff.__file__).parent / "models" / "shapes"

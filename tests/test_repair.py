@@ -7,12 +7,12 @@ from safetensors.torch import load_file, save_file
 
 from bakeoff.artifact import Artifact
 from bakeoff.bake import export
-from bakeoff.budget import Budget, Gate
 from bakeoff.cli import main
 from bakeoff.errors import ParityError, UsageError
+from bakeoff.parity.budget import Budget, Gate
 from bakeoff.recipe import parse
-from bakeoff.repair import _worst, export_repaired
-from bakeoff.source import Source
+from bakeoff.sources.source import Source
+from bakeoff.tuning.repair import _worst, export_repaired
 
 CONVOLUTION = "decoder.up_blocks.1.resnets.0.conv1"
 

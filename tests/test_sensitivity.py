@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bakeoff.choose import recipe_within
 from bakeoff.cli import main
 from bakeoff.errors import CorruptError, RecipeError, UsageError
 from bakeoff.models.prompts import read_prompts
@@ -16,7 +15,8 @@ from bakeoff.plan import plan
 from bakeoff.quantize.choice import Option, choose
 from bakeoff.quantize.sensitivity import Layer, Sensitivity
 from bakeoff.recipe import from_toml, parse, to_toml
-from bakeoff.sensitivity import sensitivity
+from bakeoff.tuning.choose import recipe_within
+from bakeoff.tuning.sensitivity import sensitivity
 
 COSTS = st.floats(1, 100)
 ERRORS = st.floats(1e-6, 1.0)

@@ -10,18 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bakeoff import single_file
 from bakeoff.artifact import Artifact
 from bakeoff.bake import export
 from bakeoff.bench.work import bake, local, write_latents
 from bakeoff.cli import main
 from bakeoff.errors import PickleError, SourceError, UsageError
 from bakeoff.home import home
-from bakeoff.parity import source_of
+from bakeoff.parity.prover import source_of
 from bakeoff.plan import plan, why_rebuild
 from bakeoff.recipe import parse
 from bakeoff.runtimes.engine import load
-from bakeoff.source import Source
+from bakeoff.sources import single_file
+from bakeoff.sources.source import Source
 from bakeoff.weights import sha256
 
 TORCH = parse("torch:fp32")[0]

@@ -42,7 +42,6 @@ from bakeoff.exporters.onnx import hollow_graph
 from bakeoff.exporters.tensorrt import ABOUT, PLAN, TensorRTExporter
 from bakeoff.exporters.tensorrt_settings import DEFAULTS, Settings
 from bakeoff.hardware import Availability
-from bakeoff.lora import Delta, added
 from bakeoff.quantize.grid import Grid
 from bakeoff.recipe import Placement, parse
 from bakeoff.runtimes.runtime import PartFiles
@@ -50,6 +49,7 @@ from bakeoff.runtimes.tensorrt import TensorRTRuntime
 from bakeoff.runtimes.tensorrt_device import Device
 from bakeoff.runtimes.tensorrt_inspection import dtype_of, inspect
 from bakeoff.runtimes.tensorrt_profiles import Profile, choose
+from bakeoff.sources.lora import Delta, added
 from bakeoff.weights import Checkpoint, sha256
 
 ROOT = Path(__file__).parent.parent

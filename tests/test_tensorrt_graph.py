@@ -21,11 +21,11 @@ from bakeoff.exporters.onnx import hollow_graph
 from bakeoff.exporters.tensorrt_graph import WEIGHTS, typed
 from bakeoff.exporters.tensorrt_qdq import rounded_rows, scale_up
 from bakeoff.exporters.tensorrt_types import Typing
-from bakeoff.proof import names_in, relative_error
+from bakeoff.parity.proof import names_in, relative_error
 from bakeoff.quantize.fp8 import activation_scale
 from bakeoff.quantize.fp8 import rounded as rounded_fp8
 from bakeoff.quantize.grid import Grid
-from bakeoff.source import Source
+from bakeoff.sources.source import Source
 from bakeoff.weights import Checkpoint
 
 FLOATS = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}

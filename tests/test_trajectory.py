@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from bakeoff import drawing, meaning, parity, pictures, trajectory
+from bakeoff import pictures
 from bakeoff.artifact import Artifact
 from bakeoff.cli import main
-from bakeoff.drawing import Drawn
 from bakeoff.errors import ParityError, UnavailableError, UsageError
+from bakeoff.parity import drawing, meaning, prover, trajectory
+from bakeoff.parity.drawing import Drawn
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -136,8 +137,8 @@ def test_the_scorers_gate():
     assert meaning._gate({"w8a8"}, below, 1023) == {"limit": -2.5, "holds": None}
     failed = {**below, "limit": -2.5, "holds": False}
     with pytest.raises(ParityError, match="at least -2.5"):
-        parity._with_scores({"status": "proved"}, failed, allowed=False)
-    marked = parity._with_scores({"status": "proved"}, failed, allowed=True)
+        prover._with_scores({"status": "proved"}, failed, allowed=False)
+    marked = prover._with_scores({"status": "proved"}, failed, allowed=True)
     assert (marked["status"], marked["scorer"]["low"]) == ("failing", -2.6)
 
 
@@ -155,7 +156,7 @@ def test_the_scorer_judges_paired_pictures(copied, capsys):
 def test_what_the_scorer_cannot_judge(baked, tmp_path, tiny):
     from bakeoff.bake import export
     from bakeoff.recipe import parse
-    from bakeoff.source import Source
+    from bakeoff.sources.source import Source
 
     other = export(str(tiny("stable-diffusion")), tmp_path / "out", parse("null:fp32")[0], prove=False)
     with pytest.raises(UnavailableError, match="scorer for shapes alone"):
@@ -167,7 +168,7 @@ def test_what_the_scorer_cannot_judge(baked, tmp_path, tiny):
 
 def test_the_floor_in_bfloat16_is_one_whatever_dtype_the_model_is_stored_in(tiny):
     """Layers that an artifact stores in float32 stay in it; all of a model that is stored so would."""
-    from bakeoff.source import Source
+    from bakeoff.sources.source import Source
 
     source = Source.open(str(tiny("stable-diffusion")))
     session = drawing.sit(source, "tiny")

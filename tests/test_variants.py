@@ -11,8 +11,8 @@ from bakeoff.bake import export
 from bakeoff.errors import SourceError
 from bakeoff.models.tiny import build
 from bakeoff.recipe import parse
-from bakeoff.source import Source
-from bakeoff.variants import plainly_named
+from bakeoff.sources.source import Source
+from bakeoff.sources.variants import plainly_named
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
-from ... import hub
 from ...errors import PickleError, SourceError, UsageError
+from ...sources import hub
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import bakeoff
 from bakeoff.hardware import describe
-from bakeoff.source import read_json
+from bakeoff.sources.source import read_json
 from bakeoff.verdict import mean_interval, paired_ratio
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from bakeoff import plugins
 from bakeoff.components.component import WRAPPER
 from bakeoff.models.prompts import read_prompts
-from bakeoff.proof import names_in
+from bakeoff.parity.proof import names_in
 from bakeoff.quantize.calibration import METHODS, Calibration
 from bakeoff.quantize.inputs import with_inputs
 from bakeoff.runtimes.engine import load
-from bakeoff.source import Source
+from bakeoff.sources.source import Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -76,9 +76,9 @@ def calibration(folder: Path, work: Path) -> Path:
 def calibrate_here(folder: str, output: str) -> None:
     import numpy as np
 
-    from bakeoff.calibrate import watch
     from bakeoff.quantize.calibration import Calibration
     from bakeoff.quantize.grid import grids_to_json
+    from bakeoff.tuning.calibrate import watch
     from bakeoff.weights import Checkpoint, layer_names
 
     seen, given = Calibration(), {}

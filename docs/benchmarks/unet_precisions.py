@@ -31,7 +31,7 @@ from unet_arms import SIZES, Arm, Resident, inputs, make, source
 
 from bakeoff.hardware import describe
 from bakeoff.memory import in_child
-from bakeoff.proof import relative_error
+from bakeoff.parity.proof import relative_error
 from bakeoff.verdict import paired_ratio
 
 if TYPE_CHECKING:

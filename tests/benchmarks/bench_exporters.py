@@ -7,7 +7,7 @@ import pytest
 from bakeoff import plugins
 from bakeoff.exporters.capture import on_hollow
 from bakeoff.exporters.exporter import Subject
-from bakeoff.source import Source
+from bakeoff.sources.source import Source
 
 ROUNDS = 3
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import SourceError, UsageError
+from ..errors import SourceError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -7,7 +7,7 @@ import re
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from .home import home
+from ..home import home
 
 if TYPE_CHECKING:
     from pathlib import Path

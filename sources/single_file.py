@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from .artifact import staged
-from .errors import ArtifactError, PickleError, ResourceError, SourceError
-from .home import home, remembered_sha256
-from .weights import SAFETENSORS_DTYPES, Entry, as_bytes, read_header, write_entries
+from ..artifact import staged
+from ..errors import ArtifactError, PickleError, ResourceError, SourceError
+from ..home import home, remembered_sha256
+from ..weights import SAFETENSORS_DTYPES, Entry, as_bytes, read_header, write_entries
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -7,16 +7,16 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .components.component import WRAPPER
-from .weights import layer_names
+from ..components.component import WRAPPER
+from ..weights import layer_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
     from torch import Tensor, nn
 
-    from .components.family import Part
-    from .source import Source
+    from ..components.family import Part
+    from ..sources.source import Source
 
 Tensors = dict[str, "Tensor"]
 

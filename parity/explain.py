@@ -12,13 +12,13 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UnavailableError, UsageError
+from ..recipe import Placement
+from ..runtimes.opening import open_part, read_folder
 from .anatomy import Anatomy
 from .causes import HARMLESS, UNKNOWN, Cause, Evidence, find_cause, principal, run_with
 from .drawing import sit
-from .errors import UnavailableError, UsageError
 from .proof import fed, measure, mixture_of, recorded, relative_error
-from .recipe import Placement
-from .runtimes.opening import open_part, read_folder
 from .traces import Eager, Seen
 
 if TYPE_CHECKING:
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from .artifact import Artifact
-    from .components.family import Part
+    from ..artifact import Artifact
+    from ..components.family import Part
+    from ..quantize.mixture import Mixture
+    from ..runtimes.runtime import Operation, Runtime
+    from ..sources.source import Source
     from .proof import Recorded
-    from .quantize.mixture import Mixture
-    from .runtimes.runtime import Operation, Runtime
-    from .source import Source
 
 Tensors = dict[str, "Tensor"]
 

@@ -8,16 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import hub, plugins, single_file
-from .errors import SourceError, UsageError, unknown
-from .home import remembered_sha256
+from .. import plugins
+from ..errors import SourceError, UsageError, unknown
+from ..home import remembered_sha256
+from ..weights import Checkpoint
+from . import hub, single_file
 from .variants import plainly_named
-from .weights import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from .components.family import Family, Part
+    from ..components.family import Family, Part
 
 EMBEDDED = ("shapes",)
 _HOST_FOLDERS = ("scheduler", "tokenizer*")

@@ -9,22 +9,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..artifact import Artifact, staged
+from ..errors import ParityError, SourceError, UnavailableError
+from ..memory import available_bytes, in_child
+from ..recipe import Placement
+from ..sources.source import Source
 from . import meaning, trajectory
-from .artifact import Artifact, staged
 from .budget import Budget, Gate, decibels, granted, upper_bound
 from .drawing import sit
-from .errors import ParityError, SourceError, UnavailableError
-from .memory import available_bytes, in_child
 from .proof import axes_of, family_part, fed, justified, measure, record, recorded, row_errors, row_tolerances
-from .recipe import Placement
-from .source import Source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from .components.family import Part
+    from ..components.family import Part
+    from ..runtimes.runtime import Runtime
     from .proof import Measured, Tensors
-    from .runtimes.runtime import Runtime
 
 PROVED, FAILING, UNPROVED = "proved", "failing", "unproved"
 """What a proof comes to. A failing artifact was let pass; it stays failing until it is exported again."""
@@ -60,7 +60,7 @@ def prove(
         "elsewhere": {module: str(path) for module, path in source.elsewhere.items()} if source else {},
         "budgets": {name: asdict(budget) for name, budget in gate.budgets.items()},
     }
-    found, peak = in_child("bakeoff.parity:prove_here", arguments)
+    found, peak = in_child("bakeoff.parity.prover:prove_here", arguments)
     problems = [each["problem"] for each in (*found["parts"].values(), found["trajectory"]) if each.get("problem")]
     if problems and not gate.allow_failing:
         fix = "bakeoff verify DIR --explain --source MODEL on an export with --allow-failing says where and why"
@@ -235,7 +235,7 @@ def _record(artifact: Artifact, source: Source) -> dict[str, str]:
 
 
 def _prove_part(artifact: Artifact, part: Part, precision: str, budget: Budget | None) -> dict[str, Any]:
-    from .runtimes.opening import open_part
+    from ..runtimes.opening import open_part
 
     found = recorded(artifact, part.name)
     allowed = granted(part.name, justified(precision, found.floors), budget)

@@ -8,11 +8,11 @@ from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .components.component import WRAPPER
-from .errors import ParityError
-from .quantize.inputs import with_inputs
-from .quantize.mixture import rounded_layers
-from .weights import layer_names
+from ..components.component import WRAPPER
+from ..errors import ParityError
+from ..quantize.inputs import with_inputs
+from ..quantize.mixture import rounded_layers
+from ..weights import layer_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from .quantize.calibration import Calibration
-    from .quantize.grid import Grids
-    from .quantize.mixture import Mixture
-    from .runtimes.engine import Engine
-    from .source import Source
+    from ..quantize.calibration import Calibration
+    from ..quantize.grid import Grids
+    from ..quantize.mixture import Mixture
+    from ..runtimes.engine import Engine
+    from ..sources.source import Source
 
 SEED = 1
 LAST = "vae_decoder"

@@ -6,13 +6,13 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .components.component import PROOF_SIZES
-from .errors import BakeoffError
-from .footprint import usable_bytes
-from .models.prompts import default_prompts, prompt_set
-from .recipe import Placement
-from .runtimes.engine import Engine
-from .runtimes.opening import of_source
+from ..components.component import PROOF_SIZES
+from ..errors import BakeoffError
+from ..footprint import usable_bytes
+from ..models.prompts import default_prompts, prompt_set
+from ..recipe import Placement
+from ..runtimes.engine import Engine
+from ..runtimes.opening import of_source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from .components.component import Component, Port, Sizes
-    from .source import Source
+    from ..components.component import Component, Port, Sizes
+    from ..sources.source import Source
 
     Tensors = dict[str, Tensor]
 

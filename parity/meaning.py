@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..artifact import Artifact
+from ..errors import UnavailableError, UsageError
+from ..memory import in_child
+from ..models.prompts import read_prompts
+from ..recipe import Placement
+from ..reports.gates import LOST_POINTS, LOST_PROMPTS
+from ..runtimes.engine import Engine
+from ..runtimes.opening import of_artifact
+from ..sources.source import EMBEDDED, Source
 from . import trajectory
-from .artifact import Artifact
 from .drawing import open_source
-from .errors import UnavailableError, UsageError
-from .memory import in_child
-from .models.prompts import read_prompts
-from .recipe import Placement
-from .reports.gates import LOST_POINTS, LOST_PROMPTS
-from .runtimes.engine import Engine
-from .runtimes.opening import of_artifact
-from .source import EMBEDDED, Source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,7 +49,7 @@ def judge(artifact: Artifact, source: Source, count: int) -> dict[str, Any]:
         message = f"got {count} prompts for the scorer, expected {_FEWEST} at least, and {LOST_PROMPTS} for the gate"
         raise UsageError(message)
     arguments = {"folder": str(artifact.folder), "source": str(source.folder), "count": count}
-    found, _ = in_child("bakeoff.meaning:judge_here", arguments)
+    found, _ = in_child("bakeoff.parity.meaning:judge_here", arguments)
     return {**found, **_gate(trajectory.precisions(artifact), found, count)}
 
 
@@ -66,7 +66,7 @@ def judge_here(folder: str, source: str, count: int) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from .verdict import mean_interval
+    from ..verdict import mean_interval
 
     texts = [prompt.text for prompt in read_prompts(PROMPTS, count)]
     with open_source(Source.open(source)) as engine:
@@ -89,7 +89,7 @@ def judge_here(folder: str, source: str, count: int) -> dict[str, Any]:
 
 def _right(engine: Engine, texts: list[str]) -> list[bool]:
     """Draw each prompt on noise of its own, and say which pictures show all of it."""
-    from .models.scorer import score
+    from ..models.scorer import score
 
     found = []
     for first in range(0, len(texts), _BATCH):

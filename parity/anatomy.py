@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-    from .runtimes.runtime import Operation
+    from ..runtimes.runtime import Operation
 
 _ROUNDINGS = {"Cast", "Convert", "DynamicQuantizeLinear", "QuantizeLinear"}
 """Operations that bring what a layer takes into its own dtype."""

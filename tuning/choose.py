@@ -8,23 +8,23 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import plugins
-from .errors import RecipeError, UsageError
-from .plan import open_calibration
-from .progress import Steps
-from .quantize.choice import Option, choose
-from .quantize.sensitivity import Sensitivity
-from .recipe import PartRecipe, Recipe, to_toml
-from .runtimes.engine import load
-from .source import Source
+from .. import plugins
+from ..errors import RecipeError, UsageError
+from ..plan import open_calibration
+from ..progress import Steps
+from ..quantize.choice import Option, choose
+from ..quantize.sensitivity import Sensitivity
+from ..recipe import PartRecipe, Recipe, to_toml
+from ..runtimes.engine import load
+from ..sources.source import Source
 from .studio import Studio
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterable, Mapping
 
-    from .quantize.mixture import Mixture
-    from .quantize.sensitivity import Layer
+    from ..quantize.mixture import Mixture
+    from ..quantize.sensitivity import Layer
 
 _MOST_CHOICES = 8
 _LEAST_TIGHTENING = 1.25

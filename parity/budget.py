@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .errors import UsageError, unknown
+from ..errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

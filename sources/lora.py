@@ -14,17 +14,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .errors import PickleError, SourceError, UsageError
-from .weights import as_bytes, read_tensor, sha256, write_entries
+from ..errors import PickleError, SourceError, UsageError
+from ..weights import as_bytes, read_tensor, sha256, write_entries
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
-    from .components.family import Family
+    from ..components.family import Family
+    from ..weights import Entry
     from .source import Source
-    from .weights import Entry
 
 _METADATA = "lora_adapter_metadata"
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"

@@ -9,24 +9,24 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from .artifact import INPUTS, Artifact, scratch
-from .bake import export
-from .budget import Gate
-from .errors import ParityError, UsageError
-from .explain import explain
-from .memory import in_child
-from .parity import UNPROVED, source_of
-from .proof import eager, family_part, fed, measure, mixture_of, names_in, recorded, scales_of
-from .quantize.inputs import read_inputs
-from .quantize.mixture import rounded_layers
-from .recipe import PartRecipe, Placement, Recipe
-from .runtimes.opening import open_part
-from .source import Source
+from ..artifact import INPUTS, Artifact, scratch
+from ..bake import export
+from ..errors import ParityError, UsageError
+from ..memory import in_child
+from ..parity.budget import Gate
+from ..parity.explain import explain
+from ..parity.proof import eager, family_part, fed, measure, mixture_of, names_in, recorded, scales_of
+from ..parity.prover import UNPROVED, source_of
+from ..quantize.inputs import read_inputs
+from ..quantize.mixture import rounded_layers
+from ..recipe import PartRecipe, Placement, Recipe
+from ..runtimes.opening import open_part
+from ..sources.source import Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from .explain import Explanation
+    from ..parity.explain import Explanation
 
 _MOST_ROUNDS = 8
 _MARGIN = 0.9
@@ -138,7 +138,7 @@ def _wider_layers(artifact: Artifact, part: str, source: Path) -> dict[str, str]
     wide = _WIDER.get(entry.precision, "bf16")
     if mixture_of(entry).formats:
         errors, _ = in_child(
-            "bakeoff.repair:rank_here", {"folder": str(artifact.folder), "source": str(source), "part": part}
+            "bakeoff.tuning.repair:rank_here", {"folder": str(artifact.folder), "source": str(source), "part": part}
         )
         chosen = _worst(errors, max(case["error"] for case in proof["cases"]), proof["tolerance"])
     else:

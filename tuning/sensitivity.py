@@ -7,23 +7,23 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import plugins
+from .. import plugins
+from ..errors import UsageError, unknown
+from ..models.prompts import default_prompts, read_prompts
+from ..plan import open_calibration
+from ..progress import Steps
+from ..quantize.sensitivity import Layer, Sensitivity
+from ..runtimes.engine import load
+from ..sources.source import Source
 from .calibrate import FEWEST_PROMPTS, size_of
-from .errors import UsageError, unknown
-from .models.prompts import default_prompts, read_prompts
-from .plan import open_calibration
-from .progress import Steps
-from .quantize.sensitivity import Layer, Sensitivity
-from .runtimes.engine import load
-from .source import Source
 from .studio import Studio
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
 
-    from .models.prompts import Prompt
-    from .quantize.calibration import Calibration
+    from ..models.prompts import Prompt
+    from ..quantize.calibration import Calibration
 
 DEFAULT_PRECISIONS = ("int8", "int4")
 DEFAULT_PROMPTS, DEFAULT_STEPS = 4, 6

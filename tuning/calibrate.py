@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .components.component import WRAPPER
-from .errors import UsageError
-from .models.prompts import default_prompts, read_prompts
-from .progress import Steps
-from .quantize.calibration import Calibration
-from .runtimes.engine import load
-from .source import Source
+from ..components.component import WRAPPER
+from ..errors import UsageError
+from ..models.prompts import default_prompts, read_prompts
+from ..progress import Steps
+from ..quantize.calibration import Calibration
+from ..runtimes.engine import load
+from ..sources.source import Source
 
 if TYPE_CHECKING:
     import argparse
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from .models.prompts import Prompt
+    from ..models.prompts import Prompt
 
 FEWEST_PROMPTS = 4
 DEFAULT_PROMPTS, DEFAULT_STEPS = 16, 10

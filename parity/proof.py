@@ -13,29 +13,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import plugins
-from .artifact import ACTIVATIONS, INPUTS
+from .. import plugins
+from ..artifact import ACTIVATIONS, INPUTS
+from ..components.component import PROOF_SIZES, WRAPPER
+from ..quantize.grid import grids_from_json
+from ..quantize.inputs import read_inputs
+from ..weights import layer_names
 from .budget import tolerance
-from .components.component import PROOF_SIZES, WRAPPER
 from .drawing import Case, sit
-from .quantize.grid import grids_from_json
-from .quantize.inputs import read_inputs
-from .weights import layer_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from .artifact import Artifact, PartEntry
-    from .components.component import Component
-    from .components.family import Part
+    from ..artifact import Artifact, PartEntry
+    from ..components.component import Component
+    from ..components.family import Part
+    from ..quantize.grid import Grids
+    from ..quantize.mixture import Mixture
+    from ..runtimes.runtime import Runtime
+    from ..sources.source import Source
+    from ..weights import Checkpoint
     from .drawing import Session
-    from .quantize.grid import Grids
-    from .quantize.mixture import Mixture
-    from .runtimes.runtime import Runtime
-    from .source import Source
-    from .weights import Checkpoint
 
 Tensors = dict[str, "Tensor"]
 

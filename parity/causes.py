@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from .runtimes.runtime import Operation
+    from ..runtimes.runtime import Operation
     from .traces import Attended
 
 LARGEST_FLOAT16 = 65504.0

@@ -11,21 +11,21 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import pictures
+from .. import pictures
+from ..errors import InputError, ParityError
+from ..recipe import Placement
+from ..reports.gates import LOST_POINTS, LOST_PROMPTS, Gate, gates
+from ..runtimes.engine import Engine
+from ..runtimes.opening import of_artifact
 from .drawing import Drawn, Shot, draw, open_source
-from .errors import InputError, ParityError
-from .recipe import Placement
-from .reports.gates import LOST_POINTS, LOST_PROMPTS, Gate, gates
-from .runtimes.engine import Engine
-from .runtimes.opening import of_artifact
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from .artifact import Artifact
+    from ..artifact import Artifact
+    from ..sources.source import Source
     from .drawing import Session
-    from .source import Source
 
 FILE = "trajectory.safetensors"
 NO_PICTURE = "vae_encoder"
