@@ -70,7 +70,7 @@ class Explanation:
     operation: str | None = None
     """Its name in the backend's file."""
     cause: str = NOWHERE
-    """One of `bakeoff.causes`."""
+    """One of `bakeoff.parity.causes`."""
     figures: Mapping[str, float | str] = field(default_factory=dict)
 
     @property

@@ -22,7 +22,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CHILD = """
 import json, sys
 from bakeoff.errors import BakeoffError
-from bakeoff.source import Source
+from bakeoff.sources.source import Source
 found = []
 for arguments in json.loads(sys.argv[1]):
     try:
