@@ -234,7 +234,7 @@ def _locate(model: str, revision: str | None) -> hub.Located:
         message = f"got the revision {revision!r} for {model}, which isn't on the hub"
         raise UsageError(message, fix="leave out --revision")
     if model in EMBEDDED:
-        return hub.Located(model, Path(__file__).parent / "models" / model)
+        return hub.Located(model, Path(__file__).parent.parent / "models" / model)
     if path.is_dir():
         return hub.Located(model, path)
     if path.suffix == ".safetensors":
