@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 FP32_PSNR_DB = 45.0
 HALF_FLIP = 1.5
 """Most mean ꟻLIP of a bf16 or fp16 arm, as a multiple of torch's own bf16."""
-LOST_POINTS = {"int8": 2.0, "w8a8": 2.5, "w8a8-dynamic": 2.5, "nf4": 5.0, "int4": 8.0}
+LOST_POINTS = {"int8": 2.0, "fp8": 2.5, "w8a8": 2.5, "w8a8-dynamic": 2.5, "nf4": 5.0, "int4": 8.0}
 """Most points of the scorer that a quantized arm may lose, at the lower bound of the paired difference."""
 LOST_PROMPTS = 1024
 """Fewest prompts for that bound to be meant."""

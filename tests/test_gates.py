@@ -144,3 +144,11 @@ def test_a_quantized_arm_is_judged_by_what_its_prompts_say():
     few = gates(["int8"], told([True] * 64), told([True] * 64), None, [])[1]
     assert few.holds is None
     assert "1024 needed" in few.detail
+
+
+def test_every_low_bit_format_has_a_limit():
+    """One without would be held to float32's."""
+    from bakeoff import plugins
+    from bakeoff.reports.gates import LOST_POINTS
+
+    assert set(LOST_POINTS) == set(plugins.names("formats"))
