@@ -52,9 +52,11 @@ if TYPE_CHECKING:
     from .components.family import Part
     from .exporters.exporter import Exporter, Lowered
     from .plan import Plan
+    from .quantize.calibration import Calibration
     from .quantize.grid import Grids
     from .recipe import PartRecipe, Recipe
     from .sources.source import Source
+    from .weights import Checkpoint
 
     Progress = Callable[[str], None]
 
@@ -268,14 +270,24 @@ def _activations(planned: Plan, part: Part) -> dict[str, Grids]:
     recipe = planned.parts[part.name]
     if planned.calibration is None or not is_calibrated(recipe):
         return {}
-    seen = planned.calibration.parts.get(part.name, {})
-    if not seen:
+    if not planned.calibration.parts.get(part.name):
         message = f"the calibration says nothing of {part.name}"
         raise UsageError(message, fix=f"give it another precision, such as --recipe …,{part.name}=BACKEND:bf16")
-    checkpoint, mixture = planned.source.checkpoint(part.module), mixture_of(recipe)
-    names = layer_names(seen, checkpoint)
+    return activations(planned.calibration, part.name, recipe, planned.source.checkpoint(part.module))
+
+
+def activations(calibration: Calibration, part: str, recipe: PartRecipe, checkpoint: Checkpoint) -> dict[str, Grids]:
+    """Return layer, by its name in the checkpoint -> what its input and output are rounded to.
+
+    Args:
+        calibration: what was seen of the part's layers.
+        part: its name.
+        recipe: precision, backend, and how steps are chosen.
+        checkpoint: of the part.
+    """
+    mixture, names = mixture_of(recipe), layer_names(calibration.parts[part], checkpoint)
     shapes = {path: checkpoint.entries[f"{name}.weight"].shape for path, name in names.items()}
-    found = planned.calibration.grids(part.name, shapes, _activations_method(recipe))
+    found = calibration.grids(part, shapes, _activations_method(recipe))
     grids = {names[path]: mixture.calibrated(names[path], shapes[path], both) for path, both in found.items()}
     outputs = plugins.exporter(recipe.backend).rounds_convolutions
     return {

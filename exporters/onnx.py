@@ -15,7 +15,7 @@ from .exporter import Cost, Lowered
 from .graphs import Shelf
 from .hollow import lower_hollow
 from .layers import write_layers
-from .onnx_weights import Weights, bring, empty, weight_bytes
+from .onnx_weights import Weights, bring, name_tensors, read_hollow, weight_bytes
 from .packing import storage
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def hollow_graph(subject: Subject) -> tuple[onnx_ir.Model, Weights]:
     shelf = Shelf.of(subject, "onnx", _TOOLS)
     kept = shelf.found()
     if kept:
-        return _read(onnx_ir.load(kept / FILE), subject.checkpoint)
+        return read_hollow(onnx_ir.load(kept / FILE), subject.checkpoint)
 
     def lowered(program: ExportedProgram, hollow: Hollow) -> tuple[tuple[onnx_ir.Model, Weights], set[str]]:
         model = translate(subject, program)
@@ -99,16 +99,12 @@ def hollow_graph(subject: Subject) -> tuple[onnx_ir.Model, Weights]:
 
     model, weights = lower_hollow(subject.part, subject.capture, lowered)
     name_dims(model, subject.inputs, subject.outputs)
-    empty(model, weights)
+    name_tensors(model, weights)
     if weights.made_bytes >= _KEPT_BYTES:
         return model, weights
     shelf.keep(lambda folder: save(model, folder))
     # As if it had been kept: names that nodes get from here on depend on those that were ever given.
-    return _read(onnx_ir.from_proto(onnx_ir.to_proto(model)), subject.checkpoint)
-
-
-def _read(model: onnx_ir.Model, checkpoint: Checkpoint) -> tuple[onnx_ir.Model, Weights]:
-    return model, Weights.read(model, checkpoint)
+    return read_hollow(onnx_ir.from_proto(onnx_ir.to_proto(model)), subject.checkpoint)
 
 
 def translate(subject: Subject, captured: ExportedProgram) -> onnx_ir.Model:

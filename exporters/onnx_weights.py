@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..weights import Streamed, as_bytes, place, read_header, streamed, write_entries, write_streamed
 from .exporter import SCALES
+from .hollow import SOLID_BYTES
 from .onnx_codes import DTYPES, OWN, Encoder
 from .packing import storage
 
@@ -27,6 +28,8 @@ FILE = "model.safetensors"
 _INLINE_BYTES = 1024
 """Smaller constants stay in the graph."""
 _WIDENED = ("BF16", "F16")
+_TENSOR = "bakeoff.tensor"
+"""Under it an initializer of a kept graph has the name of the checkpoint's tensor that it is."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +53,6 @@ class Weights:
                 weights.found[name] = entry
         return weights
 
-    @classmethod
-    def read(cls, model: onnx_ir.Model, checkpoint: Checkpoint) -> Weights:
-        """Tell apart the initializers of a graph that `empty` has changed."""
-        import onnx_ir
-
-        weights = cls({}, {})
-        for name, value in model.graph.initializers.items():
-            constant = value.const_value
-            if isinstance(constant, onnx_ir.ExternalTensor):
-                weights.found[name] = checkpoint.entries[str(constant.location)]
-            elif constant is not None and constant.nbytes >= _INLINE_BYTES:
-                tensor = _torch_tensor(value)
-                assert tensor is not None  # noqa: S101 - it has a constant
-                weights.made[name] = tensor
-        return weights
-
     @property
     def made_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.made.values())
@@ -82,21 +69,38 @@ class Brought:
     """Initializer of codes, or of their scales -> what its bytes count as."""
 
 
-def empty(model: onnx_ir.Model, weights: Weights) -> None:
-    """Let initializers that are the checkpoint's name its tensor, in the place of a file, and have no values."""
+def name_tensors(model: onnx_ir.Model, weights: Weights) -> None:
+    """Let initializers that are the checkpoint's say which tensor they are; those of large ones then have no values."""
     import onnx_ir
 
     for name, entry in weights.found.items():
         value = model.graph.initializers[name]
-        assert value.const_value is not None and value.shape is not None  # noqa: S101, PT018 - an initializer has both
-        value.const_value = onnx_ir.ExternalTensor(
-            location=entry.name,
-            offset=0,
-            length=value.const_value.nbytes,
-            dtype=value.const_value.dtype,
-            shape=value.shape,
-            name=name,
-        )
+        constant = value.const_value
+        assert constant is not None and value.shape is not None  # noqa: S101, PT018 - an initializer has both
+        value.metadata_props[_TENSOR] = entry.name
+        if constant.nbytes >= SOLID_BYTES:
+            value.const_value = onnx_ir.ExternalTensor(
+                location=entry.name,
+                offset=0,
+                length=constant.nbytes,
+                dtype=constant.dtype,
+                shape=value.shape,
+                name=name,
+            )
+
+
+def read_hollow(model: onnx_ir.Model, checkpoint: Checkpoint) -> tuple[onnx_ir.Model, Weights]:
+    """Return a graph that `name_tensors` changed, and its weights."""
+    weights = Weights({}, {})
+    for name, value in model.graph.initializers.items():
+        constant, own = value.const_value, value.metadata_props.pop(_TENSOR, None)
+        if own is not None:
+            weights.found[name] = checkpoint.entries[own]
+        elif constant is not None and constant.nbytes >= _INLINE_BYTES:
+            tensor = _torch_tensor(value)
+            assert tensor is not None  # noqa: S101 - it has a constant
+            weights.made[name] = tensor
+    return model, weights
 
 
 def bring(model: onnx_ir.Model, weights: Weights, subject: Subject, folder: Path) -> Brought:

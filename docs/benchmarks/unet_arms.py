@@ -66,7 +66,7 @@ def inputs(folder: Path, sizes: Sizes, seed: int, timestep: float) -> dict[str, 
 
 
 def calibration(folder: Path, work: Path) -> Path:
-    """Watch the UNet's layers in eager float32; return a folder with what they round to and with what was given."""
+    """Watch the UNet's layers in eager float32; return a folder with what was seen and what was given."""
     made = work / f"{folder.name}-calibration"
     if not made.exists():
         in_child("unet_arms:calibrate_here", {"folder": str(folder), "output": str(made)}, extra_path=str(HERE))
@@ -77,23 +77,17 @@ def calibrate_here(folder: str, output: str) -> None:
     import numpy as np
 
     from bakeoff.quantize.calibration import Calibration
-    from bakeoff.quantize.grid import grids_to_json
     from bakeoff.tuning.calibrate import watch
-    from bakeoff.weights import Checkpoint, layer_names
 
-    seen, given = Calibration(), {}
+    seen, given = Calibration({"model": Path(folder).name}), {}
     with _opened(Arm("torch", "fp32"), Path(folder), Path(folder), threads=1) as runtime:
         watch(seen, PART, runtime.module())
         for seed, timestep in enumerate(TIMESTEPS):
             step = inputs(Path(folder), CALIBRATED, seed, timestep)
             runtime.run(step)
             given |= {f"{seed}.{name}": tensor.numpy() for name, tensor in step.items()}
-    checkpoint = Checkpoint.open(Path(folder))
-    names = layer_names(seen.parts[PART], checkpoint)
-    shapes = {path: checkpoint.entries[f"{name}.weight"].shape for path, name in names.items()}
-    grids = {names[path]: grids_to_json(both) for path, both in seen.grids(PART, shapes).items()}
     Path(output).mkdir()
-    (Path(output) / "grids.json").write_text(json.dumps(grids))
+    seen.save(Path(output) / "seen.safetensors")
     np.savez(Path(output) / "inputs.npz", **given)
 
 
@@ -118,7 +112,7 @@ def make(arm: Arm, folder: Path, work: Path, nncf_python: str | None) -> dict[st
         peak = made.anon_bytes
     else:
         arguments = {"source": str(folder), "output": str(output), "backend": arm.backend}
-        arguments |= {"precision": arm.precision, "grids": str(calibrated / "grids.json")}
+        arguments |= {"precision": arm.precision, "seen": str(calibrated / "seen.safetensors")}
         _, made = in_child("unet_arms:lower_here", arguments, extra_path=str(HERE))
         peak = made.anon_bytes
     row = {
@@ -148,25 +142,30 @@ def _by_nncf(arm: Arm, folder: Path, work: Path, python: str) -> int:
     return watch.peak.anon_bytes
 
 
-def lower_here(source: str, output: str, backend: str, precision: str, grids: str) -> None:
+def lower_here(source: str, output: str, backend: str, precision: str, seen: str) -> None:
     """Export the UNet in this process."""
     from bakeoff import plugins
+    from bakeoff.bake import activations
     from bakeoff.exporters.capture import module_on_hollow, on_hollow
     from bakeoff.exporters.exporter import Subject
-    from bakeoff.quantize.grid import grids_from_json
+    from bakeoff.quantize.calibration import Calibration
+    from bakeoff.recipe import PartRecipe
     from bakeoff.weights import Checkpoint
 
     made, folder, config = UNet2DCondition(), Path(source), _config(Path(source))
-    calibrated = {name: grids_from_json(both) for name, both in json.loads(Path(grids).read_text()).items()}
+    checkpoint = Checkpoint.open(folder)
+    found = Calibration.open(Path(seen))
     with tempfile.TemporaryDirectory(dir=Path(output).parent) as work:
         subject = Subject(
             part=PART,
             mixture=plugins.mixture(precision),
-            activations=calibrated if precision == "w8a8" else {},
+            activations=activations(found, PART, PartRecipe(backend, precision), checkpoint)
+            if precision == "w8a8"
+            else {},
             inputs=made.inputs(config),
             outputs=made.outputs(config),
             source=folder,
-            checkpoint=Checkpoint.open(folder),
+            checkpoint=checkpoint,
             capture=on_hollow(PART, made, config, folder, Path(work) / "hollow"),
             module=module_on_hollow(made, folder, Path(work) / "hollow"),
             weights="copy",
