@@ -120,6 +120,7 @@ def test_the_proof_is_skipped_where_it_would_not_fit(baked, monkeypatch):
     assert "GB" in proved["reason"]
 
 
+@pytest.mark.slow
 def test_a_budget_refuses_marks_and_stays(tmp_path, capsys):
     """A part that fails what the user asks is refused; let pass, it is marked for good."""
     target = tmp_path / "out"
