@@ -31,7 +31,7 @@ test-interop-sdcpp: $(READY) $(SDCPP_READY)  ## Compare with stable-diffusion.cp
 lint: $(READY)  ## ruff, and mypy on the package as it is installed.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typecheck build/bdist.*
+	rm -rf build/typecheck build/lib build/bdist.*
 	$(BIN)/pip install -q --no-deps --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p bakeoff
 
