@@ -13,12 +13,13 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..artifact import staged
+from ..errors import ArtifactError
 from ..home import home
 
 if TYPE_CHECKING:
@@ -75,15 +76,11 @@ class Shelf:
         """
         if self.folder is None:
             return
-        with contextlib.suppress(OSError):  # what can't be kept is made again
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder.parent))
-            try:
+        with contextlib.suppress(
+            OSError, ArtifactError
+        ):  # what can't be kept is made again; another process may just have kept it
+            with staged(self.folder, replace_existing=False) as work:
                 write(work)
-                if not self.folder.exists():
-                    work.rename(self.folder)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
             _trim(self.folder.parent)
 
 
