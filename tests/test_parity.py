@@ -139,6 +139,7 @@ def test_a_budget_refuses_marks_and_stays(tmp_path, capsys):
     assert not proved["parts"]["unet"]["problem"]
     assert main(strict) == ParityError.exit_code, "the same export again"
     assert main(["verify", str(target), "--parity"]) == 0
+    assert main(["verify", str(target), "--parity", "--json"]) == 0
     assert Artifact.open(target).manifest.proof["status"] == "failing"
 
 
