@@ -76,9 +76,8 @@ class Shelf:
         """
         if self.folder is None:
             return
-        with contextlib.suppress(
-            OSError, ArtifactError
-        ):  # what can't be kept is made again; another process may just have kept it
+        # What can't be kept is made again; another process may just have kept it.
+        with contextlib.suppress(OSError, ArtifactError):
             with staged(self.folder, replace_existing=False) as work:
                 write(work)
             _trim(self.folder.parent)
