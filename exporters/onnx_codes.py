@@ -175,7 +175,7 @@ class Encoder:
         inputs = [*(self._initializer(tensor) for tensor in streams), zeros]
         wide = _node("DequantizeLinear", inputs, {"axis": 0}, name=f"{value.name}.float32")
         users = [user for user, _ in value.uses()]
-        _replace_uses(value, wide.outputs[0])
+        value.replace_all_uses_with(wide.outputs[0])
         self._model.graph.insert_before(self._model.graph[0], wide)
         for user in users:
             if before:
@@ -210,7 +210,10 @@ class Encoder:
             new.append(_node("Add", [new[-1].outputs[0], self._noughts(grid)], name=f"{node.name}.around"))
         made = new[-1].outputs[0]
         made.shape, made.type = given.shape, given.type
-        _replace_uses(given, made, but=rounded)
+        if given.is_graph_output():
+            made.name, given.name = given.name, f"{node.name}.steps"
+        given.replace_all_uses_with(made, replace_graph_outputs=True)
+        rounded.replace_input_with(0, given)
         self._model.graph.insert_after(node, new)
 
     def _noughts(self, grid: Grid) -> onnx_ir.Value:
@@ -370,12 +373,6 @@ def _node(
         name=like.name if like else name,
         metadata_props=dict(like.metadata_props) if like else None,
     )
-
-
-def _replace_uses(old: onnx_ir.Value, new: onnx_ir.Value, but: onnx_ir.Node | None = None) -> None:
-    for user, index in list(old.uses()):
-        if user is not but:
-            user.replace_input_with(index, new)
 
 
 def _products_of(value: onnx_ir.Value) -> list[onnx_ir.Node] | None:

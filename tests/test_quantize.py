@@ -331,6 +331,46 @@ def test_channels_have_steps_of_their_own(source, tmp_path, monkeypatch, backend
     assert not integers or sum(ran.get(kind, 0) for kind in ("i8", "u8")) >= 2
 
 
+class Take(Flat):
+    def forward(self, picture):
+        return (self.module.take(picture),)
+
+
+class Lasting(Mixed):
+    """What the convolution makes is an output as it is, as in the UNets of Stable Diffusion."""
+
+    def outputs(self, config):
+        return (Port("made", "float32", ("batch", 64, "height", "width")),)
+
+    def inputs(self, config):
+        return super().inputs(config)[2:]
+
+    def flat(self, module):
+        return Take(module)
+
+    def example(self, config, sizes, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return {"picture": torch.randn(sizes.batch, 16, sizes.height, sizes.width, generator=generator)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("by_channel", [True, False])
+def test_a_convolution_that_makes_an_output(source, tmp_path, backend, by_channel):
+    made, generator = Lasting(), torch.Generator().manual_seed(0)
+    steps = tuple((0.01 + 0.05 * torch.rand(64, generator=generator)).tolist()) if by_channel else (0.03,)
+    zeros = tuple(torch.randint(-60, 60, (64,), generator=generator).tolist()) if by_channel else (0,)
+    rounded = plugins.exporter(backend).rounds_convolutions
+    grids = {"take": (Grid((0.03,)), Grid(steps, zeros) if rounded else None)}
+    files, _ = lower(made, source, tmp_path, backend, "w8a8", grids)
+    inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
+    with torch.no_grad():
+        layers = plugins.mixture("w8a8").round_module(made.load(source, torch.float32), {}, grids)
+        (expected,) = made.flat(layers)(*inputs.values())
+    with plugins.runtime(backend)(files, Placement(device="cpu", threads=1)) as runtime:
+        got = runtime.run(inputs)["made"]
+    assert relative_error(got, expected) < 1.5e-2
+
+
 @pytest.fixture(scope="module")
 def extreme_source(tmp_path_factory):
     """A module folder whose weights' codes are all 127 or -127, the table's values all 1 or -1."""
