@@ -33,7 +33,8 @@ class Placement:
     cuda_graphs: bool = False
     """On NVIDIA GPUs, torch and ONNX Runtime: record what is launched once a shape, and replay it."""
     attention: str | None = None
-    """The kernel of scaled_dot_product_attention in the torch runtime, instead of torch's own choice."""
+    """The kernel of attention, instead of the runtime's own choice: torch's scaled_dot_product_attention has all four,
+    ONNX Runtime `flash` and `math`."""
     channels_last: str = "auto"
     """`on`, `off`, or `auto`: torch lays convolutions out channels-last in all precisions but fp32."""
     static: bool = False

@@ -391,7 +391,7 @@ def load(
         threads: CPU threads of every runtime; by default the physical cores that this process may use.
         compile: run torch parts through torch.compile: `full` (or True), or `regional`, their repeated blocks alone.
         cuda_graphs: record what torch or ONNX Runtime launches on a GPU once a shape, and replay it.
-        attention: the attention kernel of torch parts: `flash`, `efficient`, `cudnn` or `math`.
+        attention: the kernel of attention: `flash`, `efficient`, `cudnn` or `math` in torch, `flash` or `math` in ONNX Runtime.
         channels_last: `on`, `off`, or `auto`: lay out convolutions of torch parts channels-last.
         static: compile OpenVINO parts for the shapes that they get; the last two sets of shapes are kept.
         provider: an execution provider for ONNX Runtime, by name.

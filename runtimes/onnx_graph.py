@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+FILE = "model.onnx"
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""A session's setting: where the weights of a model lie that is given as bytes."""
 _ZERO_POINTS = {"MatMulInteger": 3, "MatMulIntegerToFloat": 5}
 """Products of integers -> the place of the weights' zero point among their inputs."""
 
@@ -23,7 +26,7 @@ def operations(folder: Path) -> list[Operation]:
     import onnx
 
     layers = read_layers(folder)
-    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    graph = onnx.load(folder / FILE, load_external_data=False).graph
     return [
         Operation(
             node.name,
@@ -45,7 +48,7 @@ def tap(folder: Path, session: Any, inputs: dict[str, Tensor], names: list[str])
     import onnxruntime
     import torch
 
-    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    model = onnx.load(folder / FILE, load_external_data=False)
     if overflows_bytes():
         _make_unsigned(model.graph)
     del model.graph.output[:]
@@ -54,7 +57,7 @@ def tap(folder: Path, session: Any, inputs: dict[str, Tensor], names: list[str])
     options.intra_op_num_threads = session.get_session_options().intra_op_num_threads
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    options.add_session_config_entry(WEIGHTS_FOLDER, str(folder))
     opened = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=session.get_providers())
     taken = {item.name for item in opened.get_inputs()}
     results = opened.run(names, {name: tensor.numpy() for name, tensor in inputs.items() if name in taken})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ArtifactError, UnavailableError
 from ..hardware import OVERFLOWS, Availability, overflows_bytes, usable_cores
-from . import onnx_graph, onnx_weights, providers
+from . import onnx_attention, onnx_graph, onnx_weights, providers
 from .onnx_binding import DeviceBinding
 from .runtime import Operation, PartFiles, Runtime
 
@@ -43,7 +43,8 @@ class OnnxRuntime(Runtime):
     held: ClassVar[Mapping[str, float]] = {"float32": 1.1, "bfloat16": 3.9, "int8": 2.2, "int4": 4, "nf4": 4}
     held_mapped: ClassVar[Mapping[str, float] | None] = {**held, "float32": 0.02, "bfloat16": 0.25}
     live_maps: ClassVar[Mapping[str, float]] = {"fp32": 25}
-    options: ClassVar[frozenset[str]] = frozenset({"provider", "provider_options", "cuda_graphs"})
+    live_scores: ClassVar[float] = 0.0
+    options: ClassVar[frozenset[str]] = frozenset({"provider", "provider_options", "cuda_graphs", "attention"})
     devices: ClassVar[tuple[str, ...]] = tuple(providers.BY_DEVICE)
 
     @classmethod
@@ -72,9 +73,11 @@ class OnnxRuntime(Runtime):
         import onnxruntime
 
         super().__init__(part, placement)
-        graph = _graph(part.folder)
-        operators = Counter(node.op_type for node in graph.node)
+        model = _model(part.folder)
+        operators = Counter(node.op_type for node in model.graph.node)
         provider, device, fallback = providers.choose(placement)
+        fused = onnx_attention.fuse(model, providers.fused_dtypes(provider, placement))
+        given = model.SerializeToString() if fused else part.folder / onnx_graph.FILE
         graphs = placement.cuda_graphs and provider in providers.NVIDIA
         providers.prepare(provider)
         options = onnxruntime.SessionOptions()
@@ -82,6 +85,7 @@ class OnnxRuntime(Runtime):
         options.inter_op_num_threads = 1
         options.log_severity_level = _ERRORS_ONLY
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        options.add_session_config_entry(onnx_graph.WEIGHTS_FOLDER, str(part.folder))
         mapped = placement.offload == "mapped"
         overflows = device == "cpu" and overflows_bytes() and any(operators[name] for name in _ROUNDING)
         keeps = mapped and not overflows
@@ -93,13 +97,13 @@ class OnnxRuntime(Runtime):
         if provider == "DmlExecutionProvider":  # which asks for it
             options.enable_mem_pattern = False
         disabled = ["ConstantFolding"] if keeps else []
-        if overflows and _lacks_zero_points(graph):
+        if overflows and _lacks_zero_points(model.graph):
             disabled.append(_MAKES_UNSIGNED)
             widened = f"{OVERFLOWS}: convolutions are of floats until it is exported again"
             fallback = "; ".join(filter(None, (fallback, widened)))
         asked = providers.options_of(provider, device, part.precision, placement)
         kept = onnx_weights.adapt(options, part.folder, part.deltas)
-        self._session: Any = _opened(part, options, providers.listed(provider, asked), disabled)
+        self._session: Any = _opened(part, given, options, providers.listed(provider, asked), disabled)
         del kept
         ran = self._session.get_providers()[0]
         if ran != provider:
@@ -117,6 +121,7 @@ class OnnxRuntime(Runtime):
             "cuda_graphs": graphs and ran == provider,
             "threads": self._session.get_session_options().intra_op_num_threads,
             "precision": _precisions(operators),
+            "attention": {"fused": fused, "math": operators["Softmax"] - fused},
             "unsigned_weights": overflows,
             "mapped": mapped,
             "nodes": _nodes_by_provider(self._session),
@@ -157,7 +162,7 @@ class OnnxRuntime(Runtime):
         self._session = self._binding = None
 
 
-def _opened(part: PartFiles, options: Any, listed: list[Any], disabled: list[str]) -> Any:  # noqa: ANN401 - onnxruntime is untyped
+def _opened(part: PartFiles, model: Path | bytes, options: Any, listed: list[Any], disabled: list[str]) -> Any:  # noqa: ANN401 - onnxruntime is untyped
     """Open a session; a provider that refuses the model, or an option, is said to have done so.
 
     Raises:
@@ -165,9 +170,8 @@ def _opened(part: PartFiles, options: Any, listed: list[Any], disabled: list[str
     """
     import onnxruntime
 
-    file = part.folder / "model.onnx"
     try:
-        return onnxruntime.InferenceSession(file, options, providers=listed, disabled_optimizers=disabled)
+        return onnxruntime.InferenceSession(model, options, providers=listed, disabled_optimizers=disabled)
     except Exception as error:  # ONNX Runtime raises RuntimeError, ValueError and classes of its own
         if len(listed) == 1:  # the CPU's: the model's own fault
             raise
@@ -212,15 +216,15 @@ def _lacks_zero_points(graph: Any) -> bool:  # noqa: ANN401 - onnx is untyped
     return any(len(node.input) < 3 for node in wide)  # noqa: PLR2004 - the third is the zero point
 
 
-def _graph(folder: Path) -> Any:  # noqa: ANN401 - onnx is untyped
-    """Read a model's graph without its weights; refuse one whose external data lies outside its folder.
+def _model(folder: Path) -> Any:  # noqa: ANN401 - onnx is untyped
+    """Read a model without its weights; refuse one whose external data lies outside its folder.
 
     Raises:
         ArtifactError: with the path.
     """
     import onnx
 
-    file = folder / "model.onnx"
+    file = folder / onnx_graph.FILE
     try:
         model = onnx.load(file, load_external_data=False)
     except Exception as error:
@@ -231,7 +235,7 @@ def _graph(folder: Path) -> Any:  # noqa: ANN401 - onnx is untyped
             if item.key == "location" and not _is_inside(folder, item.value):
                 message = f"{file} points to data outside its folder: {item.value!r}"
                 raise ArtifactError(message, fix="don't use this model unless you know who made it")
-    return model.graph
+    return model
 
 
 def _is_inside(folder: Path, location: str) -> bool:

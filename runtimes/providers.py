@@ -9,6 +9,7 @@ from .. import nvidia
 from ..errors import UnavailableError, unknown
 from ..hardware import choose_device
 from ..home import home
+from . import onnx_attention
 
 if TYPE_CHECKING:
     from ..recipe import Placement
@@ -37,6 +38,8 @@ FIXES = {
     _OPENVINO: "pip install onnxruntime-openvino in place of onnxruntime",
 }
 _PRECISIONS = {"fp32": "FP32", "fp16": "FP16"}
+_FUSING = {CPU: ("FLOAT",), _CUDA: ("FLOAT", "FLOAT16")}
+"""Providers with a kernel of fused attention -> the dtypes that it takes."""
 _OTHER_TENSORRT = ("tensorrt-cu13", "tensorrt_cu13", "tensorrt-cu12", "tensorrt")
 _LINKED_TENSORRT = 10
 
@@ -93,9 +96,20 @@ def option_obstacle(option: str, placement: Placement) -> tuple[str, str] | None
     provider, _, _ = choose(placement)
     if option == "cuda_graphs" and provider not in NVIDIA:
         return f"{provider} has no CUDA graphs", f"leave out cuda_graphs, or {FIXES[_CUDA]}"
+    if option == "attention" and placement.attention not in onnx_attention.KERNELS:
+        fix = " or ".join(f"attention={kernel}" for kernel in onnx_attention.KERNELS)
+        return f"ONNX Runtime has no {placement.attention} attention", fix
+    if option == "attention" and placement.attention == "flash" and provider not in _FUSING:
+        return f"{provider} has no fused attention", "leave out attention"
     if option == "provider_options" and provider == CPU:
         return f"{CPU} has no options", "leave out provider_options, or name another provider"
     return None
+
+
+def fused_dtypes(provider: str, placement: Placement) -> tuple[str, ...]:
+    """Return the dtypes whose attention is to be fused: on the CPU by itself, elsewhere where it is asked for."""
+    wanted = placement.attention == "flash" or (placement.attention is None and provider == CPU)
+    return _FUSING.get(provider, ()) if wanted else ()
 
 
 def options_of(provider: str, device: str, precision: str, placement: Placement) -> dict[str, str]:
