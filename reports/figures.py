@@ -18,6 +18,8 @@ _INK = "#123456"
 """A colour that nothing else has: in the SVG it becomes the text's own, light or dark."""
 _COLORS = ("#3b7dd8", "#e08e3c", "#3fa66a", "#c2559d", "#8a6fd1", "#c9a227", "#4bb3c2", "#d65f5f")
 
+_ROUNDS = 300
+"""Of moving names apart: a count, as a limit of time would give another figure each time."""
 _LEAST_DRIFT = 1e-9
 """Drawn where latents are equal: a logarithmic axis has no zero."""
 
@@ -52,7 +54,8 @@ def _figure(name: str, title: str, draw: Callable[[Any, Summary], str | None], s
 
     style = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
     with mpl.rc_context({**style, "svg.fonttype": "none", "font.size": 10, "svg.hashsalt": name}):
-        height = 3.6 if name in {"drift", "pareto", "trajectory"} else 1.2 + 0.45 * max(len(summary.rows), 3)
+        height = 3.6 if name in {"drift", "trajectory"} else 1.2 + 0.45 * max(len(summary.rows), 3)
+        height = max(3.6, height / 2) if name == "pareto" else height
         canvas = Canvas(figsize=(7.2, height), layout="constrained")
         axes = canvas.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
@@ -148,13 +151,22 @@ def _pareto(axes: Any, summary: Summary) -> str | None:  # noqa: ANN401
             marker="o" if row.passes else "X",
             edgecolors="none",
         )
-        above = 8 if i % 2 else -16  # neighbours in the table are often neighbours here
-        axes.annotate(_label(row), (x, y), xytext=(6, above), textcoords="offset points", fontsize=9)
     axes.set_xlabel("median seconds a batch")
     axes.set_ylabel("mean FLIP to eager fp32")
     axes.margins(0.15)
+    _name_points(axes, points, [_label(row) for row in rows])
     told = [f"{row.name} {x:.3g} s, FLIP {y:.4f}" for row, (x, y) in zip(rows, points, strict=True)]
     return f"Latency against distance from eager fp32, memory as size: {'; '.join(told)}."
+
+
+def _name_points(axes: Any, points: list[tuple[float, float]], names: list[str]) -> None:  # noqa: ANN401
+    """Write names where they cover neither each other nor the points, with a line to the point of each."""
+    from adjustText import adjust_text
+
+    axes.figure.canvas.draw()  # which lays the axes out
+    texts = [axes.text(x, y, name, fontsize=9) for (x, y), name in zip(points, names, strict=True)]
+    lines = {"arrowstyle": "-", "color": _INK, "lw": 0.5, "shrinkA": 0}
+    adjust_text(texts, *zip(*points, strict=True), ax=axes, arrowprops=lines, iter_lim=_ROUNDS)
 
 
 def _stages(axes: Any, summary: Summary) -> str | None:  # noqa: ANN401

@@ -47,20 +47,25 @@ def openvino_here(folder: str, inputs: str, threads: int) -> dict[str, Any]:
 
 
 def onnx_here(folder: str, inputs: str, threads: int) -> dict[str, Any]:
-    """Take two steps of an ONNX model, and return the second one's profile."""
+    """Take two steps of an ONNX model as the runtime opens it, and return the second one's profile."""
     import onnxruntime
+    from unet_arms import Arm, opened
 
     with tempfile.TemporaryDirectory() as work:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.enable_profiling = threads, True
-        options.profile_file_prefix = f"{work}/profile"
-        session = onnxruntime.InferenceSession(f"{folder}/model.onnx", options, providers=["CPUExecutionProvider"])
-        fed = _fed(inputs)
-        session.run(None, fed)
-        started = time.perf_counter()
-        session.run(None, fed)
-        ended = time.perf_counter()
-        events = json.loads(Path(session.end_profiling()).read_text())
+
+        class Profiling(onnxruntime.SessionOptions):
+            def __init__(self) -> None:
+                super().__init__()
+                self.enable_profiling, self.profile_file_prefix = True, f"{work}/profile"
+
+        onnxruntime.SessionOptions = Profiling
+        with opened(Arm("onnx", "fp32"), Path(folder), Path(folder), threads) as runtime:
+            fed = _fed(inputs)
+            runtime._session.run(None, fed)
+            started = time.perf_counter()
+            runtime._session.run(None, fed)
+            ended = time.perf_counter()
+            events = json.loads(Path(runtime._session.end_profiling()).read_text())
     kernels = [event for event in events if event["cat"] == "Node" and event["name"].endswith("_kernel_time")]
     last = kernels[len(kernels) // 2 :]
     nodes = [(event["args"]["op_name"], _dtype(event["args"]), event["dur"] / 1e6) for event in last]

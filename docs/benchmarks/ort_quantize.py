@@ -13,6 +13,7 @@ def quantize_here(source: str, output: str, kind: str, inputs: str) -> None:
 
     whole = Path(output) / "whole.onnx"
     model = onnx.load(Path(source) / "model.onnx")
+    known = list(model.graph.value_info)
     del model.graph.value_info[:]  # theirs go stale when Gemm is replaced, and then they are refused
     onnx.save(model, whole, save_as_external_data=True, location="whole.data")
     del model
@@ -31,6 +32,17 @@ def quantize_here(source: str, output: str, kind: str, inputs: str) -> None:
         quantize_static(whole, target, Reader(), use_external_data_format=True, per_channel=True)
     for file in (whole, whole.with_name("whole.data")):
         file.unlink()
+    _tell_shapes(target, known)
+
+
+def _tell_shapes(file: Path, known: list[Any]) -> None:
+    """Write shapes of what is laid out anew into a model again: the runtime finds attention by them."""
+    import onnx
+
+    model = onnx.load(file, load_external_data=False)
+    laid = {node.output[0] for node in model.graph.node if node.op_type == "Transpose"}
+    model.graph.value_info.extend(each for each in known if each.name in laid)
+    onnx.save(model, file)
 
 
 def _rows(file: str) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,13 @@ class Arm:
 
     backend: str
     precision: str
+    options: str = ""
+    """Of a placement, as in a recipe's short form: `+attention=math`."""
+
+    @classmethod
+    def read(cls, backend: str, text: str) -> Arm:
+        precision, plus, options = text.partition("+")
+        return cls(backend, precision, plus + options)
 
     @property
     def name(self) -> str:
@@ -80,7 +87,7 @@ def calibrate_here(folder: str, output: str) -> None:
     from bakeoff.tuning.calibrate import watch
 
     seen, given = Calibration({"model": Path(folder).name}), {}
-    with _opened(Arm("torch", "fp32"), Path(folder), Path(folder), threads=1) as runtime:
+    with opened(Arm("torch", "fp32"), Path(folder), Path(folder), threads=1) as runtime:
         watch(seen, PART, runtime.module())
         for seed, timestep in enumerate(TIMESTEPS):
             step = inputs(Path(folder), CALIBRATED, seed, timestep)
@@ -204,8 +211,8 @@ def _serve(connection: Connection, arm: Arm, source: Path, folder: Path, sizes: 
     given = inputs(source, sizes, 7, 501.0)
     before = rss_bytes("RssAnon")
     started = time.perf_counter()
-    with _opened(arm, source, folder, threads) as runtime:
-        opened = round(time.perf_counter() - started, 1)
+    with opened(arm, source, folder, threads) as runtime:
+        took = round(time.perf_counter() - started, 1)
         fed = {
             port.name: given[port.name].reshape(port.shape({})) if not port.rank else given[port.name]
             for port in runtime.inputs
@@ -214,7 +221,7 @@ def _serve(connection: Connection, arm: Arm, source: Path, folder: Path, sizes: 
         held = rss_bytes("RssAnon") - before
         connection.send(
             {
-                "open_seconds": opened,
+                "open_seconds": took,
                 "opened_anon_bytes": held,
                 "before_anon_bytes": before,
                 "ran": runtime.configuration,
@@ -227,11 +234,11 @@ def _serve(connection: Connection, arm: Arm, source: Path, folder: Path, sizes: 
             connection.send(time.perf_counter() - started)
 
 
-def _opened(arm: Arm, source: Path, folder: Path, threads: int) -> Any:  # noqa: ANN401 - some runtime
+def opened(arm: Arm, source: Path, folder: Path, threads: int) -> Any:  # noqa: ANN401 - some runtime
     import torch
 
     from bakeoff import plugins
-    from bakeoff.recipe import Placement
+    from bakeoff.recipe import parse
     from bakeoff.runtimes.runtime import PartFiles
 
     made, config = UNet2DCondition(), _config(source)
@@ -243,7 +250,8 @@ def _opened(arm: Arm, source: Path, folder: Path, threads: int) -> Any:  # noqa:
         outputs=made.outputs(config),
         build=lambda dtype: made.flat(made.load(folder, getattr(torch, dtype))).eval(),
     )
-    return plugins.runtime(arm.backend)(files, Placement(device="cpu", threads=threads))
+    placement = parse(f"{arm.backend}:{arm.opened_as}{arm.options}")[1]
+    return plugins.runtime(arm.backend)(files, replace(placement, device="cpu", threads=threads))
 
 
 def _folder(arm: Arm, folder: Path, work: Path) -> Path:

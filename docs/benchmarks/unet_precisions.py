@@ -44,6 +44,7 @@ GROUPS = {
     "openvino, weights alone": ("openvino", ["fp32", "bf16", "int8", "int4", "nf4", "nncf-int8"]),
     "onnx, activations too": ("onnx", ["fp32", "bf16", "w8a8", "w8a8-dynamic", "ort-dynamic", "ort-static"]),
     "onnx, weights alone": ("onnx", ["fp32", "bf16", "int8", "int4", "nf4"]),
+    "onnx, attention": ("onnx", ["fp32", "fp32+attention=math"]),
     "torch": ("torch", ["fp32", "bf16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic"]),
 }
 PROFILED = ["openvino:bf16", "openvino:w8a8", "openvino:nncf-w8a8", "onnx:fp32", "onnx:w8a8"]
@@ -81,15 +82,13 @@ def main() -> None:
 def _compare(backend: str, precisions: list[str], work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Make, open and interleave a group's arms; return its rows and how busy the machine was meanwhile."""
     folder = source(options.model, work)
-    arms = [Arm(backend, precision) for precision in precisions if _is_wanted(precision, options)]
-    made: dict[str, Any] = {}
-    for arm in tqdm(arms, desc="exports"):
-        made[arm.precision] = _attempt(arm, folder, work, options)
+    arms = {each: Arm.read(backend, each) for each in precisions if _is_wanted(each, options)}
+    made = {each: _attempt(arm, folder, work, options) for each, arm in tqdm(arms.items(), desc="exports")}
     expected = _expected(folder, work, options)
     opened = {
-        arm.precision: Resident(arm, folder, work, options.model, options.threads)
-        for arm in arms
-        if "refused" not in made[arm.precision]
+        each: Resident(arm, folder, work, options.model, options.threads)
+        for each, arm in arms.items()
+        if "refused" not in made[each]
     }
     before = psutil.cpu_times()
     seconds, peaks = _interleave(opened, options.blocks)
