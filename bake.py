@@ -37,7 +37,7 @@ from .exporters.corrected import lower_corrected
 from .exporters.exporter import Subject
 from .memory import give_back
 from .parity.budget import Gate, check_parts
-from .plan import ACTIVATIONS_OPTION, check_room, is_calibrated, merged_modules, mixture_of, plan
+from .plan import ACTIVATIONS_OPTION, OUTPUTS_OPTION, check_room, is_calibrated, merged_modules, mixture_of, plan
 from .quantize.grid import grids_to_json
 from .quantize.inputs import with_inputs, write_inputs
 from .recipe import to_dict
@@ -287,21 +287,20 @@ def activations(calibration: Calibration, part: str, recipe: PartRecipe, checkpo
     """
     mixture, names = mixture_of(recipe), layer_names(calibration.parts[part], checkpoint)
     shapes = {path: checkpoint.entries[f"{name}.weight"].shape for path, name in names.items()}
-    found = calibration.grids(part, shapes, _activations_method(recipe))
+    own = [each.activations_method for each in mixture.formats.values() if each.activations_method]
+    found = calibration.grids(part, shapes, _option(recipe, ACTIVATIONS_OPTION, own))
     grids = {names[path]: mixture.calibrated(names[path], shapes[path], both) for path, both in found.items()}
-    outputs = plugins.exporter(recipe.backend).rounds_convolutions
+    rounds_outputs = _option(recipe, OUTPUTS_OPTION) == "rounded"
     return {
-        name: both if outputs or len(checkpoint.entries[f"{name}.weight"].shape) == 2 else (both[0], None)  # noqa: PLR2004
+        name: both if rounds_outputs or len(checkpoint.entries[f"{name}.weight"].shape) == 2 else (both[0], None)  # noqa: PLR2004
         for name, both in grids.items()
         if both
     }
 
 
-def _activations_method(recipe: PartRecipe) -> str:
-    """Return how steps are chosen: as the recipe asks, as its format needs, or the first that its backend can take."""
-    own = [each.activations_method for each in mixture_of(recipe).formats.values() if each.activations_method]
-    methods = plugins.exporter(recipe.backend).options.get(ACTIVATIONS_OPTION, ())
-    return recipe.options.get(ACTIVATIONS_OPTION) or next(iter([*own, *methods]))
+def _option(recipe: PartRecipe, option: str, own: Sequence[str] = ()) -> str:
+    """Return an option's value: as the recipe asks, as its format needs, or the first that its backend can take; "" if none."""
+    return recipe.options.get(option) or [*own, *plugins.exporter(recipe.backend).options.get(option, ()), ""][0]
 
 
 def _refuse_unchanged(subject: Subject, lowered: Lowered) -> None:

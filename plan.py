@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from .quantize.mixture import Mixture
 
 
-ACTIVATIONS_OPTION = "activations"
-"""Option of a recipe: how the steps of calibrated activations are chosen."""
+ACTIVATIONS_OPTION, OUTPUTS_OPTION = "activations", "outputs"
+"""Options of a recipe: how the steps of calibrated activations are chosen, and whether what convolutions make is rounded,
+too, or stays wide."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _without_idle_options(source: Source, name: str, recipe: PartRecipe) -> Part
     """
     ports = {port for part in source.parts for port in part.component.conventions(recipe.backend)}
     idle = ports - set(source.family.part(name).component.conventions(recipe.backend))
-    idle |= set() if is_calibrated(recipe) else {ACTIVATIONS_OPTION}
+    idle |= set() if is_calibrated(recipe) else {ACTIVATIONS_OPTION, OUTPUTS_OPTION}
     return replace(recipe, options={key: value for key, value in recipe.options.items() if key not in idle})
 
 

@@ -97,9 +97,6 @@ class Exporter(Protocol):
     """Option of a recipe -> the values it may have; none: any, which `BoundExporter.check` looks at. One named after an input
     asks for the dtype of that input's port."""
 
-    rounds_convolutions: ClassVar[bool]
-    """Whether calibrated convolutions round also what they make."""
-
     def cost(
         self,
         checkpoint: Checkpoint,

@@ -25,7 +25,6 @@ class NullExporter:
     )
     layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    rounds_convolutions: ClassVar[bool] = False
 
     def cost(
         self,

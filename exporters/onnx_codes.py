@@ -66,18 +66,20 @@ class Encoder:
 
     def encode(self, value: onnx_ir.Value, entry: Entry) -> list[Streamed] | str:
         """Give a weight's users its codes, which are to be written; or say why none take them."""
-        obstacle = self._format.obstacle(entry.shape)
+        assert value.shape is not None  # noqa: S101 - an initializer has one
+        same = tuple(value.shape) == entry.shape
+        obstacle = self._format.obstacle(entry.shape) or (None if same else "of another shape in the graph")
         if obstacle:
             return obstacle
-        assert value.shape is not None  # noqa: S101 - an initializer has one
-        if tuple(value.shape) != entry.shape:
-            return "of another shape in the graph"
         users = {user.op_type for user, _ in value.uses()}
         grids = self._activations.get(entry.name.removesuffix(".weight"))
         if _products_of(value) is not None:
             return self._products(value, entry, grids)
         if users == {"Conv"} and self._format.name == "int8":
-            return self._convolutions(value, entry, grids)
+            before, after = grids if self._precision == STATIC and grids else (None, None)
+            if before and not after:
+                return self._integer_convolutions(value, entry, before)
+            return self._convolutions(value, entry, before, after)
         if users == {"Gather"} and self._format.name != "nf4":
             return self._table(value, entry)
         return f"ONNX Runtime has no {self._format.name} weights for {', '.join(sorted(users))}"
@@ -155,7 +157,41 @@ class Encoder:
         inputs = [self._round(taken, grid, node), turned, step, scales, zero]
         return [_node("MatMulIntegerToFloat", inputs, like=node, domain=_CONTRIB)]
 
-    def _convolutions(self, value: onnx_ir.Value, entry: Entry, grids: Grids | None) -> list[Streamed]:
+    def _integer_convolutions(self, value: onnx_ir.Value, entry: Entry, before: Grid) -> list[Streamed]:
+        """Put ConvInteger in the place of the convolutions, and scale what it makes: that stays wide.
+
+        Weights are of unsigned bytes around 128: for signed ones ONNX Runtime has no kernel but a slow one on x86.
+        Where channels of the input have steps of their own, these are in the weights.
+        """
+        streams = self._rows(value, entry, before.steps if before.by_channel else None, encode=_biased)
+        codes, scales = (self._initializer(tensor) for tensor in streams)
+        if not before.by_channel:
+            both = _node("Mul", [scales, self._numbers(before.steps)], name=f"{value.name}.scale")
+            self._model.graph.insert_before(self._model.graph[0], both)
+            scales = both.outputs[0]
+        middle, zero = self._codes_of((0,)), self._codes_of(before.zeros)
+        for node in [user for user, _ in value.uses()]:
+            taken = node.inputs[0]
+            assert taken is not None  # noqa: S101 - a convolution has an input
+            product = _node("ConvInteger", [self._round(taken, before, node), codes, zero, middle], like=node)
+            product.attributes.update(node.attributes)
+            wide = _node("Cast", product.outputs, {"to": _FLOAT}, name=f"{node.name}.float32")
+            new = [product, wide, *self._rowwise("Mul", wide, scales, f"{node.name}.scaled")]
+            if len(node.inputs) > 2 and node.inputs[2] is not None:  # noqa: PLR2004 - its third is the bias
+                new += self._rowwise("Add", new[-1], node.inputs[2], f"{node.name}.bias")
+            self._replace(node, new)
+        return streams
+
+    def _rowwise(self, kind: str, node: onnx_ir.Node, numbers: onnx_ir.Value, name: str) -> list[onnx_ir.Node]:
+        """Return an operation of a convolution's output with a number for each of its channels."""
+        import numpy as np
+
+        spread = _node("Unsqueeze", [numbers, self._array(np.array([1, 2]))], name=f"{name}.spread")
+        return [spread, _node(kind, [node.outputs[0], spread.outputs[0]], name=name)]
+
+    def _convolutions(
+        self, value: onnx_ir.Value, entry: Entry, before: Grid | None, after: Grid | None
+    ) -> list[Streamed]:
         """Widen codes as they run; between roundings of what goes in and out ONNX Runtime makes QLinearConv of it.
 
         Activations are of unsigned bytes: of signed ones ONNX Runtime would make these, with one zero point for all channels.
@@ -167,7 +203,6 @@ class Encoder:
         """
         import numpy as np
 
-        before, after = grids if self._precision == STATIC and grids else (None, None)
         columns = before.steps if before and before.by_channel else None
         over = after.steps if after and after.by_channel else ()
         streams = self._rows(value, entry, columns, over)
@@ -266,20 +301,28 @@ class Encoder:
         return streams
 
     def _rows(
-        self, value: onnx_ir.Value, entry: Entry, columns: Sequence[float] | None = None, over: Sequence[float] = ()
+        self,
+        value: onnx_ir.Value,
+        entry: Entry,
+        columns: Sequence[float] | None = None,
+        over: Sequence[float] = (),
+        encode: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Streamed]:
-        """Return codes as signed bytes in the weight's shape, and a scale for each output channel.
+        """Return codes as bytes in the weight's shape, signed unless `encode` changes them, and a scale for each output channel.
 
         Args:
             value: the weight.
             entry: the same in the checkpoint.
             columns: factors of the inputs' weights.
             over: what the output channels' scales are divided by.
+            encode: signed codes to unsigned ones.
         """
         packing = Packing(self._format, entry, columns, self._mixture.importance(entry.name))
         count = math.prod(entry.shape)
         return [
-            Streamed(f"{value.name}.codes", "I8", entry.shape, count, packing.codes(lambda codes: codes)),
+            Streamed(
+                f"{value.name}.codes", "U8" if encode else "I8", entry.shape, count, packing.codes(encode or _as_it_is)
+            ),
             Streamed(f"{value.name}.scales", "F32", [entry.shape[0]], 4 * entry.shape[0], packing.scales(over=over)),
         ]
 
@@ -403,6 +446,10 @@ def _bias(gemm: onnx_ir.Node, product: onnx_ir.Node) -> list[onnx_ir.Node]:
     if gemm.op_type != "Gemm" or len(gemm.inputs) < 3:  # noqa: PLR2004 - its third is the bias
         return []
     return [onnx_ir.Node("", "Add", [product.outputs[0], gemm.inputs[2]], name=f"{gemm.name}.bias")]
+
+
+def _as_it_is(codes: Tensor) -> Tensor:
+    return codes
 
 
 def _biased(codes: Tensor) -> Tensor:

@@ -54,7 +54,6 @@ class OpenVINOExporter:
         "w8a8-dynamic": ("fp32", "bf16", "w8a8-dynamic"),
     }
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"timestep": ("f32",), "activations": METHODS}
-    rounds_convolutions: ClassVar[bool] = False
 
     def packages(self) -> tuple[str, ...]:
         return ("torch", "openvino")

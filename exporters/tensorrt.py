@@ -55,7 +55,6 @@ class TensorRTExporter:
         "int4": ("fp32", "bf16", "fp16", "int4"),
     }
     options: ClassVar[Mapping[str, tuple[str, ...]]] = Settings.OPTIONS
-    rounds_convolutions: ClassVar[bool] = False
 
     def probe(self) -> Availability:
         """Say whether engines can be built here."""

@@ -50,7 +50,6 @@ class TorchExporter:
         **dict.fromkeys(_LAYOUTS, ("bf16",)),
     }
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {aoti.OPTION: ("",), "activations": EVEN}
-    rounds_convolutions: ClassVar[bool] = False
 
     def probe(self) -> Availability:
         return Availability(ok=True, reason="torch is there")

@@ -301,15 +301,14 @@ def test_activations_are_rounded_with_calibrated_scales(source, tmp_path, backen
         assert relative_error(got[key], far) < 5e-2
 
 
-@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+@pytest.mark.parametrize(("backend", "outputs"), [("onnx", True), ("onnx", False), ("openvino", False)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_channels_have_steps_of_their_own(source, tmp_path, monkeypatch, backend, biased):
+def test_channels_have_steps_of_their_own(source, tmp_path, monkeypatch, backend, outputs, biased):
     monkeypatch.setattr("bakeoff.exporters.onnx_weights._INLINE_BYTES", 64)  # as if the bias were a large model's
     made, module = Mixed(), load_file(Checkpoint.open(source).files[0])
     generator = torch.Generator().manual_seed(0)
     steps = [tuple((0.01 + 0.2 * torch.rand(n, generator=generator)).tolist()) for n in (16, 64)]
     zeros = tuple(torch.randint(-60, 60, (64,), generator=generator).tolist())
-    outputs = plugins.exporter(backend).rounds_convolutions
     given = Grid(steps[0], (-40,))
     grids = {"take": (given, Grid(steps[1], zeros) if outputs else None), "matrix": (Grid((0.04,), (20,)), None)}
     if not biased:
@@ -353,13 +352,14 @@ class Lasting(Mixed):
         return {"picture": torch.randn(sizes.batch, 16, sizes.height, sizes.width, generator=generator)}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "rounded"), [("onnx", True), ("onnx", False), ("openvino", False), ("torch", False)]
+)
 @pytest.mark.parametrize("by_channel", [True, False])
-def test_a_convolution_that_makes_an_output(source, tmp_path, backend, by_channel):
+def test_a_convolution_that_makes_an_output(source, tmp_path, backend, rounded, by_channel):
     made, generator = Lasting(), torch.Generator().manual_seed(0)
     steps = tuple((0.01 + 0.05 * torch.rand(64, generator=generator)).tolist()) if by_channel else (0.03,)
     zeros = tuple(torch.randint(-60, 60, (64,), generator=generator).tolist()) if by_channel else (0,)
-    rounded = plugins.exporter(backend).rounds_convolutions
     grids = {"take": (Grid((0.03,)), Grid(steps, zeros) if rounded else None)}
     files, _ = lower(made, source, tmp_path, backend, "w8a8", grids)
     inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from torch import Tensor
+
+    from bakeoff.recipe import PartRecipe, Placement
 
 HERE = Path(__file__).parent
 PART = "unet"
@@ -41,7 +43,7 @@ class Arm:
     backend: str
     precision: str
     options: str = ""
-    """Of a placement, as in a recipe's short form: `+attention=math`."""
+    """Of a recipe or a placement, as in the short form: `+outputs=rounded`, `+attention=math`."""
 
     @classmethod
     def read(cls, backend: str, text: str) -> Arm:
@@ -51,6 +53,17 @@ class Arm:
     @property
     def name(self) -> str:
         return f"{self.backend}:{self.precision}"
+
+    def parsed(self) -> tuple[PartRecipe, Placement]:
+        from bakeoff.recipe import parse
+
+        recipe, placement = parse(f"{self.backend}:{self.opened_as}{self.options}")
+        return recipe.default, placement
+
+    def folder(self, source: Path, work: Path) -> Path:
+        """Return the arm's folder, which arms share that differ in their placement alone."""
+        options = self.parsed()[0].options
+        return work / "-".join([source.name, self.backend, self.precision, *map("=".join, sorted(options.items()))])
 
     @property
     def opened_as(self) -> str:
@@ -100,7 +113,7 @@ def calibrate_here(folder: str, output: str) -> None:
 
 def make(arm: Arm, folder: Path, work: Path, nncf_python: str | None) -> dict[str, Any]:
     """Make an arm's folder unless it is there; return what that took, which stays beside it."""
-    output = _folder(arm, folder, work)
+    output = arm.folder(folder, work)
     told = output.with_name(f"{output.name}.json")
     if told.exists():
         found: dict[str, Any] = json.loads(told.read_text())
@@ -113,13 +126,13 @@ def make(arm: Arm, folder: Path, work: Path, nncf_python: str | None) -> dict[st
     if arm.precision.startswith("nncf"):
         peak = _by_nncf(arm, folder, work, str(nncf_python))
     elif arm.precision.startswith("ort"):
-        arguments = {"source": str(_folder(Arm("onnx", "fp32"), folder, work)), "output": str(output)}
+        arguments = {"source": str(Arm("onnx", "fp32").folder(folder, work)), "output": str(output)}
         arguments |= {"kind": arm.precision, "inputs": str(calibrated / "inputs.npz")}
         _, made = in_child("ort_quantize:quantize_here", arguments, extra_path=str(HERE))
         peak = made.anon_bytes
     else:
-        arguments = {"source": str(folder), "output": str(output), "backend": arm.backend}
-        arguments |= {"precision": arm.precision, "seen": str(calibrated / "seen.safetensors")}
+        arguments = {"source": str(folder), "output": str(output), "arm": asdict(arm)}
+        arguments |= {"seen": str(calibrated / "seen.safetensors")}
         _, made = in_child("unet_arms:lower_here", arguments, extra_path=str(HERE))
         peak = made.anon_bytes
     row = {
@@ -134,7 +147,7 @@ def make(arm: Arm, folder: Path, work: Path, nncf_python: str | None) -> dict[st
 def _by_nncf(arm: Arm, folder: Path, work: Path, python: str) -> int:
     """Run NNCF in its own environment on the fp32 IR; return its peak of anonymous memory."""
     command = [python, str(HERE / "nncf_quantize.py")]
-    command += [str(_folder(a, folder, work) / "openvino_model.xml") for a in (Arm("openvino", "fp32"), arm)]
+    command += [str(a.folder(folder, work) / "openvino_model.xml") for a in (Arm("openvino", "fp32"), arm)]
     if arm.opened_as == "w8a8":
         command.append(str(calibration(folder, work) / "inputs.npz"))
     with (
@@ -149,26 +162,24 @@ def _by_nncf(arm: Arm, folder: Path, work: Path, python: str) -> int:
     return watch.peak.anon_bytes
 
 
-def lower_here(source: str, output: str, backend: str, precision: str, seen: str) -> None:
+def lower_here(source: str, output: str, arm: dict[str, str], seen: str) -> None:
     """Export the UNet in this process."""
     from bakeoff import plugins
     from bakeoff.bake import activations
     from bakeoff.exporters.capture import module_on_hollow, on_hollow
     from bakeoff.exporters.exporter import Subject
     from bakeoff.quantize.calibration import Calibration
-    from bakeoff.recipe import PartRecipe
     from bakeoff.weights import Checkpoint
 
     made, folder, config = UNet2DCondition(), Path(source), _config(Path(source))
+    recipe, _ = Arm(**arm).parsed()
     checkpoint = Checkpoint.open(folder)
     found = Calibration.open(Path(seen))
     with tempfile.TemporaryDirectory(dir=Path(output).parent) as work:
         subject = Subject(
             part=PART,
-            mixture=plugins.mixture(precision),
-            activations=activations(found, PART, PartRecipe(backend, precision), checkpoint)
-            if precision == "w8a8"
-            else {},
+            mixture=plugins.mixture(recipe.precision),
+            activations=activations(found, PART, recipe, checkpoint) if recipe.precision == "w8a8" else {},
             inputs=made.inputs(config),
             outputs=made.outputs(config),
             source=folder,
@@ -177,7 +188,7 @@ def lower_here(source: str, output: str, backend: str, precision: str, seen: str
             module=module_on_hollow(made, folder, Path(work) / "hollow"),
             weights="copy",
         )
-        plugins.exporter(backend).lower(subject, Path(output))
+        plugins.exporter(recipe.backend).lower(subject, Path(output))
 
 
 class Resident:
@@ -186,7 +197,7 @@ class Resident:
     def __init__(self, arm: Arm, folder: Path, work: Path, model: str, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._here, there = context.Pipe()
-        given = (there, arm, folder, _folder(arm, folder, work), SIZES[model], threads)
+        given = (there, arm, folder, arm.folder(folder, work), SIZES[model], threads)
         self._process = context.Process(target=_serve, args=given, daemon=True)
         self._process.start()
         self.opened: dict[str, Any] = self._here.recv()
@@ -238,7 +249,6 @@ def opened(arm: Arm, source: Path, folder: Path, threads: int) -> Any:  # noqa: 
     import torch
 
     from bakeoff import plugins
-    from bakeoff.recipe import parse
     from bakeoff.runtimes.runtime import PartFiles
 
     made, config = UNet2DCondition(), _config(source)
@@ -250,12 +260,7 @@ def opened(arm: Arm, source: Path, folder: Path, threads: int) -> Any:  # noqa: 
         outputs=made.outputs(config),
         build=lambda dtype: made.flat(made.load(folder, getattr(torch, dtype))).eval(),
     )
-    placement = parse(f"{arm.backend}:{arm.opened_as}{arm.options}")[1]
-    return plugins.runtime(arm.backend)(files, replace(placement, device="cpu", threads=threads))
-
-
-def _folder(arm: Arm, folder: Path, work: Path) -> Path:
-    return work / f"{folder.name}-{arm.backend}-{arm.precision}"
+    return plugins.runtime(arm.backend)(files, replace(arm.parsed()[1], device="cpu", threads=threads))
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -42,7 +42,10 @@ PAGE = HERE.parent / "precisions.md"
 GROUPS = {
     "openvino, activations too": ("openvino", ["fp32", "bf16", "w8a8", "w8a8-dynamic", "nncf-w8a8"]),
     "openvino, weights alone": ("openvino", ["fp32", "bf16", "int8", "int4", "nf4", "nncf-int8"]),
-    "onnx, activations too": ("onnx", ["fp32", "bf16", "w8a8", "w8a8-dynamic", "ort-dynamic", "ort-static"]),
+    "onnx, activations too": (
+        "onnx",
+        ["fp32", "bf16", "w8a8", "w8a8+outputs=rounded", "w8a8-dynamic", "ort-dynamic", "ort-static"],
+    ),
     "onnx, weights alone": ("onnx", ["fp32", "bf16", "int8", "int4", "nf4"]),
     "onnx, attention": ("onnx", ["fp32", "fp32+attention=math"]),
     "torch": ("torch", ["fp32", "bf16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic"]),
@@ -59,7 +62,11 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep what is in --work, and use what is there")
     parser.add_argument("--only", nargs="+", choices=[*GROUPS, "profiles"], default=[*GROUPS, "profiles"])
     parser.add_argument("--again", action="store_true", help="run what --only names although the record has it")
-    parser.add_argument("--arms", nargs="+", help="of these precisions alone; fp32, which ratios are to, among them")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        help="of these alone: precisions, fp32 among them, which ratios are to; for profiles BACKEND:PRECISION",
+    )
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--nncf-python", help="python of an environment with NNCF")
@@ -186,10 +193,12 @@ def _profile(found: dict[str, Any], work: Path, options: argparse.Namespace) -> 
     np.savez(file, **{name: tensor.numpy() for name, tensor in given.items()})
     for name in PROFILED:
         arm = Arm(*name.split(":"))
-        if (name in found and not options.again) or not _is_wanted(arm.precision, options):
+        if (name in found and not options.again) or (options.arms and name not in options.arms):
+            continue
+        if not _is_wanted(arm.precision, argparse.Namespace(**{**vars(options), "arms": None})):
             continue
         make(arm, folder, work, options.nncf_python)
-        arguments = {"folder": str(work / f"{folder.name}-{arm.backend}-{arm.precision}"), "inputs": str(file)}
+        arguments = {"folder": str(arm.folder(folder, work)), "inputs": str(file)}
         arguments |= {"threads": options.threads}
         made, _ = in_child(f"node_profile:{arm.backend}_here", arguments, extra_path=str(HERE))
         found[name] = {"machine": describe(), **made}
