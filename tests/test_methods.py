@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bakeoff import plugins
+from bakeoff.bake import activations
 from bakeoff.errors import CorruptError, InputError, RecipeError
 from bakeoff.parity.proof import relative_error
 from bakeoff.plan import plan
@@ -13,7 +14,7 @@ from bakeoff.quantize.calibration import METHODS, Calibration
 from bakeoff.quantize.channels import Channels
 from bakeoff.quantize.grid import LEAST, MOST, Grid, grids_from_json, grids_to_json
 from bakeoff.quantize.inputs import corrected, read_inputs, with_inputs, write_inputs
-from bakeoff.recipe import parse
+from bakeoff.recipe import PartRecipe, parse
 from bakeoff.weights import Checkpoint, read_tensor
 
 
@@ -156,6 +157,15 @@ class TestKnownInputs:
         assert read_inputs(folder / "none.st") == {}
 
 
+@pytest.mark.parametrize("option", [{}, {"outputs": "wide"}, {"outputs": "rounded"}])
+def test_outputs_of_convolutions_are_rounded_where_it_is_asked_for(layers, option):
+    folder, module = layers
+    found = calibration(module, uneven(channels=64))
+    grids = activations(found, "unet", PartRecipe("onnx", "w8a8", option), Checkpoint.open(folder))
+    assert grids["take"][0].by_channel
+    assert (grids["take"][1] is not None) == (option == {"outputs": "rounded"})
+
+
 class TestFiles:
     def test_a_file_without_channels_says_what_to_do(self, layers, tmp_path):
         folder, module = layers
@@ -191,13 +201,12 @@ def test_the_method_is_part_of_the_key(tmp_path):
     def planned(recipe):
         return plan("shapes", parse(recipe)[0], calibration=tmp_path / "c.safetensors")
 
-    keys = {
-        planned(f"torch:fp32,unet=onnx:w8a8{option}").key for option in ("", "+activations=mse", "+activations=max")
-    }
-    assert len(keys) == 3
-    fields = planned("onnx:bf16+activations=max,unet=onnx:w8a8+activations=max").part_fields
+    options = ("", "+activations=mse", "+activations=max", "+outputs=rounded")
+    assert len({planned(f"torch:fp32,unet=onnx:w8a8{option}").key for option in options}) == len(options)
+    fields = planned("onnx:bf16,unet=onnx:w8a8+activations=max+outputs=rounded").part_fields
     assert fields["unet"]["recipe"]["activations"] == "max"
-    assert "activations" not in fields["text_encoder"]["recipe"]
+    plain = planned("onnx:bf16+activations=max+outputs=rounded").part_fields["text_encoder"]["recipe"]
+    assert not {"activations", "outputs"} & set(plain)
     with pytest.raises(RecipeError, match="activations"):
         planned("onnx:w8a8+activations=most")
     int4, wide = (planned(f"torch:fp32,unet=onnx:{each}").part_fields["unet"] for each in ("int4", "bf16"))
