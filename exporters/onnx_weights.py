@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from ..weights import Streamed, as_bytes, place, read_header, streamed, write_entries, write_streamed
 from .exporter import SCALES
 from .hollow import SOLID_BYTES
-from .onnx_codes import DTYPES, OWN, Encoder
+from .onnx_codes import Encoder
+from .onnx_editing import DTYPES, OWN
 from .packing import storage
 
 if TYPE_CHECKING:
