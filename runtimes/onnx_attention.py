@@ -81,11 +81,13 @@ class _View:
         query, left = self._unscaled(made.input[0])
         turned, right = self._unscaled(made.input[1])
         key, value = self._unturned(turned), product.input[1]
-        shapes = [self._shape(name, dtypes) for name in (query, key, value) if name]
-        heads = {(shape[1], shape[3]) if len(shape) == len(_HEADS_LAST) else (0, 0) for shape in shapes}
-        if key is None or len(heads) != 1 or not all(min(heads)):
+        if key is None:
             return None
-        return _Attention(query, key, value, outer * left * right, min(heads)[0], product)
+        heads = {self._heads(name, dtypes) for name in (query, key, value)}
+        count = heads.pop()
+        if heads or count is None:
+            return None
+        return _Attention(query, key, value, outer * left * right, count[1], product)
 
     def _unscaled(self, name: str) -> tuple[str, float]:
         """Return what a value is a multiple of, and by how much."""
@@ -116,14 +118,18 @@ class _View:
         fold = self._makers.get(swap.input[0]) if swap is not None and _perm(swap) == (0, 2, 1) else None
         return str(fold.input[0]) if fold is not None and fold.op_type == "Reshape" else None
 
-    def _shape(self, name: str, dtypes: Collection[str]) -> list[int]:
-        """Return a value's shape, 0 where a dimension isn't fixed; nothing where it isn't known or of another dtype."""
+    def _heads(self, name: str, dtypes: Collection[str]) -> tuple[str | int, int, int] | None:
+        """Return batch, heads and width of a value (batch, heads, tokens, width); None where they aren't known."""
         import onnx
 
         found = self._types.get(name)
         if found is None or onnx.TensorProto.DataType.Name(found.elem_type) not in dtypes:
-            return []
-        return [dim.dim_value for dim in found.shape.dim]
+            return None
+        dims = [dim.dim_value or dim.dim_param for dim in found.shape.dim]
+        if len(dims) != len(_HEADS_LAST):
+            return None
+        batch, heads, _, width = dims
+        return (batch, heads, width) if batch and isinstance(heads, int) and isinstance(width, int) else None
 
 
 def _axis(softmax: Any) -> int:  # noqa: ANN401 - onnx is untyped

@@ -14,10 +14,9 @@ from bakeoff.runtimes.engine import load
 from bakeoff.runtimes.providers import fused_dtypes
 
 HEADS, WIDTH = 3, 20
-SHAPE = ["batch", HEADS, None, WIDTH]
 
 
-def graph(*, keys="turned", axis=-1, mask=False, looked_at=False, heads=HEADS, dtype=TensorProto.FLOAT):
+def graph(*, keys="turned", axis=-1, mask=False, looked_at=False, heads=HEADS, batch="batch", dtype=TensorProto.FLOAT):
     """Return a model of one attention, whose keys are turned in one of the ways that exporters have."""
     node, shapes = helper.make_node, {"four": [0, 0, -1, WIDTH]}
     nodes = [node("Mul", ["q", "root"], ["qs"]), node("Identity", ["k"], ["k4"]), node("Identity", ["v"], ["v4"])]
@@ -38,7 +37,8 @@ def graph(*, keys="turned", axis=-1, mask=False, looked_at=False, heads=HEADS, d
     value = helper.make_tensor_value_info
     given = [value(name, dtype, ["batch", HEADS, "left" if name == "q" else "right", WIDTH]) for name in "qkv"]
     made = [value("out", dtype, None), *([value("p", dtype, None)] if looked_at else [])]
-    known = [value(name, dtype, ["batch", heads, None, WIDTH]) for name in ("q", "k4", "v4")]
+    known = [value(name, dtype, [batch, heads, None, WIDTH]) for name in ("k4", "v4")]
+    known.append(value("q", dtype, ["batch", heads, None, WIDTH]))
     constants = [onnx.numpy_helper.from_array(np.array(shape), name) for name, shape in shapes.items()]
     kind = helper.tensor_dtype_to_np_dtype(dtype)
     constants.append(onnx.numpy_helper.from_array(np.array([WIDTH**-0.25], dtype=kind), "root"))
@@ -71,6 +71,7 @@ def test_it_is_the_same(keys):
         {"axis": 1},
         {"looked_at": True},
         {"heads": None},
+        {"batch": 1},
         {"keys": "changed"},
         {"dtype": TensorProto.FLOAT16},
     ],
