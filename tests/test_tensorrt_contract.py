@@ -35,7 +35,7 @@ from bakeoff.errors import (
     ResourceError,
     UnavailableError,
 )
-from bakeoff.exporters import tensorrt_build, tensorrt_graph
+from bakeoff.exporters import tensorrt_build, tensorrt_graph, tensorrt_progress
 from bakeoff.exporters.capture import module_on_hollow, on_hollow
 from bakeoff.exporters.exporter import Subject
 from bakeoff.exporters.onnx import hollow_graph
@@ -352,16 +352,19 @@ def test_a_failing_build_names_the_node_and_keeps_the_log(lower, simulation):
 
 
 def test_an_interrupted_build_stops_at_the_next_step(lower, simulation, monkeypatch):
-    steps = []
+    steps, stops = [], []
+
+    def watched(module, bars, stop):
+        stops.append(stop)
+        return tensorrt_progress.monitor(module, bars, stop)
 
     def interrupt(step):
         steps.append(step)
         if step == 0:
             os.kill(os.getpid(), 2)
-            import time
+            assert stops[0].wait(60)  # the main thread is to take the signal
 
-            time.sleep(0.5)
-
+    monkeypatch.setattr(tensorrt_build, "monitor", watched)
     simulation.on_step = interrupt
     with pytest.raises(Cancelled, match="interrupted"):
         lower("fp32")
