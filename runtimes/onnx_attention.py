@@ -35,12 +35,14 @@ def fuse(model: Any, dtypes: Collection[str]) -> int:  # noqa: ANN401 - onnx is 
 
     ONNX Runtime's kernel goes through keys in blocks with a running softmax (FlashAttention, https://arxiv.org/abs/2205.14135).
     The file keeps ONNX's own operators, which other tools read. Attention with a mask, with unknown heads or of other
-    dtypes stays as it is.
+    dtypes stays as it is, and so does a graph with others inside, which may take any of its values.
 
     Args:
         model: is changed; its weights may be anywhere.
         dtypes: of ONNX, such as FLOAT, that the kernel is there for.
     """
+    if any(attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute):
+        return 0
     view = _View(model.graph)
     found = {id(each.product): each for node in model.graph.node if (each := view.attention(node, dtypes))}
     if not found:
@@ -83,11 +85,11 @@ class _View:
         key, value = self._unturned(turned), product.input[1]
         if key is None:
             return None
-        heads = {self._heads(name, dtypes) for name in (query, key, value)}
-        count = heads.pop()
-        if heads or count is None:
+        shapes = {self._heads(name, dtypes) for name in (query, key, value)}
+        if len(shapes) != 1 or None in shapes:
             return None
-        return _Attention(query, key, value, outer * left * right, count[1], product)
+        [(_, heads, _)] = filter(None, shapes)
+        return _Attention(query, key, value, outer * left * right, heads, product)
 
     def _unscaled(self, name: str) -> tuple[str, float]:
         """Return what a value is a multiple of, and by how much."""
@@ -149,11 +151,11 @@ def _fused(each: _Attention) -> list[Any]:
     name, [output] = each.product.name, each.product.output
     nodes, given = [], []
     for kind, value in (("query", each.query), ("key", each.key), ("value", each.value)):
-        rows = f"{name}.{kind}"
+        rows = f"{output}.{kind}"
         nodes.append(helper.make_node("Transpose", [value], [f"{rows}.turned"], f"{rows}.turned", perm=_HEADS_LAST))
         nodes.append(helper.make_node("Reshape", [f"{rows}.turned", _shape_name(None)], [rows], rows))
         given.append(rows)
-    made = f"{name}.made"
+    made = f"{output}.made"
     attributes = {"num_heads": each.heads, "scale": each.scale}
     nodes.append(helper.make_node("MultiHeadAttention", given, [made], name, domain=_DOMAIN, **attributes))
     nodes.append(helper.make_node("Reshape", [made, _shape_name(each.heads)], [f"{made}.heads"], f"{made}.heads"))

@@ -90,6 +90,26 @@ def latents_and_counts(folder, attention):
         return seen[-1], {name: part["attention"] for name, part in engine.configuration.items()}
 
 
+def test_nodes_need_no_names_and_graphs_inside_take_what_they_want():
+    twice, other = graph(), onnx.compose.add_prefix(graph(), "b.").graph
+    for field in ("node", "input", "output", "initializer", "value_info"):
+        getattr(twice.graph, field).extend(getattr(other, field))
+    for node in twice.graph.node:
+        node.name = ""
+    assert onnx_attention.fuse(twice, ["FLOAT"]) == 2
+    onnxruntime.InferenceSession(twice.SerializeToString(), providers=["CPUExecutionProvider"])
+    inner = helper.make_graph(
+        [helper.make_node("Identity", ["scores"], ["same"])],
+        "inner",
+        [],
+        [helper.make_tensor_value_info("same", TensorProto.FLOAT, None)],
+    )
+    outer = graph()
+    outer.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((), dtype=bool), "yes"))
+    outer.graph.node.append(helper.make_node("If", ["yes"], ["seen"], then_branch=inner, else_branch=inner))
+    assert onnx_attention.fuse(outer, ["FLOAT"]) == 0
+
+
 def test_pictures_are_alike_and_the_kernel_can_be_chosen(baked):
     fused, counts = latents_and_counts(baked("onnx:fp32"), None)
     assert counts["unet"] == {"fused": 10, "math": 0}
