@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..weights import Streamed
 from .onnx_convolutions import Convolutions
-from .onnx_editing import FLOAT, Editor, make_node
+from .onnx_editing import FLOAT, Editor, make_node, products_of
 from .packing import Packing, nibbles
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Encoder:
             return obstacle
         users = {user.op_type for user, _ in value.uses()}
         grids = self._activations.get(entry.name.removesuffix(".weight"))
-        if _products_of(value) is not None:
+        if products_of(value) is not None:
             return self._products(value, entry, grids)
         if users == {"Conv"} and self._format.name == "int8":
             return self._convolutions(value, entry, *(grids if self._precision == STATIC and grids else (None, None)))
@@ -93,7 +93,7 @@ class Encoder:
             attributes |= {"bits": bits, "accuracy_level": 0}
         streams = self._blocks(value, entry, shape, scales_shape)
         codes, scales = (self._edit.initializer(tensor) for tensor in streams)
-        for node in _products_of(value) or []:
+        for node in products_of(value) or []:
             product = make_node(kind, [node.inputs[0], codes, scales], attributes, like=node, domain=_CONTRIB)
             self._edit.replace(node, [product, *_bias(node, product)])
         self._drop_users(value)
@@ -104,7 +104,7 @@ class Encoder:
         streams = self._rows(value, entry)
         codes, scales = (self._edit.initializer(tensor) for tensor in streams)
         turned = self._turned(value, codes)
-        for node in _products_of(value) or []:
+        for node in products_of(value) or []:
             taken = node.inputs[0]
             assert taken is not None  # noqa: S101 - a product has two factors
             new = (
@@ -225,27 +225,6 @@ class Encoder:
         """Drop the transposition that nothing takes any more."""
         for node, _ in list(value.uses()):
             self._edit.graph.remove(node, safe=True)
-
-
-def _products_of(value: onnx_ir.Value) -> list[onnx_ir.Node] | None:
-    """Return the matrix products that an initializer (N, K) is the transposed second factor of; None if it does more."""
-    products: list[onnx_ir.Node] = []
-    for user, index in value.uses():
-        if user.op_type == "Gemm" and index == 1 and _is_plain_gemm(user):
-            products.append(user)
-        elif user.op_type == "Transpose" and all(
-            inner.op_type == "MatMul" and place == 1 for inner, place in user.outputs[0].uses()
-        ):
-            products.extend(inner for inner, _ in user.outputs[0].uses())
-        else:
-            return None
-    return products
-
-
-def _is_plain_gemm(node: onnx_ir.Node) -> bool:
-    wanted = {"transB": 1, "transA": 0, "alpha": 1.0, "beta": 1.0}
-    defaults = {"transB": 0, "transA": 0, "alpha": 1.0, "beta": 1.0}
-    return {**defaults, **{name: attribute.value for name, attribute in node.attributes.items()}} == wanted
 
 
 def _bias(gemm: onnx_ir.Node, product: onnx_ir.Node) -> list[onnx_ir.Node]:

@@ -1,4 +1,4 @@
-"""Editing an ONNX graph: constants, roundings of activations, and nodes in the place of others."""
+"""Editing an ONNX graph: constants, roundings of activations, nodes in the place of others, and products of a weight."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     import onnx_ir
 
@@ -118,3 +118,30 @@ def make_node(
         name=like.name if like else name,
         metadata_props=dict(like.metadata_props) if like else None,
     )
+
+
+def products_of(value: onnx_ir.Value, others: Collection[str] = ()) -> list[onnx_ir.Node] | None:
+    """Return the matrix products that an initializer (N, K) is the transposed second factor of; None if it does more.
+
+    Args:
+        value: the initializer.
+        others: operators that count as products of their second input, too, such as Conv.
+    """
+    products: list[onnx_ir.Node] = []
+    for user, index in value.uses():
+        if index == 1 and (user.op_type in others or _is_plain_gemm(user)):
+            products.append(user)
+        elif user.op_type == "Transpose" and all(
+            inner.op_type == "MatMul" and place == 1 for inner, place in user.outputs[0].uses()
+        ):
+            products.extend(inner for inner, _ in user.outputs[0].uses())
+        else:
+            return None
+    return products
+
+
+def _is_plain_gemm(node: onnx_ir.Node) -> bool:
+    wanted = {"transB": 1, "transA": 0, "alpha": 1.0, "beta": 1.0}
+    defaults = {**wanted, "transB": 0}
+    given = {name: attribute.value for name, attribute in node.attributes.items()}
+    return node.op_type == "Gemm" and {**defaults, **given} == wanted

@@ -12,8 +12,9 @@ from ..weights import Streamed, as_bytes, read_header, read_tensor, sha256, stre
 from .exporter import SCALES
 from .layers import write_layers
 from .onnx import FILE, hollow_graph, layers_of, save, strip
+from .onnx_editing import products_of
 from .onnx_weights import point
-from .tensorrt_qdq import CODES, Quantizer, products_of
+from .tensorrt_qdq import CODES, Quantizer
 from .tensorrt_types import DTYPES, PRODUCTS, Typing, without_doubles
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def _turn(value: onnx_ir.Value) -> bool:
 
     products = products_of(value)
     transposes = [user for user, _ in value.uses() if user.op_type == "Transpose"]
-    if products is None or not transposes or any(node.op_type != "MatMul" for node in products):
+    if not products or not transposes or any(node.op_type != "MatMul" for node in products):
         return False
     assert value.shape is not None  # noqa: S101 - an initializer has one
     value.shape = onnx_ir.Shape(list(value.shape)[::-1])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..quantize.fp8 import activation_scale, to_fp8
 from ..weights import Streamed, as_bytes, read_rows
+from .onnx_editing import products_of
 from .packing import nibbles
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ OPSET = 21
 """The first that has int4, and E4M3 with every dtype of scales."""
 CODES = {"w8a8": ("I8", "INT8"), "fp8": ("F8_E4M3", "FLOAT8E4M3FN"), "int4": ("U8", "INT4")}
 """Precision -> what its codes are in safetensors and in ONNX."""
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
 _MOST = {8: 127.0, 4: 7.0}
 """Bits -> the largest code."""
 _TORCH = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
@@ -67,7 +69,7 @@ class Quantizer:
         obstacle = self._obstacle(value, entry, weight_format)
         if obstacle:
             return obstacle
-        products = products_of(value) or []
+        products = products_of(value, _CONVOLUTIONS) or []
         layer = entry.name.removesuffix(".weight")
         if weight_format.calibrated:
             scale = self._activations[layer][0].even
@@ -80,10 +82,10 @@ class Quantizer:
     def _obstacle(self, value: onnx_ir.Value, entry: Entry, weight_format: Format) -> str | None:
         if weight_format.obstacle(entry.shape):
             return weight_format.obstacle(entry.shape)
-        products = products_of(value)
+        products = products_of(value, _CONVOLUTIONS)
         if value.shape is None or tuple(value.shape) != entry.shape:
             return "of another shape in the graph"
-        if products is None:
+        if not products:
             users = {user.op_type for user, _ in value.uses()}
             return f"TensorRT rounds products alone, not {', '.join(sorted(users))}"
         if any(node.op_type == "ConvTranspose" for node in products):
@@ -234,29 +236,3 @@ def _up(scales: Tensor, dtype: object) -> Tensor:
         return held
     raised = (held.view(torch.int16) + 1).view(dtype)
     return torch.where(held.float() < scales, raised, held)
-
-
-def products_of(value: onnx_ir.Value) -> list[onnx_ir.Node] | None:
-    """Return the products that an initializer is the second factor of, transposed or not; None if it does more."""
-    found: list[onnx_ir.Node] = []
-    for user, index in value.uses():
-        plain = user.op_type in {"Conv", "ConvTranspose"} or (user.op_type == "Gemm" and _turns_second_alone(user))
-        if plain and index == 1:
-            found.append(user)
-        elif user.op_type == "Transpose" and all(
-            inner.op_type == "MatMul" and place == 1 for inner, place in user.outputs[0].uses()
-        ):
-            found.extend(inner for inner, _ in user.outputs[0].uses())
-        else:
-            return None
-    return found or None
-
-
-def _turns_second_alone(gemm: onnx_ir.Node) -> bool:
-    given = {name: attribute.value for name, attribute in gemm.attributes.items()}
-    return {"transA": 0, "transB": 0, "alpha": 1.0, "beta": 1.0, **given} == {
-        "transA": 0,
-        "transB": 1,
-        "alpha": 1.0,
-        "beta": 1.0,
-    }
