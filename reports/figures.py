@@ -54,8 +54,8 @@ def _figure(name: str, title: str, draw: Callable[[Any, Summary], str | None], s
 
     style = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
     with mpl.rc_context({**style, "svg.fonttype": "none", "font.size": 10, "svg.hashsalt": name}):
-        height = 3.6 if name in {"drift", "trajectory"} else 1.2 + 0.45 * max(len(summary.rows), 3)
-        height = max(3.6, height / 2) if name == "pareto" else height
+        tall = 1.2 + 0.45 * max(len(summary.rows), 3)
+        height = {"drift": 3.6, "trajectory": 3.6, "pareto": max(3.6, tall / 2)}.get(name, tall)
         canvas = Canvas(figsize=(7.2, height), layout="constrained")
         axes = canvas.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)

@@ -99,7 +99,7 @@ def option_obstacle(option: str, placement: Placement) -> tuple[str, str] | None
     if option == "attention" and placement.attention not in onnx_attention.KERNELS:
         fix = " or ".join(f"attention={kernel}" for kernel in onnx_attention.KERNELS)
         return f"ONNX Runtime has no {placement.attention} attention", fix
-    if option == "attention" and placement.attention == "flash" and provider not in _FUSING:
+    if option == "attention" and placement.attention == "flash" and not fused_dtypes(provider, placement):
         return f"{provider} has no fused attention", "leave out attention"
     if option == "provider_options" and provider == CPU:
         return f"{CPU} has no options", "leave out provider_options, or name another provider"

@@ -89,7 +89,8 @@ def main() -> None:
 def _compare(backend: str, precisions: list[str], work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Make, open and interleave a group's arms; return its rows and how busy the machine was meanwhile."""
     folder = source(options.model, work)
-    arms = {each: Arm.read(backend, each) for each in precisions if _is_wanted(each, options)}
+    wanted = [each for each in precisions if _is_possible(each, options) and (not options.arms or each in options.arms)]
+    arms = {each: Arm.read(backend, each) for each in wanted}
     made = {each: _attempt(arm, folder, work, options) for each, arm in tqdm(arms.items(), desc="exports")}
     expected = _expected(folder, work, options)
     opened = {
@@ -126,10 +127,8 @@ def _compare(backend: str, precisions: list[str], work: Path, options: argparse.
     }
 
 
-def _is_wanted(precision: str, options: argparse.Namespace) -> bool:
-    if precision.startswith("nncf") and not options.nncf_python:
-        return False
-    return not options.arms or precision in options.arms
+def _is_possible(precision: str, options: argparse.Namespace) -> bool:
+    return not precision.startswith("nncf") or bool(options.nncf_python)
 
 
 def _attempt(arm: Arm, folder: Path, work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -193,9 +192,8 @@ def _profile(found: dict[str, Any], work: Path, options: argparse.Namespace) -> 
     np.savez(file, **{name: tensor.numpy() for name, tensor in given.items()})
     for name in PROFILED:
         arm = Arm(*name.split(":"))
-        if (name in found and not options.again) or (options.arms and name not in options.arms):
-            continue
-        if not _is_wanted(arm.precision, argparse.Namespace(**{**vars(options), "arms": None})):
+        wanted = (options.again or name not in found) and (not options.arms or name in options.arms)
+        if not wanted or not _is_possible(arm.precision, options):
             continue
         make(arm, folder, work, options.nncf_python)
         arguments = {"folder": str(arm.folder(folder, work)), "inputs": str(file)}
