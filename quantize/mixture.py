@@ -122,10 +122,21 @@ def rounded_layers(
         mixture: what they are rounded to.
         activations: layer, by that name -> what it rounds to, where that is calibrated.
     """
-    before = {path: module.get_submodule(path) for path in names}
+    rounded = {
+        path: mixture.round_module(copy.deepcopy(module.get_submodule(path)), {"": name}, activations)
+        for path, name in names.items()
+    }
+    with replaced(module, rounded):
+        yield
+
+
+@contextlib.contextmanager
+def replaced(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put others, by their paths, in the place of a module's layers, for the while."""
+    before = {path: module.get_submodule(path) for path in layers}
     try:
-        for path, layer in before.items():
-            _put(module, path, mixture.round_module(copy.deepcopy(layer), {"": names[path]}, activations))
+        for path, layer in layers.items():
+            _put(module, path, layer)
         yield
     finally:
         for path, layer in before.items():

@@ -12,7 +12,7 @@ from bakeoff.errors import ParityError, UsageError
 from bakeoff.parity.budget import Budget, Gate
 from bakeoff.recipe import parse
 from bakeoff.sources.source import Source
-from bakeoff.tuning.repair import _worst, export_repaired
+from bakeoff.tuning.repair import _failing, _wider_layers, _worst, export_repaired
 
 CONVOLUTION = "decoder.up_blocks.1.resnets.0.conv1"
 
@@ -24,6 +24,7 @@ def test_as_few_layers_as_are_predicted_to_be_needed():
     assert _worst(errors, measured, 0.012) == ["a", "c"]
     assert _worst(errors, measured, 0.0005) == ["a", "c", "b", "d"]
     assert _worst(errors, 2 * measured, 0.03) == ["a", "c"], "what all err together counts, not the sum"
+    assert _worst({**errors, "b": float("inf")}, float("inf"), 0.03) == ["b"], "it breaks the part by itself"
 
 
 def test_loras_are_refused(tmp_path):
@@ -44,6 +45,28 @@ def test_rounding_is_healed_by_the_layers_that_lose_most(tmp_path, capsys):
     assert set(layers.values()) == {"bf16"}
     assert manifest.proved
     assert manifest.parts["unet"].weight_shares["int8"] > 0.9
+
+
+@pytest.mark.slow
+def test_where_pictures_alone_fail_the_part_nearest_to_its_tolerance_is_put_back(tmp_path):
+    recipe = parse("torch:fp32,unet=torch:bf16")[0]
+    made = export("shapes", tmp_path / "out", recipe)
+    assert _failing(made) == {}
+    proof = {**made.manifest.proof, "trajectory": {**made.manifest.proof["trajectory"], "problem": "gate pictures"}}
+    failing = made.with_proof({**proof, "status": "failing"})
+    worst = max(case["error"] for case in proof["parts"]["unet"]["cases"])
+    assert _failing(failing) == {"unet": pytest.approx(worst / 2)}
+    layers = _wider_layers(failing, "unet", Source.open("shapes").folder, worst / 2)
+    assert "conv_in" in layers, "its loss alone is most of the part's"
+    assert set(layers.values()) == {"fp32"}
+
+
+@pytest.mark.slow
+def test_pictures_that_fail_although_all_is_wide_are_refused(tmp_path):
+    made = export("shapes", tmp_path / "out", parse("torch:fp32")[0])
+    proof = {**made.manifest.proof, "trajectory": {"problem": "gate fp32"}}
+    with pytest.raises(ParityError, match="gate fp32; no layer in higher precision would mend it"):
+        _failing(made.with_proof(proof))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import dataclass, replace
@@ -17,22 +18,32 @@ from ..parity.budget import Gate
 from ..parity.explain import explain
 from ..parity.proof import eager, family_part, fed, measure, mixture_of, names_in, recorded, scales_of
 from ..parity.prover import UNPROVED, source_of
+from ..parity.trajectory import NO_PICTURE
 from ..quantize.inputs import read_inputs
-from ..quantize.mixture import rounded_layers
+from ..quantize.mixture import replaced, rounded_layers
 from ..recipe import PartRecipe, Placement, Recipe
 from ..runtimes.opening import open_part
 from ..sources.source import Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
+    from torch import nn
+
+    from ..artifact import PartEntry
     from ..parity.explain import Explanation
+    from ..quantize.grid import Grids
+    from ..quantize.mixture import Mixture
 
 _MOST_ROUNDS = 8
 _MARGIN = 0.9
 """Share of the budget that a prediction may use."""
 _WIDER = {"fp16": "fp32", "bf16": "fp32"}
 """Precision of a part -> what its layers are put back in; bf16 for those of low bits."""
+_NARROW = {"fp16": "float16", "bf16": "bfloat16"}
+_LESS = 0.5
+"""Share of its error that the part nearest to its tolerance may keep, where each part passes and pictures fail."""
 _REPEATS = 15
 
 
@@ -67,10 +78,11 @@ def export_repaired(
     progress: Callable[[str], None] = lambda _: None,
     **options: Any,  # noqa: ANN401 - those of `export`
 ) -> tuple[Artifact, Repair | None]:
-    """Export, and while a part fails its gate, export it again with its worst layers in higher precision.
+    """Export, and while it fails its gate, export it again with its worst layers in higher precision.
 
-    Which layers: in parts of low bits those whose rounding alone moves the part's output most, measured in eager float32
-    on the recorded cases; else the one that `explain` names.
+    Of which part: each that is beyond its tolerance; where none is and pictures fail, the one nearest to it. Which
+    layers: the one that `explain` finds at fault, in parts of floats; else those whose narrowness alone moves the part's
+    output most, measured in eager float32 on the recorded cases.
 
     Args:
         model: as for `export`.
@@ -100,7 +112,7 @@ def export_repaired(
             failing = _failing(artifact)
             if not failing:
                 break
-            wider = {name: _wider_layers(artifact, name, source) for name in failing}
+            wider = {name: _wider_layers(artifact, name, source, allowed) for name, allowed in failing.items()}
             recipe = _with_layers(recipe, wider)
             for name, layers in wider.items():
                 progress(f"{name} fails: putting back {', '.join(layers)}")
@@ -119,8 +131,34 @@ def export_repaired(
     return final, repaired
 
 
-def _failing(artifact: Artifact) -> list[str]:
-    return [name for name, part in artifact.manifest.proof["parts"].items() if part["problem"]]
+def _failing(artifact: Artifact) -> dict[str, float]:
+    """Return part -> error that it may come to, of the parts that have to err less.
+
+    Raises:
+        ParityError: pictures fail, and no part that they come through is narrower than float32.
+    """
+    proof = artifact.manifest.proof
+    failing = {name: part["tolerance"] for name, part in proof["parts"].items() if part["problem"]}
+    if failing or not proof["trajectory"].get("problem"):
+        return failing
+    narrow = [name for name, entry in artifact.manifest.parts.items() if name != NO_PICTURE and _is_narrow(entry)]
+    if not narrow:
+        raise _hopeless(proof["trajectory"]["problem"])
+    nearest = max(narrow, key=lambda name: float(proof["parts"][name]["upper"] / proof["parts"][name]["tolerance"]))
+    return {nearest: _LESS * _largest_error(proof["parts"][nearest])}
+
+
+def _is_narrow(entry: PartEntry) -> bool:
+    return entry.precision != "fp32" or not mixture_of(entry).is_plain
+
+
+def _largest_error(proof: Mapping[str, Any]) -> float:
+    return max((float(case["error"]) for case in proof["cases"]), default=math.inf)
+
+
+def _hopeless(problem: str) -> ParityError:
+    message = f"{problem}; no layer in higher precision would mend it"
+    return ParityError(message, fix="export with --allow-failing, then bakeoff verify DIR --explain --source MODEL")
 
 
 def _layers(artifact: Artifact, part: str) -> dict[str, str]:
@@ -128,36 +166,39 @@ def _layers(artifact: Artifact, part: str) -> dict[str, str]:
     return dict(artifact.manifest.parts[part].key_fields["recipe"].get("layers", {}))
 
 
-def _wider_layers(artifact: Artifact, part: str, source: Path) -> dict[str, str]:
-    """Choose layers of a failing part to put back.
+def _wider_layers(artifact: Artifact, part: str, source: Path, allowed: float) -> dict[str, str]:
+    """Choose layers to put back of a part that may come to an error of `allowed`.
 
     Raises:
         ParityError: none would help.
     """
     entry, proof = artifact.manifest.parts[part], artifact.manifest.proof["parts"][part]
     wide = _WIDER.get(entry.precision, "bf16")
-    if mixture_of(entry).formats:
+    chosen = [] if mixture_of(entry).formats or not proof["problem"] else _blamed(artifact, part, source)
+    if not chosen and _is_narrow(entry):
         errors, _ = in_child(
             "bakeoff.tuning.repair:rank_here", {"folder": str(artifact.folder), "source": str(source), "part": part}
         )
-        chosen = _worst(errors, max(case["error"] for case in proof["cases"]), proof["tolerance"])
-    else:
-        chosen = _blamed(artifact, part, source)
+        chosen = _worst(errors, _largest_error(proof), allowed)
     fresh = [layer for layer in chosen if _layers(artifact, part).get(layer) != wide]
     if not fresh:
-        message = f"{proof['problem']}; no layer in higher precision would mend it"
-        raise ParityError(message, fix="export with --allow-failing, then bakeoff verify DIR --explain --source MODEL")
+        raise _hopeless(proof["problem"] or artifact.manifest.proof["trajectory"]["problem"])
     return dict.fromkeys(fresh, wide)
 
 
 def _worst(errors: Mapping[str, float], measured: float, allowed: float) -> list[str]:
     """Return the fewest layers without whose errors the others stay within what is allowed, as far as can be predicted.
 
+    If some break the part alone, these.
+
     Args:
         errors: layer -> relative error of the part's output with this layer alone rounded.
         measured: relative error of the part as it is.
         allowed: the part's budget.
     """
+    broken = [name for name, error in errors.items() if not math.isfinite(error)]
+    if broken:
+        return broken
     squares = {name: error**2 for name, error in sorted(errors.items(), key=lambda item: -item[1])}
     total = sum(squares.values())
     left = total
@@ -171,13 +212,13 @@ def _worst(errors: Mapping[str, float], measured: float, allowed: float) -> list
 
 
 def _blamed(artifact: Artifact, part: str, source: Path) -> list[str]:
-    """Return the layer that `explain` names."""
+    """Return the layer that `explain` finds at fault."""
     found: list[Explanation] = explain(artifact, source_of(artifact, str(source)))
-    return [each.layer for each in found if each.part == part and each.layer]
+    return [each.layer for each in found if each.part == part and each.layer and each.fault]
 
 
 def rank_here(folder: str, source: str, part: str) -> dict[str, float]:
-    """Return layer -> relative error of the part's output with this layer alone rounded; runs in a child process."""
+    """Return layer -> relative error of the part's output with this layer alone as narrow as it is; in a child process."""
     import torch
 
     artifact, origin = Artifact.open(Path(folder)), Source.open(source)
@@ -188,13 +229,40 @@ def rank_here(folder: str, source: str, part: str) -> dict[str, float]:
     scales, cases = scales_of(artifact.folder / part), recorded(artifact, part).cases
     errors = {}
     for path, name in names_in(flat, origin.checkpoint(found.module)).items():
-        if mixture.format_of(name) and [*flat.get_submodule(path).parameters(recurse=False)]:
-            with rounded_layers(flat, {path: name}, mixture, scales):
+        alone = _alone(flat, path, name, mixture, scales)
+        if alone and [*flat.get_submodule(path).parameters(recurse=False)]:
+            with alone:
                 errors[name] = max(
                     measure(eager(found.component, flat, config, given), expected, {}).error
                     for given, expected in cases
                 )
     return errors
+
+
+def _alone(
+    module: nn.Module, path: str, name: str, mixture: Mixture, scales: Mapping[str, Grids]
+) -> AbstractContextManager[None] | None:
+    """Let one layer of a module be as narrow as it is to be, for the while; None where that isn't narrow.
+
+    In a part with codes, layers with codes count alone: those of two bytes are what others are put back in.
+    """
+    if mixture.formats:
+        return rounded_layers(module, {path: name}, mixture, scales) if mixture.format_of(name) else None
+    dtype = _NARROW.get(mixture.precision_of(name))
+    return replaced(module, {path: _in_dtype(module.get_submodule(path), dtype)}) if dtype else None
+
+
+def _in_dtype(layer: nn.Module, dtype: str) -> nn.Module:
+    """Return a copy of a layer that computes in a dtype, and takes and gives float32."""
+    import torch
+
+    def narrowed(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(each.to(getattr(torch, dtype)) if each.is_floating_point() else each for each in given)
+
+    copied = copy.deepcopy(layer).to(getattr(torch, dtype))
+    copied.register_forward_pre_hook(narrowed)
+    copied.register_forward_hook(lambda *call: call[-1].float())
+    return copied
 
 
 def _with_layers(recipe: Recipe, wider: Mapping[str, Mapping[str, str]]) -> Recipe:
