@@ -38,12 +38,13 @@ from .exporters.exporter import Subject
 from .memory import give_back
 from .parity.budget import Gate, check_parts
 from .plan import ACTIVATIONS_OPTION, OUTPUTS_OPTION, check_room, is_calibrated, merged_modules, mixture_of, plan
+from .quantize.calibration import METHODS
 from .quantize.grid import grids_to_json
 from .quantize.inputs import with_inputs, write_inputs
 from .recipe import to_dict
 from .runtimes.opening import port_to_dict
 from .sources.lora import merge
-from .weights import layer_names, place, sha256
+from .weights import place, sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -285,22 +286,16 @@ def activations(calibration: Calibration, part: str, recipe: PartRecipe, checkpo
         recipe: precision, backend, and how steps are chosen.
         checkpoint: of the part.
     """
-    mixture, names = mixture_of(recipe), layer_names(calibration.parts[part], checkpoint)
-    shapes = {path: checkpoint.entries[f"{name}.weight"].shape for path, name in names.items()}
-    own = [each.activations_method for each in mixture.formats.values() if each.activations_method]
-    found = calibration.grids(part, shapes, _option(recipe, ACTIVATIONS_OPTION, own))
-    grids = {names[path]: mixture.calibrated(names[path], shapes[path], both) for path, both in found.items()}
-    rounds_outputs = _option(recipe, OUTPUTS_OPTION) == "rounded"
-    return {
-        name: both if rounds_outputs or len(checkpoint.entries[f"{name}.weight"].shape) == 2 else (both[0], None)  # noqa: PLR2004
-        for name, both in grids.items()
-        if both
-    }
-
-
-def _option(recipe: PartRecipe, option: str, own: Sequence[str] = ()) -> str:
-    """Return an option's value: as the recipe asks, as its format needs, or the first that its backend can take; "" if none."""
-    return recipe.options.get(option) or [*own, *plugins.exporter(recipe.backend).options.get(option, ()), ""][0]
+    usual = {option: values[0] for option, values in plugins.exporter(recipe.backend).options.items() if values}
+    outputs = recipe.options.get(OUTPUTS_OPTION) or usual.get(OUTPUTS_OPTION)
+    return calibration.grids_of(
+        part,
+        mixture_of(recipe),
+        checkpoint,
+        asked=recipe.options.get(ACTIVATIONS_OPTION, ""),
+        usual=usual.get(ACTIVATIONS_OPTION, METHODS[0]),
+        outputs=outputs == "rounded",
+    )
 
 
 def _refuse_unchanged(subject: Subject, lowered: Lowered) -> None:

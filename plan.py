@@ -179,10 +179,20 @@ def open_calibration(file: str | Path | None, source: Source, what: str) -> Cali
         message = f"{what} takes scales of activations that were calibrated"
         raise UsageError(message, fix="bakeoff calibrate MODEL -o calibration.safetensors, then --calibration FILE")
     found = Calibration.open(Path(file))
-    if found.info.get("model") != source.id:
-        message = f"{file} was calibrated on {found.info.get('model')}, not on {source.id}"
+    other = _differs(found, source)
+    if other:
+        message = f"{file} was calibrated on {found.info.get('model')}, {other}"
         raise UsageError(message, fix=f"bakeoff calibrate {source.id} -o {file}")
     return found
+
+
+def _differs(found: Calibration, source: Source) -> str | None:
+    """Say in what a model differs from the one that was calibrated; None where it is the same, wherever it lies."""
+    known = found.info.get("modules")
+    if known is None:  # an older version's
+        return None if found.info.get("model") == source.id else f"not on {source.id}"
+    others = [name for name in source.modules if name in known and known[name] != key_of(source.hashes(name))]
+    return f"which has another {' and another '.join(others)} than {source.id}" if others else None
 
 
 def is_calibrated(recipe: PartRecipe) -> bool:

@@ -166,12 +166,16 @@ def obstacle(artifact: Artifact, source: Source | None) -> str | None:
 
 
 def source_of(artifact: Artifact, model: str, config: str | None = None) -> Source:
-    """Open the model that an artifact was made from.
+    """Open the model that an artifact was made from: of a hub model the same revision, with its ControlNet if it has one.
 
     Raises:
         SourceError: it is another model, or LoRAs were added to it.
     """
-    source = Source.open(model, config=config)
+    made_from, variant = artifact.manifest.source, artifact.manifest.variant
+    revision = made_from["revision"] if model == made_from["id"] else None
+    module = made_from.get(variant) or {"id": "", "revision": None}
+    with_revision = f"{module['id']}@{module['revision']}" if module["revision"] else module["id"]
+    source = Source.open(model, revision, variant, with_revision, config)
     for name, entry in artifact.manifest.parts.items():
         if "loras" in entry.key_fields:
             message = f"{artifact.folder} has LoRAs baked into its {name}, which {source.folder} doesn't have"
@@ -193,7 +197,7 @@ def prove_here(
 ) -> dict[str, Any]:
     """Prove all parts, and what they draw, in this process; runs in the child of `prove`."""
     artifact = Artifact.open(Path(folder))
-    made_up = {} if source is None else _record(artifact, _origin(artifact, source, elsewhere))
+    made_up = {} if source is None else _record(artifact, origin_of(artifact, source, elsewhere))
     results = {}
     for name, entry in artifact.manifest.parts.items():
         if entry.backend != "null":
@@ -204,8 +208,8 @@ def prove_here(
     return {"parts": results, "trajectory": trajectory.prove(artifact)}
 
 
-def _origin(artifact: Artifact, source: str, elsewhere: Mapping[str, str]) -> Source:
-    """Open the source that an artifact was made from, by its folders."""
+def origin_of(artifact: Artifact, source: str, elsewhere: Mapping[str, str]) -> Source:
+    """Open the source that an artifact was made from by its folders, as a child process is told them."""
     opened = Source.open(source)
     found = {module: Path(path) for module, path in elsewhere.items()}
     return replace(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CorruptError, InputError
-from ..weights import sha256
+from ..weights import layer_names, sha256
 from .channels import Channels
 from .grid import Grid, Grids
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+    from ..weights import Checkpoint
+    from .mixture import Mixture
 
 BINS = 2048
 EVEN = ("mse", "percentile", "max")
@@ -151,6 +154,43 @@ class Calibration:
         given = before.channels.given() if whole else Grid((before.magnitudes.scale(),))  # else: groups
         return given, after.channels.made()
 
+    def grids_of(
+        self,
+        part: str,
+        mixture: Mixture,
+        checkpoint: Checkpoint,
+        *,
+        asked: str = "",
+        usual: str = METHODS[0],
+        outputs: bool = False,
+    ) -> dict[str, Grids]:
+        """Return layer, by its name in the checkpoint -> what a part's precisions round its activations to.
+
+        Args:
+            part: of the pipeline.
+            mixture: the precision of each layer.
+            checkpoint: of the part.
+            asked: one of `METHODS`, whatever the formats need.
+            usual: the one for formats that need no other.
+            outputs: convolutions round what they give, too.
+
+        Raises:
+            InputError: as `grids`.
+        """
+        names = layer_names(self.parts.get(part, ()), checkpoint)
+        shapes = {path: checkpoint.entries[f"{name}.weight"].shape for path, name in names.items()}
+        own = next((each.activations_method for each in mixture.formats.values() if each.activations_method), None)
+        found = {
+            names[path]: mixture.calibrated(names[path], shapes[path], both)
+            for path, both in self.grids(part, shapes, asked or own or usual).items()
+        }
+        convolutions = {names[path] for path, shape in shapes.items() if len(shape) == _CONVOLUTION}
+        return {
+            name: (both[0], None) if name in convolutions and not outputs else both
+            for name, both in found.items()
+            if both
+        }
+
     def need_channels(self, layer: str, *sides: Seen) -> None:
         """Raise if single channels of a layer weren't kept.
 
@@ -199,12 +239,13 @@ class Calibration:
             raise InputError(message, fix=f"bakeoff calibrate MODEL -o {file}")
         try:
             with safe_open(file, "pt") as stream:
-                info = json.loads((stream.metadata() or {})["bakeoff"])
+                info = dict(json.loads((stream.metadata() or {})["bakeoff"]))
                 tensors: Mapping[str, Tensor] = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
             calibration = cls({**info, "sha256": sha256(file)})
             for name in sorted(tensors):
                 calibration._put(name, tensors[name])
-        except (SafetensorError, KeyError, ValueError) as error:
+            calibration._refuse_halves()
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
             message = f"{file} is not a calibration: {error}"
             raise CorruptError(message, fix=f"bakeoff calibrate MODEL -o {file}") from error
         return calibration
@@ -216,7 +257,15 @@ class Calibration:
         if kind == ["channels"]:
             seen.channels = Channels.read(values)
             return
-        if kind or values.shape != (BINS + 1,) or not bool(values.isfinite().all()) or float(values[1:].sum()) <= 0:
+        sound = not kind and values.shape == (BINS + 1,) and bool(values.isfinite().all()) and bool((values >= 0).all())
+        if not sound or float(values[0]) <= 0 or float(values[1:].sum()) <= 0:
             message = f"{name} holds no histogram"
             raise ValueError(message)
         seen.magnitudes = Magnitudes(float(values[0]), values[1:])
+
+    def _refuse_halves(self) -> None:
+        for part, layers in self.parts.items():
+            for layer, both in layers.items():
+                if any(seen.magnitudes.counts is None for seen in both):
+                    message = f"{layer} of {part} has no histogram of its input or of its output"
+                    raise ValueError(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,12 @@ class Sensitivity:
 
     def save(self, file: Path) -> None:
         """Write JSON, atomically."""
-        parts = {part: {name: vars(layer) for name, layer in layers.items()} for part, layers in self.parts.items()}
-        text = json.dumps({"schema": SCHEMA, "info": self.info, "together": self.together, "parts": parts}, indent=1)
+        parts = {
+            part: {name: {**vars(layer), "errors": _to_json(layer.errors)} for name, layer in layers.items()}
+            for part, layers in self.parts.items()
+        }
+        together = {part: _to_json(errors) for part, errors in self.together.items()}
+        text = json.dumps({"schema": SCHEMA, "info": self.info, "together": together, "parts": parts}, indent=1)
         partial = file.with_name(f".{file.name}.partial")
         partial.write_text(text + "\n")
         partial.replace(file)
@@ -56,9 +61,21 @@ class Sensitivity:
         try:
             data = json.loads(file.read_text())
             parts = {
-                part: {name: Layer(**layer) for name, layer in layers.items()} for part, layers in data["parts"].items()
+                part: {
+                    name: Layer(**{**layer, "errors": _from_json(layer["errors"])}) for name, layer in layers.items()
+                }
+                for part, layers in data["parts"].items()
             }
-            return cls(data["info"], parts, data["together"])
+            return cls(data["info"], parts, {part: _from_json(each) for part, each in data["together"].items()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             message = f"{file} doesn't say what layers add to the error: {error}"
             raise CorruptError(message, fix=f"bakeoff sensitivity MODEL -o {file}") from error
+
+
+def _to_json(errors: dict[str, float]) -> dict[str, float | None]:
+    """Return null for errors that are infinite, which JSON hasn't."""
+    return {name: error if math.isfinite(error) else None for name, error in errors.items()}
+
+
+def _from_json(errors: dict[str, float | None]) -> dict[str, float]:
+    return {name: math.inf if error is None else error for name, error in errors.items()}

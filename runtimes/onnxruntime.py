@@ -39,13 +39,18 @@ class OnnxRuntime(Runtime):
     """
 
     reads_ports: ClassVar[bool] = True
-    relative_time: ClassVar[Mapping[str, float]] = {"w8a8": 0.3}
     held: ClassVar[Mapping[str, float]] = {"float32": 1.1, "bfloat16": 3.9, "int8": 2.2, "int4": 4, "nf4": 4}
     held_mapped: ClassVar[Mapping[str, float] | None] = {**held, "float32": 0.02, "bfloat16": 0.25}
     live_maps: ClassVar[Mapping[str, float]] = {"fp32": 25}
     live_scores: ClassVar[float] = 0.0
     options: ClassVar[frozenset[str]] = frozenset({"provider", "provider_options", "cuda_graphs", "attention"})
     devices: ClassVar[tuple[str, ...]] = tuple(providers.BY_DEVICE)
+
+    @classmethod
+    def relative_time(cls, precision: str) -> float:
+        if precision != "w8a8":
+            return 1.0
+        return 0.8 if overflows_bytes() else 0.3
 
     @classmethod
     def probe(cls) -> Availability:

@@ -44,11 +44,14 @@ _MOST_SHAPES = 2
 class OpenVINORuntime(Runtime):
     options: ClassVar[frozenset[str]] = frozenset({"static"})
     reads_ports: ClassVar[bool] = True
-    relative_time: ClassVar[Mapping[str, float]] = {"w8a8": 0.35}
     held: ClassVar[Mapping[str, float]] = {"float32": 1.1, "bfloat16": 1.2, "int8": 1.6, "int4": 2.2, "nf4": 2.2}
     held_int8_convolutions: ClassVar[float | None] = 5.6
     live_maps: ClassVar[Mapping[str, float]] = {"fp32": 17, "bf16": 12}
     devices: ClassVar[tuple[str, ...]] = ("gpu", "cpu", "npu")
+
+    @classmethod
+    def relative_time(cls, precision: str) -> float:
+        return 0.35 if precision == "w8a8" and not overflows_bytes() else 1.0
 
     @classmethod
     def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:

@@ -76,9 +76,6 @@ class Runtime(ABC):
     """Options of `Placement` that it has besides device and threads, such as `compile`, `provider`."""
     reads_ports: ClassVar[bool] = False
     """Whether a file of others may have other dtypes and ranks than the component declares: see `_adopt`."""
-    relative_time: ClassVar[Mapping[str, float]] = {}
-    """Precision of weights -> seconds of a layer's multiplications for one that they take in bf16; 1 unless said.
-    From docs/precisions.md and docs/quantization.md."""
     held: ClassVar[Mapping[str, float]] = {}
     """Torch dtype, or weight format -> bytes of anonymous memory that an opened part holds for a byte of weights in it, at
     the peak of opening on a CPU; 1 unless said."""
@@ -90,6 +87,14 @@ class Runtime(ABC):
     """Precision -> bytes at the peak of a run for an element of a convolutional part's largest feature map; 16 unless said."""
     live_scores: ClassVar[float] = 8.0
     """Bytes at the peak of a run for an element of the largest attention matrix; 0 where attention is fused."""
+
+    @classmethod
+    def relative_time(cls, precision: str) -> float:  # noqa: ARG003
+        """Return seconds of a layer's multiplications on this CPU for one that they take in bf16; 1 where it isn't known.
+
+        From the profiles of docs/precisions.md.
+        """
+        return 1.0
 
     @classmethod
     def serves(cls, option: str, config: Mapping[str, Any]) -> bool:  # noqa: ARG003 - some options are for some modules

@@ -90,7 +90,7 @@ def test_another_calibration_is_another_key(file, tmp_path):
     )
 
 
-@pytest.mark.parametrize("damage", ["cut", "noughts", "nan", "foreign"])
+@pytest.mark.parametrize("damage", ["cut", "noughts", "nan", "foreign", "negative", "topless", "half", "list"])
 def test_a_damaged_file_is_refused(file, tmp_path, damage):
     target = tmp_path / "damaged.safetensors"
     if damage == "cut":
@@ -99,9 +99,18 @@ def test_a_damaged_file_is_refused(file, tmp_path, damage):
         save_file({"a": torch.ones(1)}, target)
     else:
         tensors = load_file(file)
-        first = next(iter(tensors))
-        tensors[first] = torch.zeros_like(tensors[first]) if damage == "noughts" else tensors[first] * torch.nan
-        save_file(tensors, target, metadata={"bakeoff": "{}"})
+        first = next(name for name in tensors if name.endswith("/output"))
+        values = tensors.pop(first)
+        top, counts = values[:1], values[1:]
+        changed = {
+            "noughts": 0 * values,
+            "nan": values * torch.nan,
+            "negative": torch.cat([top, -counts]),
+            "topless": torch.cat([0 * top, counts]),
+            "list": values,
+        }
+        tensors |= {first: changed[damage]} if damage in changed else {}
+        save_file(tensors, target, metadata={"bakeoff": "[1]" if damage == "list" else "{}"})
     with pytest.raises(CorruptError, match="is not a calibration"):
         Calibration.open(target)
 
@@ -109,6 +118,12 @@ def test_a_damaged_file_is_refused(file, tmp_path, damage):
 def test_activations_that_are_not_finite_name_their_layer():
     with pytest.raises(InputError, match="conv_in of unet: activations are NaN"):
         Calibration().see("unet", "conv_in", torch.tensor([1.0, torch.nan]), torch.ones(1))
+
+
+def test_a_folder_that_is_not_there_is_refused_before_any_work(tmp_path, capsys):
+    for command in ("calibrate", "sensitivity"):
+        assert main([command, "shapes", "-o", str(tmp_path / "none" / "file")]) == 2
+        assert f"mkdir -p {tmp_path / 'none'}" in capsys.readouterr().err
 
 
 def test_too_few_prompts_are_refused(tmp_path, capsys):

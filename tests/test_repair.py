@@ -56,7 +56,7 @@ def test_where_pictures_alone_fail_the_part_nearest_to_its_tolerance_is_put_back
     failing = made.with_proof({**proof, "status": "failing"})
     worst = max(case["error"] for case in proof["parts"]["unet"]["cases"])
     assert _failing(failing) == {"unet": pytest.approx(worst / 2)}
-    layers = _wider_layers(failing, "unet", Source.open("shapes").folder, worst / 2)
+    layers = _wider_layers(failing, "unet", Source.open("shapes"), worst / 2)
     assert "conv_in" in layers, "its loss alone is most of the part's"
     assert set(layers.values()) == {"fp32"}
 

@@ -4,19 +4,28 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bakeoff import plugins
+from bakeoff.bake import activations
 from bakeoff.cli import main
 from bakeoff.errors import CorruptError, RecipeError, UsageError
 from bakeoff.models.prompts import read_prompts
+from bakeoff.parity.drawing import open_source
 from bakeoff.plan import plan
+from bakeoff.quantize.calibration import Calibration
 from bakeoff.quantize.choice import Option, choose
+from bakeoff.quantize.mixture import rounded_layers
 from bakeoff.quantize.sensitivity import Layer, Sensitivity
-from bakeoff.recipe import from_toml, parse, to_toml
+from bakeoff.recipe import PartRecipe, from_toml, parse, to_toml
+from bakeoff.sources.source import Source
+from bakeoff.tuning.calibrate import calibrate
 from bakeoff.tuning.choose import recipe_within
 from bakeoff.tuning.sensitivity import sensitivity
+from bakeoff.tuning.studio import Studio
 
 COSTS = st.floats(1, 100)
 ERRORS = st.floats(1e-6, 1.0)
@@ -111,9 +120,51 @@ def test_a_checked_recipe_is_drawn(measured, tmp_path, capsys):
 
 
 def test_a_backend_that_mixes_nothing_measured_says_so(measured):
-    found = Sensitivity({}, {"unet": {"a": Layer(1, 1, {"fp8": 1.0})}}, {"unet": {}})
+    found = Sensitivity({}, {"unet": {"a": Layer(1, 1, {"fp8": 1.0})}}, {"unet": {"fp8": 1.0}})
     with pytest.raises(RecipeError, match="onnx bakes none of fp8 for single layers"):
         recipe_within(found, "onnx", 30)
+
+
+def test_an_interrupted_measurement_makes_no_recipe(measured):
+    _, found = measured
+    whole = found.together["text_encoder"]
+    cut = Sensitivity(found.info, found.parts, {"text_encoder": {"int8": whole["int8"]}})
+    with pytest.raises(UsageError, match="interrupted: it hasn't all layers of text_encoder in int4"):
+        recipe_within(cut, "onnx", 30)
+
+
+def test_layers_that_break_the_pictures_are_json(tmp_path):
+    found = Sensitivity({}, {"unet": {"a": Layer(1, 1, {"int4": math.inf})}}, {"unet": {"int4": math.inf}})
+    found.save(tmp_path / "layers.json")
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    json.loads((tmp_path / "layers.json").read_text(), parse_constant=refuse)
+    assert Sensitivity.open(tmp_path / "layers.json") == found
+
+
+def test_calibrated_activations_are_measured_as_recipes_round_them(tmp_path):
+    prompts, source = read_prompts("shapes-64", 4), Source.open("shapes")
+    calibrate("shapes", prompts, steps=1).save(tmp_path / "calibration.safetensors")
+    calibration = Calibration.open(tmp_path / "calibration.safetensors")
+    grids = activations(calibration, "vae_decoder", PartRecipe("onnx", "w8a8"), source.checkpoint("vae"))
+    with open_source(source) as engine:
+        studio = Studio(engine, source, [prompt.text for prompt in prompts], {"steps": 1})
+        own = {
+            path: name
+            for path, name in studio.layers("vae_decoder").items()
+            if name == "decoder.mid_block.resnets.0.conv1"
+        }
+        assert len(own) == 1
+        assert grids["decoder.mid_block.resnets.0.conv1"][1] is None, "what a convolution gives stays wide"
+        with rounded_layers(studio.modules["vae_decoder"], own, plugins.mixture("w8a8"), grids):
+            expected = float(np.square(studio._draw() - studio.reference).mean())
+        errors = {
+            name: studio.error({"vae_decoder": (own, plugins.mixture(name))}, calibration) for name in ("w8a8", "fp8")
+        }
+    assert errors["w8a8"] == pytest.approx(expected)
+    assert 0 < errors["fp8"] < 1e-2, "its steps are of another kind"
 
 
 def test_what_cannot_be_meant(tmp_path, capsys):

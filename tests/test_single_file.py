@@ -16,12 +16,15 @@ from bakeoff.bench.work import bake, local, write_latents
 from bakeoff.cli import main
 from bakeoff.errors import PickleError, SourceError, UsageError
 from bakeoff.home import home
+from bakeoff.models.prompts import read_prompts
 from bakeoff.parity.prover import source_of
 from bakeoff.plan import plan, why_rebuild
 from bakeoff.recipe import parse
 from bakeoff.runtimes.engine import load
 from bakeoff.sources import single_file
 from bakeoff.sources.source import Source
+from bakeoff.tuning.calibrate import calibrate
+from bakeoff.tuning.sensitivity import sensitivity
 from bakeoff.weights import sha256
 
 TORCH = parse("torch:fp32")[0]
@@ -291,6 +294,32 @@ def test_the_picture_is_the_folders(tiny, saved, tmp_path, family):
     assert source["config"] == {"id": str(folder), "revision": None}
     assert np.array_equal(picture(tmp_path / "a"), picture(tmp_path / "b"))
     assert not why_rebuild(artifact, plan(str(file), TORCH, config=str(folder)))
+
+
+def test_it_is_calibrated_and_measured_with_its_own_weights(tiny, saved, tmp_path):
+    folder, other = tiny("stable-diffusion"), tmp_path / "other"
+    file = saved(WHOLE["stable-diffusion"](folder))
+    shutil.copytree(folder, other)
+    weights = other / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 0.5 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    prompts, size = read_prompts("shapes-64", 4), (64, 64)
+    expected = calibrate(str(folder), prompts, steps=1, size=size)
+    found = calibrate(str(file), prompts, steps=1, size=size, config=str(other))
+    assert found.info["modules"] == expected.info["modules"]
+    assert [seen.magnitudes.top for both in found.parts["unet"].values() for seen in both] == [
+        seen.magnitudes.top for both in expected.parts["unet"].values() for seen in both
+    ]
+    arguments = {"precisions": ["int4"], "parts": ["text_encoder"], "steps": 1, "size": size}
+    measured = [
+        sensitivity(model, prompts, tmp_path / f"{name}.json", config=config, **arguments).together
+        for name, model, config in (("a", str(folder), None), ("b", str(file), str(other)))
+    ]
+    assert measured[0] == measured[1]
+    found.save(tmp_path / "calibration.safetensors")
+    recipe = parse("torch:fp32,unet=onnx:w8a8")[0]
+    assert plan(str(folder), recipe, calibration=tmp_path / "calibration.safetensors").calibration, "the same weights"
+    with pytest.raises(UsageError, match="which has another unet than"):
+        plan(str(other), recipe, calibration=tmp_path / "calibration.safetensors")
 
 
 def test_every_command_takes_the_config(tiny, saved, tmp_path, capsys):

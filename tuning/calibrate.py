@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..artifact import key_of
 from ..components.component import WRAPPER
 from ..errors import UsageError
 from ..models.prompts import default_prompts, read_prompts
+from ..parity.drawing import open_source
 from ..progress import Steps
 from ..quantize.calibration import Calibration
-from ..runtimes.engine import load
 from ..sources.source import Source
 
 if TYPE_CHECKING:
@@ -71,13 +72,14 @@ def calibrate(
         {
             "model": source.id,
             "revision": source.revision,
+            "modules": {module: key_of(source.hashes(module)) for module in source.modules},
             "prompts": [prompt.id for prompt in prompts],
             "prompts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
             "steps": steps,
             "guidance_scale": guidance_scale,
         }
     )
-    with load(source.folder, device="cpu") as engine:
+    with open_source(source) as engine:
         engine.visit(partial(watch, made))
         options: dict[str, Any] = {"guidance_scale": guidance_scale}
         for start in range(0, len(texts), _BATCH):
@@ -115,6 +117,17 @@ def size_of(options: argparse.Namespace) -> tuple[int, int] | None:
     return None if options.height is None else (options.height, options.width)
 
 
+def check_folder(file: Path) -> None:
+    """Refuse to work for a file whose folder isn't there.
+
+    Raises:
+        UsageError: with the command that makes it.
+    """
+    if not file.parent.is_dir():
+        message = f"got -o {file}, but there is no folder {file.parent}"
+        raise UsageError(message, fix=f"mkdir -p {file.parent}")
+
+
 def add_calibrate(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argparse's subparsers have no public type
     command: argparse.ArgumentParser = commands.add_parser(
         "calibrate",
@@ -136,6 +149,7 @@ def add_calibrate(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - a
 
 
 def _run(options: argparse.Namespace) -> None:
+    check_folder(options.output)
     size = size_of(options)
     with Steps() as progress:
         made = calibrate(

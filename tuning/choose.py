@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from .. import plugins
 from ..errors import RecipeError, UsageError
-from ..plan import open_calibration
+from ..parity.drawing import open_source
+from ..plan import ACTIVATIONS_OPTION, open_calibration
 from ..progress import Steps
+from ..quantize.calibration import METHODS
 from ..quantize.choice import Option, choose
 from ..quantize.sensitivity import Sensitivity
 from ..recipe import PartRecipe, Recipe, to_toml
-from ..runtimes.engine import load
 from ..sources.source import Source
+from .calibrate import check_folder
 from .studio import Studio
 
 if TYPE_CHECKING:
@@ -52,7 +54,9 @@ def recipe_within(
 
     Raises:
         RecipeError: the backend has none of the precisions that were measured, or nothing stays within the bound.
+        UsageError: the measurement was interrupted.
     """
+    _refuse_interrupted(found)
     bound = 10 ** (-psnr_db / 10) / factor
     options = {
         (part, name): each
@@ -69,6 +73,21 @@ def recipe_within(
     }
     error = sum(option.error for option in chosen.values()) * factor
     return Recipe(PartRecipe(backend, WIDE), parts), -10 * math.log10(error) if error else math.inf
+
+
+def _refuse_interrupted(found: Sensitivity) -> None:
+    """Refuse a measurement that lacks layers: a recipe would round these unseen.
+
+    Raises:
+        UsageError: with what lacks.
+    """
+    begun = {(part, name) for part, layers in found.parts.items() for layer in layers.values() for name in layer.errors}
+    lacking = sorted(f"{part} in {name}" for part, name in begun if name not in found.together.get(part, {}))
+    if lacking:
+        message = f"the measurement was interrupted: it hasn't all layers of {', '.join(lacking)}"
+        raise UsageError(
+            message, fix=f"bakeoff sensitivity {found.info['model']} -o …, as before: it goes on from there"
+        )
 
 
 def checked_recipe(
@@ -99,7 +118,7 @@ def checked_recipe(
         RecipeError: as `recipe_within`.
         UsageError: a calibration is missing, or another one.
     """
-    source = Source.open(found.info["model"])
+    source = Source.open(found.info["model"], found.info.get("revision"), config=found.info.get("config"))
     scales = None
     if found.info["calibration"]:
         scales = open_calibration(calibration, source, "checking what was measured with calibrated activations")
@@ -109,8 +128,9 @@ def checked_recipe(
     size = found.info["size"]
     options = {"steps": found.info["steps"], "size": tuple(size) if size else None}
     factor = 1.0
-    with load(source.folder, device="cpu") as engine:
-        studio = Studio(engine, source, found.info["prompts"], options)
+    usual = next(iter(plugins.exporter(backend).options.get(ACTIVATIONS_OPTION, METHODS)))
+    with open_source(source) as engine:
+        studio = Studio(engine, source, found.info["prompts"], options, usual)
         for _ in range(_MOST_CHOICES):
             recipe, predicted = recipe_within(found, backend, psnr_db, fastest=fastest, factor=factor)
             error = studio.error(_rounded(studio, found, recipe), scales)
@@ -150,7 +170,7 @@ def _options(
     factor = {name: _factor(found, part, layers, name) for name in able}
     costs = {
         name: {
-            each: layer.macs * runtime.relative_time.get(each, 1.0) if fastest else _bytes(each, layer.elements)
+            each: layer.macs * runtime.relative_time(each) if fastest else _bytes(each, layer.elements)
             for each in (*able, WIDE)
         }
         for name, layer in layers.items()
@@ -220,6 +240,7 @@ def _run(options: argparse.Namespace) -> None:
             f"got -o {options.output}, expected a name that ends in .toml, which is how recipes are told from text"
         )
         raise UsageError(message, fix=f"-o {options.output.with_suffix('.toml')}")
+    check_folder(options.output)
     found = Sensitivity.open(options.layers)
     asked = _decibels(options.within)
     if options.check:

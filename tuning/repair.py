@@ -17,13 +17,12 @@ from ..memory import in_child
 from ..parity.budget import Gate
 from ..parity.explain import explain
 from ..parity.proof import eager, family_part, fed, measure, mixture_of, names_in, recorded, scales_of
-from ..parity.prover import UNPROVED, source_of
+from ..parity.prover import UNPROVED, origin_of, source_of
 from ..parity.trajectory import NO_PICTURE
 from ..quantize.inputs import read_inputs
 from ..quantize.mixture import replaced, rounded_layers
 from ..recipe import PartRecipe, Placement, Recipe
 from ..runtimes.opening import open_part
-from ..sources.source import Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from ..parity.explain import Explanation
     from ..quantize.grid import Grids
     from ..quantize.mixture import Mixture
+    from ..sources.source import Source
 
 _MOST_ROUNDS = 8
 _MARGIN = 0.9
@@ -106,7 +106,7 @@ def export_repaired(
         )
         if first.manifest.proof["status"] == UNPROVED:
             raise ParityError(first.manifest.proof["reason"], fix="leave out --repair")
-        source = source_of(first, model, options.get("config")).folder
+        source = source_of(first, model, options.get("config"))
         reuse = [*options.pop("reuse", ()), first.folder]
         for number in range(1, _MOST_ROUNDS + 1):
             failing = _failing(artifact)
@@ -166,7 +166,7 @@ def _layers(artifact: Artifact, part: str) -> dict[str, str]:
     return dict(artifact.manifest.parts[part].key_fields["recipe"].get("layers", {}))
 
 
-def _wider_layers(artifact: Artifact, part: str, source: Path, allowed: float) -> dict[str, str]:
+def _wider_layers(artifact: Artifact, part: str, source: Source, allowed: float) -> dict[str, str]:
     """Choose layers to put back of a part that may come to an error of `allowed`.
 
     Raises:
@@ -176,9 +176,9 @@ def _wider_layers(artifact: Artifact, part: str, source: Path, allowed: float) -
     wide = _WIDER.get(entry.precision, "bf16")
     chosen = [] if mixture_of(entry).formats or not proof["problem"] else _blamed(artifact, part, source)
     if not chosen and _is_narrow(entry):
-        errors, _ = in_child(
-            "bakeoff.tuning.repair:rank_here", {"folder": str(artifact.folder), "source": str(source), "part": part}
-        )
+        arguments: dict[str, Any] = {"folder": str(artifact.folder), "source": str(source.folder), "part": part}
+        arguments["elsewhere"] = {module: str(path) for module, path in source.elsewhere.items()}
+        errors, _ = in_child("bakeoff.tuning.repair:rank_here", arguments)
         chosen = _worst(errors, _largest_error(proof), allowed)
     fresh = [layer for layer in chosen if _layers(artifact, part).get(layer) != wide]
     if not fresh:
@@ -211,17 +211,18 @@ def _worst(errors: Mapping[str, float], measured: float, allowed: float) -> list
     return chosen
 
 
-def _blamed(artifact: Artifact, part: str, source: Path) -> list[str]:
+def _blamed(artifact: Artifact, part: str, source: Source) -> list[str]:
     """Return the layer that `explain` finds at fault."""
-    found: list[Explanation] = explain(artifact, source_of(artifact, str(source)))
+    found: list[Explanation] = explain(artifact, source)
     return [each.layer for each in found if each.part == part and each.layer and each.fault]
 
 
-def rank_here(folder: str, source: str, part: str) -> dict[str, float]:
+def rank_here(folder: str, source: str, part: str, elsewhere: Mapping[str, str]) -> dict[str, float]:
     """Return layer -> relative error of the part's output with this layer alone as narrow as it is; in a child process."""
     import torch
 
-    artifact, origin = Artifact.open(Path(folder)), Source.open(source)
+    artifact = Artifact.open(Path(folder))
+    origin = origin_of(artifact, source, elsewhere)
     found = family_part(artifact, part)
     flat = found.component.flat(found.component.load(origin.path(found.module), torch.float32))
     config, known = origin.config(found.module), read_inputs(artifact.folder / part / INPUTS)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from .. import plugins
 from ..errors import UsageError, unknown
 from ..models.prompts import default_prompts, read_prompts
+from ..parity.drawing import open_source
 from ..plan import open_calibration
 from ..progress import Steps
 from ..quantize.sensitivity import Layer, Sensitivity
-from ..runtimes.engine import load
 from ..sources.source import Source
-from .calibrate import FEWEST_PROMPTS, size_of
+from .calibrate import FEWEST_PROMPTS, check_folder, size_of
 from .studio import Studio
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def sensitivity(
     steps: int = DEFAULT_STEPS,
     calibration: Path | None = None,
     size: tuple[int, int] | None = None,
+    revision: str | None = None,
+    config: str | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Sensitivity:
     """Round one layer at a time, and draw each prompt on the same latents: the error of the pictures is the layer's.
@@ -48,7 +50,7 @@ def sensitivity(
     it stopped.
 
     Args:
-        model: a Diffusers folder, a hub id, or `shapes`.
+        model: a Diffusers folder, a hub id, a single-file checkpoint, or `shapes`.
         prompts: what to draw, all in one batch.
         file: to write.
         precisions: of low-bit weights.
@@ -56,6 +58,8 @@ def sensitivity(
         steps: denoising steps of each picture.
         calibration: for precisions that round activations with calibrated scales.
         size: height and width in pixels; by default the model's own.
+        revision: of a hub model.
+        config: of a single-file checkpoint.
         progress: called with a line at each layer.
 
     Raises:
@@ -65,7 +69,7 @@ def sensitivity(
     if len(prompts) < FEWEST_PROMPTS:
         message = f"got {len(prompts)} prompts to measure with, expected at least {FEWEST_PROMPTS}"
         raise UsageError(message, fix=f"give more, such as --count {DEFAULT_PROMPTS}")
-    source = Source.open(model)
+    source = Source.open(model, revision, config=config)
     formats = {precision: plugins.weight_format(precision) for precision in precisions}
     for precision, weight_format in formats.items():
         if weight_format is None:
@@ -76,13 +80,15 @@ def sensitivity(
     scales = open_calibration(calibration, source, what) if calibrated or helped else None
     info = {
         "model": source.id,
+        "revision": source.revision,
+        "config": config,
         "prompts": [prompt.text for prompt in prompts],
         "steps": steps,
         "size": size,
         "calibration": scales.info["sha256"] if scales else None,
     }
     found = _begun(file, info)
-    with load(source.folder, device="cpu") as engine:
+    with open_source(source) as engine:
         studio = Studio(engine, source, [prompt.text for prompt in prompts], {"steps": steps, "size": size})
         for part in parts or list(studio.modules):
             if part not in studio.modules:
@@ -146,7 +152,7 @@ def add_sensitivity(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 -
         help="measure what each layer adds to the pictures' error when it is rounded",
         description="Round one layer at a time and draw. An interrupted run goes on where it stopped.",
     )
-    command.add_argument("model", help="a Diffusers folder, a hub id, or: shapes")
+    command.add_argument("model", help="a Diffusers folder, a hub id, a .safetensors checkpoint, or: shapes")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="layers.json")
     command.add_argument(
         "--precisions", default=",".join(DEFAULT_PRECISIONS), help=f"of low bits ({','.join(DEFAULT_PRECISIONS)})"
@@ -158,11 +164,14 @@ def add_sensitivity(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 -
     command.add_argument("--steps", type=int, default=DEFAULT_STEPS, help=f"of each picture ({DEFAULT_STEPS})")
     command.add_argument("--height", type=int)
     command.add_argument("--width", type=int)
+    command.add_argument("--revision", help="of a hub model")
+    command.add_argument("--config", metavar="DIR", help="of a .safetensors checkpoint, as for export")
     command.set_defaults(run=_run)
     return command
 
 
 def _run(options: argparse.Namespace) -> None:
+    check_folder(options.output)
     with Steps() as progress:
         found = sensitivity(
             options.model,
@@ -173,6 +182,8 @@ def _run(options: argparse.Namespace) -> None:
             steps=options.steps,
             calibration=options.calibration,
             size=size_of(options),
+            revision=options.revision,
+            config=options.config,
             progress=progress,
         )
     if options.json:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..components.component import WRAPPER
 from ..errors import ParityError
+from ..quantize.calibration import METHODS
 from ..quantize.inputs import with_inputs
 from ..quantize.mixture import rounded_layers
 from ..weights import layer_names
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..quantize.calibration import Calibration
-    from ..quantize.grid import Grids
     from ..quantize.mixture import Mixture
     from ..runtimes.engine import Engine
     from ..sources.source import Source
@@ -35,8 +35,25 @@ LAST = "vae_decoder"
 class Studio:
     """A model open in eager float32, whose layers can be swapped for rounded ones."""
 
-    def __init__(self, engine: Engine, source: Source, texts: Sequence[str], options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        source: Source,
+        texts: Sequence[str],
+        options: Mapping[str, Any],
+        usual: str = METHODS[0],
+    ) -> None:
+        """Draw without rounding.
+
+        Args:
+            engine: of the source.
+            source: the model.
+            texts: what to draw.
+            options: of `Engine.generate`.
+            usual: how steps of activations are chosen, for formats that need no other way; see `Calibration.grids_of`.
+        """
         self._engine, self._source, self._texts, self._options = engine, source, texts, options
+        self._usual = usual
         self._pictures: list[Any] = []
         self.modules: dict[str, nn.Module] = {}
         self.macs: dict[tuple[str, str], int] = defaultdict(int)
@@ -75,17 +92,6 @@ class Studio:
         module = self._source.family.part(part).module
         return {own[path]: name for path, name in layer_names(own, self._source.checkpoint(module)).items()}
 
-    def grids(self, calibration: Calibration | None, part: str) -> dict[str, Grids]:
-        """Return what a part's calibrated layers round to, under the names that the checkpoint has for them."""
-        if calibration is None:
-            return {}
-        names = {path.removeprefix(WRAPPER): (path, name) for path, name in self.layers(part).items()}
-        weights: dict[str, Any] = {
-            own: self.modules[part].get_submodule(path).weight for own, (path, _) in names.items()
-        }
-        found = calibration.grids(part, {own: weight.shape for own, weight in weights.items()})
-        return {names[own][1]: grids for own, grids in found.items()}
-
     def error(self, parts: Mapping[str, tuple[Mapping[str, str], Mixture]], calibration: Calibration | None) -> float:
         """Return the mean squared error of pictures, of pixels from 0 to 1; infinite where they aren't finite.
 
@@ -98,10 +104,10 @@ class Studio:
         try:
             with contextlib.ExitStack() as stack:
                 for part, (names, mixture) in parts.items():
-                    module = self._source.family.part(part).module
-                    mixture = with_inputs(mixture, calibration, part, self._source.checkpoint(module))  # noqa: PLW2901
-                    grids = self.grids(calibration, part)
-                    stack.enter_context(rounded_layers(self.modules[part], names, mixture, grids))
+                    checkpoint = self._source.checkpoint(self._source.family.part(part).module)
+                    known = with_inputs(mixture, calibration, part, checkpoint)
+                    grids = calibration.grids_of(part, mixture, checkpoint, usual=self._usual) if calibration else {}
+                    stack.enter_context(rounded_layers(self.modules[part], names, known, grids))
                 found = float(np.square(self._draw() - self.reference).mean())
         except ParityError:
             return math.inf
