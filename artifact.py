@@ -59,7 +59,10 @@ class PartEntry:
     kept: Mapping[str, str] = field(default_factory=dict)
     """Matrix or convolution that a low-bit recipe left in a wider dtype -> why."""
     stated_share: float | None = None
-    """Of `weight_shares`, what is in the type that the precision states, for those of low bits: int8 for w8a8."""
+    """Of `weight_shares`, what is in the type that the precision states, for those of low bits: int8 for w8a8, of layers
+    that were calibrated."""
+    uncalibrated: list[str] = field(default_factory=list)
+    """Weights whose layers no drawing reached when activations were calibrated: they alone are rounded."""
 
 
 def shares_of(weight_bytes: Mapping[str, int]) -> dict[str, float]:
@@ -106,8 +109,8 @@ class Manifest:
         if self.variant is None:
             del content["variant"]
         for part in content["parts"].values():
-            for name in ("kept", "weight_shares", "stated_share"):
-                if part[name] is None or part[name] == {}:
+            for name in ("kept", "weight_shares", "stated_share", "uncalibrated"):
+                if part[name] is None or part[name] in ({}, []):
                     del part[name]
         content["sha256"] = hashlib.sha256(_canonical(content).encode()).hexdigest()
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

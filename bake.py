@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 import shutil
 import tempfile
 from collections import Counter
@@ -44,7 +45,7 @@ from .quantize.inputs import with_inputs, write_inputs
 from .recipe import to_dict
 from .runtimes.opening import port_to_dict
 from .sources.lora import merge
-from .weights import place, sha256
+from .weights import layer_names, place, sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -250,6 +251,9 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
     lowered = lower_corrected(exporter, subject, recapture, work / f"{name}.biases.safetensors", folder)
     _refuse_unchanged(subject, lowered)
     shares, weight_format = shares_of(lowered.weight_bytes), subject.mixture.formats.get(recipe.precision)
+    uncalibrated = _uncalibrated(subject, lowered)
+    missed = sum(math.prod(checkpoint.entries[each].shape) for each in uncalibrated)
+    share_missed = missed / sum(math.prod(each.shape) for each in checkpoint.entries.values())
     return PartEntry(
         backend=recipe.backend,
         precision=recipe.precision,
@@ -260,8 +264,9 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
         weights=lowered.weights,
         weight_bytes=lowered.weight_bytes,
         weight_shares=shares,
-        stated_share=stated_share(shares, weight_format.name) if weight_format else None,
+        stated_share=round(stated_share(shares, weight_format.name) - share_missed, 4) if weight_format else None,
         kept=lowered.kept,
+        uncalibrated=uncalibrated,
         tools=_versions(exporter),
     )
 
@@ -308,6 +313,23 @@ def _refuse_unchanged(subject: Subject, lowered: Lowered) -> None:
         why = "; ".join(f"{count} × {reason}" for reason, count in reasons)
         message = f"{subject.mixture.precision} changes no weight of {subject.part}: {why or 'it has none'}"
         raise RecipeError(message, fix=f"give it another precision, such as --recipe …,{subject.part}=BACKEND:bf16")
+
+
+def _uncalibrated(subject: Subject, lowered: Lowered) -> list[str]:
+    """Return the weights that became codes, of layers whose activations should be rounded and were never seen."""
+    from torch import nn
+
+    if not subject.activations:
+        return []
+    entries, mixture = subject.checkpoint.entries, subject.mixture
+    paths = [path for path, layer in subject.module().named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    names = {name: f"{name}.weight" for name in layer_names(paths, subject.checkpoint).values()}
+    return sorted(
+        weight
+        for name, weight in names.items()
+        if (found := mixture.format_of(name)) and found.calibrated and not found.obstacle(entries[weight].shape)
+        if name not in subject.activations and weight not in lowered.kept
+    )
 
 
 def _ports(part: Part, config: dict[str, Any], recipe: PartRecipe) -> tuple[Port, ...]:

@@ -350,6 +350,8 @@ def _shares(part: PartEntry) -> Iterator[str]:
     if part.stated_share is not None:
         codes = ", ".join(f"{share:.1%} {dtype}" for dtype, share in part.weight_shares.items())
         yield f"{part.stated_share:.1%} of its weights are as {part.precision} states: {codes}"
+    if part.uncalibrated:
+        yield f"{len(part.uncalibrated)} with weights alone rounded: no drawing reached them while calibrating"
     for reason, count in Counter(part.kept.values()).most_common():
         yield f"{count} left wide: {reason}"
 

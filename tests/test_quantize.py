@@ -26,6 +26,7 @@ from transformers import CLIPTextModel
 import bakeoff
 from bakeoff import hardware, plugins
 from bakeoff.bake import export
+from bakeoff.cli import main
 from bakeoff.components.byte_layers import ByteLayer
 from bakeoff.components.component import Component, Port, Sizes
 from bakeoff.components.loading import load_diffusers
@@ -600,15 +601,33 @@ def test_the_manifest_says_what_was_kept_and_why(baked):
     assert "stated_share" not in wide
 
 
-def test_torchs_own_codes_open_in_bakeoff_and_nowhere_else(tmp_path):
-    entries = Checkpoint.open(SHAPES / "text_encoder").entries
+def calibrated_text_encoder(folder, without=""):
+    """Export the text encoder in torch's w8a8, all its layers seen but one."""
     seen = Calibration({"model": "shapes"})
-    for name, entry in entries.items():
-        if len(entry.shape) == 2 and "embedding" not in name:
+    for name, entry in Checkpoint.open(SHAPES / "text_encoder").entries.items():
+        if len(entry.shape) == 2 and "embedding" not in name and name != without:
             seen.see("text_encoder", name.removesuffix(".weight"), rows(scale=0.5), rows())
-    seen.save(tmp_path / "seen.safetensors")
+    seen.save(folder / "seen.safetensors")
     recipe = parse("null:fp32,text_encoder=torch:w8a8")[0]
-    export("shapes", tmp_path / "out", recipe, prove=False, calibration=tmp_path / "seen.safetensors")
+    return export("shapes", folder / "out", recipe, prove=False, calibration=folder / "seen.safetensors")
+
+
+def test_layers_that_no_drawing_reached_are_told(tmp_path, capsys):
+    missed = "text_model.encoder.layers.0.mlp.fc1.weight"
+    for folder in ("whole", "cut"):
+        (tmp_path / folder).mkdir()
+    whole = calibrated_text_encoder(tmp_path / "whole").manifest.parts["text_encoder"]
+    cut = calibrated_text_encoder(tmp_path / "cut", missed).manifest.parts["text_encoder"]
+    assert whole.uncalibrated == []
+    assert cut.uncalibrated == [missed]
+    elements = [math.prod(entry.shape) for entry in Checkpoint.open(SHAPES / "text_encoder").entries.values()]
+    assert whole.stated_share - cut.stated_share == pytest.approx(128 * 512 / sum(elements), abs=2e-4)
+    assert main(["inspect", str(tmp_path / "cut" / "out")]) == 0
+    assert "1 with weights alone rounded: no drawing reached them" in capsys.readouterr().out
+
+
+def test_torchs_own_codes_open_in_bakeoff_and_nowhere_else(tmp_path):
+    calibrated_text_encoder(tmp_path)
     opened = read_folder(tmp_path / "out")
     part, folder = opened.family.part("text_encoder"), opened.folders["text_encoder"]
     eager = part.component.flat(part.component.load(SHAPES / "text_encoder", torch.float32))
