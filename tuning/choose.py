@@ -34,6 +34,7 @@ _LEAST_TIGHTENING = 1.25
 WIDE = "bf16"
 """What layers have that aren't rounded to a few bits; its error is taken as none."""
 _WIDE_BYTES = 2
+_USUAL_BACKENDS = ("onnx", "openvino", "torch")
 _SCALE_BYTES = 4
 
 
@@ -186,6 +187,21 @@ def _options(
     }
 
 
+def _first_able(found: Sensitivity) -> str:
+    """Return the first backend that bakes all precisions that were measured, for single layers.
+
+    Raises:
+        UsageError: none does.
+    """
+    measured = {name for layers in found.parts.values() for layer in layers.values() for name in layer.errors}
+    for backend in _USUAL_BACKENDS:
+        exporter = plugins.exporter(backend)
+        if all(name in exporter.precisions and WIDE in exporter.layer_precisions.get(name, ()) for name in measured):
+            return backend
+    message = f"none of {', '.join(_USUAL_BACKENDS)} bakes all of {', '.join(sorted(measured))} for single layers"
+    raise UsageError(message, fix="name one with --backend: it takes those that it has")
+
+
 def _mix(possible: Mapping[str, Iterable[str]], one: str, other: str) -> bool:
     return one == other or (one in possible.get(other, ()) and other in possible.get(one, ()))
 
@@ -219,7 +235,9 @@ def add_recipe(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argp
     )
     command.add_argument("layers", type=Path, help="what bakeoff sensitivity wrote")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="recipe.toml")
-    command.add_argument("--backend", required=True, help="of all parts, such as onnx or openvino")
+    command.add_argument(
+        "--backend", help="of all parts (the first that has what was measured, of onnx, openvino, torch)"
+    )
     command.add_argument(
         "--within", required=True, metavar="DB", help="least PSNR of the pictures to eager float32's, such as 35dB"
     )
@@ -242,12 +260,12 @@ def _run(options: argparse.Namespace) -> None:
         raise UsageError(message, fix=f"-o {options.output.with_suffix('.toml')}")
     check_folder(options.output)
     found = Sensitivity.open(options.layers)
-    asked = _decibels(options.within)
+    asked, backend = _decibels(options.within), options.backend or _first_able(found)
     if options.check:
         with Steps() as progress:
             recipe, psnr = checked_recipe(
                 found,
-                options.backend,
+                backend,
                 asked,
                 fastest=options.fastest,
                 calibration=options.calibration,
@@ -255,7 +273,7 @@ def _run(options: argparse.Namespace) -> None:
             )
         told = f"measured: {psnr:.1f} dB to no rounding, on the prompts that layers were measured on"
     else:
-        recipe, psnr = recipe_within(found, options.backend, asked, fastest=options.fastest)
+        recipe, psnr = recipe_within(found, backend, asked, fastest=options.fastest)
         told = f"predicted: {psnr:.1f} dB, if layers err independently; --check draws with it"
     partial = options.output.with_name(f".{options.output.name}.partial")
     partial.write_text(f"# {told}\n{to_toml(recipe)}")
@@ -266,6 +284,7 @@ def _run(options: argparse.Namespace) -> None:
             json.dumps(
                 {
                     "file": str(options.output),
+                    "backend": backend,
                     "psnr_db": psnr if math.isfinite(psnr) else None,
                     "layers": counts,
                 },
