@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .components.component import Activations
+    from .recipe import Placement
 
 KEPT_SHARE = 0.1
 """Share of the available memory that predictions may not use."""
@@ -47,9 +48,9 @@ def running_bytes(
     return runtime.held_bytes(precision, weight_bytes, mapped=mapped, convolution_bytes=convolution_bytes)
 
 
-def activation_bytes(backend: str, precision: str, activations: Activations) -> int:
+def activation_bytes(backend: str, precision: str, activations: Activations, placement: Placement) -> int:
     """Predict the peak that a run adds to what the part holds."""
-    return plugins.runtime(backend).activation_bytes(precision, activations)
+    return plugins.runtime(backend).activation_bytes(precision, activations, placement)
 
 
 def usable_bytes() -> int:

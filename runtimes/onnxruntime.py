@@ -42,7 +42,6 @@ class OnnxRuntime(Runtime):
     held: ClassVar[Mapping[str, float]] = {"float32": 1.1, "bfloat16": 3.9, "int8": 2.2, "int4": 4, "nf4": 4}
     held_mapped: ClassVar[Mapping[str, float] | None] = {**held, "float32": 0.02, "bfloat16": 0.25}
     live_maps: ClassVar[Mapping[str, float]] = {"fp32": 25}
-    live_scores: ClassVar[float] = 0.0
     options: ClassVar[frozenset[str]] = frozenset({"provider", "provider_options", "cuda_graphs", "attention"})
     devices: ClassVar[tuple[str, ...]] = tuple(providers.BY_DEVICE)
 
@@ -69,6 +68,10 @@ class OnnxRuntime(Runtime):
     @classmethod
     def device_for(cls, placement: Placement) -> str:
         return providers.choose(placement)[1]
+
+    @classmethod
+    def fuses_attention(cls, placement: Placement) -> bool:
+        return bool(providers.fused_dtypes(providers.choose(placement)[0], placement))
 
     @classmethod
     def option_obstacle(cls, option: str, placement: Placement) -> tuple[str, str] | None:

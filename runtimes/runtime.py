@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 
 _LIVE_MAPS = 16.0
+_LIVE_SCORES = 8.0
+"""Bytes at the peak of a run for an element of the largest attention matrix."""
 _SOURCE_WIDTH = 2
 """Bytes of an element in the checkpoints that int8 is usually made from: bfloat16 or float16."""
 
@@ -85,8 +87,6 @@ class Runtime(ABC):
     """The same for int8 weights of convolutions, where these take another share."""
     live_maps: ClassVar[Mapping[str, float]] = {}
     """Precision -> bytes at the peak of a run for an element of a convolutional part's largest feature map; 16 unless said."""
-    live_scores: ClassVar[float] = 8.0
-    """Bytes at the peak of a run for an element of the largest attention matrix; 0 where attention is fused."""
 
     @classmethod
     def relative_time(cls, precision: str) -> float:  # noqa: ARG003
@@ -139,10 +139,16 @@ class Runtime(ABC):
         return round(total)
 
     @classmethod
-    def activation_bytes(cls, precision: str, activations: Activations) -> int:
+    def fuses_attention(cls, placement: Placement) -> bool:  # noqa: ARG003 - most can't say
+        """Say whether attention keeps no matrix of scores where a part would run."""
+        return False
+
+    @classmethod
+    def activation_bytes(cls, precision: str, activations: Activations, placement: Placement) -> int:
         """Predict what a run adds at its peak."""
         maps = cls.live_maps.get(precision, _LIVE_MAPS) * activations.map_elements
-        return round(maps + cls.live_scores * activations.score_elements)
+        scores = 0 if cls.fuses_attention(placement) else _LIVE_SCORES * activations.score_elements
+        return round(maps + scores)
 
     def __init__(self, part: PartFiles, placement: Placement) -> None:
         self.part = part

@@ -124,7 +124,7 @@ class Station:
         found = self.part.component.activations(config, 1, height, width) if self._on_cpu else None
         if found is None:
             return None
-        return footprint.activation_bytes(self._entry.backend, self._entry.precision, found)
+        return footprint.activation_bytes(self._entry.backend, self._entry.precision, found, self._placement)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         runtime = self._opened()

@@ -64,8 +64,11 @@ class TorchRuntime(Runtime):
     held: ClassVar[Mapping[str, float]] = dict.fromkeys(("float32", "bfloat16", "float16"), 0.02)
     held_mapped: ClassVar[Mapping[str, float] | None] = held
     live_maps: ClassVar[Mapping[str, float]] = {"fp32": 16, "bf16": 10}
-    live_scores: ClassVar[float] = 0
     devices: ClassVar[tuple[str, ...]] = ("cuda", "rocm", "xpu", "mps", "cpu")
+
+    @classmethod
+    def fuses_attention(cls, placement: Placement) -> bool:
+        return placement.attention != "math"
 
     @classmethod
     def serves(cls, option: str, config: Mapping[str, Any]) -> bool:

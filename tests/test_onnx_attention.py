@@ -6,7 +6,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from bakeoff.components.component import Activations
 from bakeoff.errors import UsageError
+from bakeoff.footprint import activation_bytes
 from bakeoff.parity.proof import relative_error
 from bakeoff.recipe import Placement, parse
 from bakeoff.runtimes import onnx_attention
@@ -127,3 +129,12 @@ def test_other_providers_fuse_where_it_is_asked_for():
     assert fused_dtypes(cuda, Placement()) == ()
     assert fused_dtypes(cuda, parse("onnx:fp16+attention=flash")[1]) == ("FLOAT", "FLOAT16")
     assert fused_dtypes(openvino, Placement(attention="flash")) == ()
+
+
+def test_scores_are_predicted_where_they_are_kept():
+    shown = Activations(map_elements=1_000, score_elements=1_000_000)
+    predicted = {
+        name: activation_bytes("onnx", "fp32", shown, parse(f"onnx:fp32{name}")[1]) for name in ("", "+attention=math")
+    }
+    assert predicted["+attention=math"] - predicted[""] == 8_000_000
+    assert activation_bytes("torch", "fp32", shown, Placement(attention="math")) > 8_000_000
