@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifact import key_of
 from ..components.component import WRAPPER
 from ..errors import UsageError
-from ..models.prompts import default_prompts, read_prompts
 from ..parity.drawing import open_source
 from ..progress import Steps
 from ..quantize.calibration import Calibration
 from ..sources.source import Source
+from .options import add_drawing_options, check_folder, prompts_of, size_of
 
 if TYPE_CHECKING:
     import argparse
@@ -105,59 +104,27 @@ def watch(made: Calibration, part: str, module: nn.Module) -> None:
             layer.register_forward_hook(hook(path.removeprefix(WRAPPER)))
 
 
-def size_of(options: argparse.Namespace) -> tuple[int, int] | None:
-    """Return the height and width that a command line asks for.
-
-    Raises:
-        UsageError: it names one of them alone.
-    """
-    if (options.height is None) != (options.width is None):
-        message = "got one of --height and --width, expected both or neither"
-        raise UsageError(message)
-    return None if options.height is None else (options.height, options.width)
-
-
-def check_folder(file: Path) -> None:
-    """Refuse to work for a file whose folder isn't there.
-
-    Raises:
-        UsageError: with the command that makes it.
-    """
-    if not file.parent.is_dir():
-        message = f"got -o {file}, but there is no folder {file.parent}"
-        raise UsageError(message, fix=f"mkdir -p {file.parent}")
-
-
 def add_calibrate(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argparse's subparsers have no public type
     command: argparse.ArgumentParser = commands.add_parser(
         "calibrate",
         help="find out what a model's activations take on, for recipes such as onnx:w8a8",
         description="Draw prompts in float32 and keep a histogram of each layer's activations.",
     )
-    command.add_argument("model", help="a Diffusers folder, a hub id, a .safetensors checkpoint, or: shapes")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="calibration.safetensors")
-    command.add_argument("--prompts", help="a prompt set, or a .txt file with one a line")
-    command.add_argument("--count", type=int, default=DEFAULT_PROMPTS, help=f"how many of them ({DEFAULT_PROMPTS})")
-    command.add_argument("--steps", type=int, default=DEFAULT_STEPS, help=f"of each picture ({DEFAULT_STEPS})")
+    add_drawing_options(command, "calibration.safetensors", DEFAULT_PROMPTS, DEFAULT_STEPS)
     command.add_argument("--guidance-scale", type=float)
-    command.add_argument("--height", type=int)
-    command.add_argument("--width", type=int)
-    command.add_argument("--revision", help="of a hub model")
-    command.add_argument("--config", metavar="DIR", help="of a .safetensors checkpoint, as for export")
     command.set_defaults(run=_run)
     return command
 
 
 def _run(options: argparse.Namespace) -> None:
     check_folder(options.output)
-    size = size_of(options)
     with Steps() as progress:
         made = calibrate(
             options.model,
-            read_prompts(options.prompts or default_prompts(options.model), options.count),
+            prompts_of(options),
             steps=options.steps,
             guidance_scale=options.guidance_scale,
-            size=size,
+            size=size_of(options),
             revision=options.revision,
             config=options.config,
             progress=progress,

@@ -18,7 +18,7 @@ from ..quantize.choice import Option, choose
 from ..quantize.sensitivity import Sensitivity
 from ..recipe import PartRecipe, Recipe, to_toml
 from ..sources.source import Source
-from .calibrate import check_folder
+from .options import check_folder
 from .studio import Studio
 
 if TYPE_CHECKING:

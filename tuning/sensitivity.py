@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from .. import plugins
 from ..errors import UsageError, unknown
-from ..models.prompts import default_prompts, read_prompts
 from ..parity.drawing import open_source
 from ..plan import open_calibration
 from ..progress import Steps
 from ..quantize.sensitivity import Layer, Sensitivity
 from ..sources.source import Source
-from .calibrate import FEWEST_PROMPTS, check_folder, size_of
+from .calibrate import FEWEST_PROMPTS
+from .options import add_drawing_options, check_folder, prompts_of, size_of
 from .studio import Studio
 
 if TYPE_CHECKING:
@@ -152,20 +152,12 @@ def add_sensitivity(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 -
         help="measure what each layer adds to the pictures' error when it is rounded",
         description="Round one layer at a time and draw. An interrupted run goes on where it stopped.",
     )
-    command.add_argument("model", help="a Diffusers folder, a hub id, a .safetensors checkpoint, or: shapes")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="layers.json")
+    add_drawing_options(command, "layers.json", DEFAULT_PROMPTS, DEFAULT_STEPS)
     command.add_argument(
         "--precisions", default=",".join(DEFAULT_PRECISIONS), help=f"of low bits ({','.join(DEFAULT_PRECISIONS)})"
     )
     command.add_argument("--parts", default="", help="of the pipeline, separated by commas (all)")
     command.add_argument("--calibration", type=Path, metavar="FILE", help="what bakeoff calibrate wrote, for w8a8")
-    command.add_argument("--prompts", help="a prompt set, or a .txt file with one a line")
-    command.add_argument("--count", type=int, default=DEFAULT_PROMPTS, help=f"how many of them ({DEFAULT_PROMPTS})")
-    command.add_argument("--steps", type=int, default=DEFAULT_STEPS, help=f"of each picture ({DEFAULT_STEPS})")
-    command.add_argument("--height", type=int)
-    command.add_argument("--width", type=int)
-    command.add_argument("--revision", help="of a hub model")
-    command.add_argument("--config", metavar="DIR", help="of a .safetensors checkpoint, as for export")
     command.set_defaults(run=_run)
     return command
 
@@ -175,7 +167,7 @@ def _run(options: argparse.Namespace) -> None:
     with Steps() as progress:
         found = sensitivity(
             options.model,
-            read_prompts(options.prompts or default_prompts(options.model), options.count),
+            prompts_of(options),
             options.output,
             precisions=options.precisions.split(","),
             parts=[part for part in options.parts.split(",") if part],
