@@ -219,6 +219,7 @@ class TensorRTRuntime(Runtime):
 
     def _execute(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """Run on the device; return tensors there, which are the caller's."""
+        assert self._engine is not None, "closed"  # noqa: S101
         brought = {name: self._device.bring(tensor, self._dtypes[name]) for name, tensor in inputs.items()}
         given = {name: tuple(tensor.shape) for name, tensor in brought.items() if tensor.ndim}
         profile = profiles.choose(self.part.name, self._profiles, given)
@@ -328,10 +329,17 @@ class TensorRTRuntime(Runtime):
         return results
 
     def adapt(self, deltas: Mapping[str, Sequence[Delta]]) -> bool:
-        """Exchange the LoRAs of the open engine, if it can; its recorded graphs go, since they may hold old weights."""
+        """Exchange the LoRAs of the open engine, if it can; its recorded graphs go, since they may hold old weights.
+
+        Where an exchange fails the engine is closed: some of its weights may be new ones.
+        """
         if self._refit is None or not self._files.refits or not (self._files.folder / WEIGHTS).is_file():
             return False
-        self._change(deltas)
+        try:
+            self._change(deltas)
+        except ArtifactError:
+            self.close()
+            return False
         self._graphs.clear()
         return True
 

@@ -665,6 +665,46 @@ def test_a_stripped_plan_gets_its_weights_when_it_opens(lower, captured):
         opened(folder, deltas={"first.weight": [delta(1)]})
 
 
+def test_loras_go_on_a_plan_that_got_its_weights_when_it_opened(lower, captured):
+    folder, _ = lower("fp32", strip=True, refit=True)
+    inputs, a, b = example(), {"first.weight": [delta(1)]}, {"take.weight": [taken(2)]}
+    with opened(folder) as runtime:
+        for deltas in (a, b, {}):
+            assert runtime.adapt(deltas)
+            assert close(runtime.run(inputs), eager(captured[0], inputs, deltas))
+
+
+def test_an_engine_whose_exchange_failed_is_closed(lower, captured, simulation):
+    folder, _ = lower("fp32", refit=True)
+    inputs, both = example(), {"first.weight": [delta(1)], "take.weight": [taken(2)]}
+    with opened(folder) as runtime:
+        simulation.refit_fails_after = 1
+        assert not runtime.adapt(both)  # so it is opened anew
+        with pytest.raises(AssertionError, match="closed"):
+            runtime.run(inputs)
+    with pytest.raises(ArtifactError, match="refused to exchange weights"):
+        opened(folder, deltas=both)
+    simulation.refit_fails_after = None
+    with opened(folder, deltas=both) as runtime:
+        assert close(runtime.run(inputs), eager(captured[0], inputs, both))
+
+
+def test_weights_that_a_failed_exchange_may_have_changed_go_back(lower, captured, simulation):
+    from bakeoff.runtimes.tensorrt_refit import Refit
+
+    folder, _ = lower("fp32", refit=True)
+    with opened(folder) as runtime:
+        inputs = example()
+        refit = runtime._refit
+        assert isinstance(refit, Refit)
+        simulation.refit_fails_after = 1
+        with pytest.raises(ArtifactError):
+            refit.change({"first.weight": [delta(1)], "take.weight": [taken(2)]})
+        simulation.refit_fails_after = None
+        refit.change({})
+        assert close(runtime.run(inputs), eager(captured[0], inputs))
+
+
 def test_engines_that_take_no_loras_say_so(lower):
     folder, _ = lower("fp32")
     with pytest.raises(InputError, match="LoRAs can't be added") as raised:

@@ -43,6 +43,10 @@ class Simulation:
         self.streamable = 0
         self.extra_missing = []
         """Weights that the refitter wants along with others."""
+        self.refit_fails_after = None
+        """Weights after which an exchange fails."""
+        self.released = []
+        """Memory that isn't the engine's any more; kept, so that reading it finds rubbish every time."""
         self.lost_timings = False
         """Whether timing caches are those of another machine."""
         self.capturing = None
@@ -510,7 +514,7 @@ class Refitter(Body):
         array = numpy_helper.to_array(tensor)
         if array.size != weights._body.size:
             return False
-        self.held[name] = ctypes.string_at(weights._body.ptr, array.nbytes)
+        self.held[name] = weights._body.ptr, array.nbytes  # where it lies, as the real one does
         return True
 
     def unset_named_weights(self, weights_name):
@@ -519,21 +523,32 @@ class Refitter(Body):
     def refit_cuda_engine(self):
         if self.get_missing_weights():
             return False
-        for name, data in self.held.items():
-            self._tensors()[name].raw_data = data
-        self.engine_body.version += 1
+        for index, (name, (address, size)) in enumerate(self.held.items()):
+            if index == self.simulation.refit_fails_after:
+                return False  # with some weights exchanged
+            self._tensors()[name].raw_data = ctypes.string_at(address, size)
+            self.engine_body.version += 1
         return True
 
 
 class ParserRefitter(Body):
     num_errors = 0
+    buffers = ()
 
     def __init__(self, simulation, module, refitter, logger):
         super().__init__(simulation, module)
         self.refitter = refitter._body
 
     def refit_from_file(self, model):
+        self.buffers = []
         for tensor in onnx.load(model).graph.initializer:
             if tensor.name in self.refitter._tensors():
-                self.refitter.held[tensor.name] = numpy_helper.to_array(tensor).tobytes()
+                data = numpy_helper.to_array(tensor).tobytes()
+                self.buffers.append(ctypes.create_string_buffer(data, len(data)))
+                self.refitter.held[tensor.name] = ctypes.addressof(self.buffers[-1]), len(data)
+        self.simulation.released += self.buffers
         return True
+
+    def __del__(self):
+        for buffer in self.buffers:  # what the parser owned goes with it: others write there
+            ctypes.memset(buffer, 0xFF, len(buffer))
