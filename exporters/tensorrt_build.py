@@ -116,10 +116,14 @@ def _build(request: Request, stop: threading.Event) -> None:
 
 
 def _configure(trt: Any, config: Any, settings: Settings) -> None:  # noqa: ANN401 - tensorrt is untyped
-    """Set what a recipe asks for. TF32 is off: what is float32 in a typed graph is so on purpose."""
+    """Set what a recipe asks for. TF32 is off: what is float32 in a typed graph is so on purpose.
+
+    Without the preview feature a run takes the device memory of its profile's largest shapes, whatever its own are.
+    """
     config.builder_optimization_level = settings.level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)
+    config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, enable=True)
     if settings.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
     flags = {

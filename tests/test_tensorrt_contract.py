@@ -4,13 +4,17 @@ The stand-in (tests/tensorrt/standin.py) has the list's names and arguments alon
 """
 
 import ast
+import contextlib
+import gc
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,15 +133,25 @@ class CpuDevice(Device):
 
     def __init__(self, simulation):
         self.name, self.simulation, self.free = torch.device("cpu"), simulation, 10_000_000_000
-        self._block, self._wants = None, {}
+        self.total = self.free
+        self._block, self._wanted = None, {}
+        simulation.check_memory = self.check
 
     stream = property(lambda self: 77)
 
+    def check(self, memory):
+        assert memory == (self._block.data_ptr(), self._block.numel()), "that memory is given back"
+
     def empty(self, shape, dtype):
+        if math.prod(shape) > self.total:
+            raise torch.OutOfMemoryError
         return torch.full(shape, 111, dtype=dtype)
 
-    def bring(self, tensor, dtype):
-        return tensor.to(dtype).contiguous()
+    def working(self, *read):
+        return contextlib.nullcontext()
+
+    def give_back(self):
+        pass
 
     def copy(self, source, target):
         target.copy_(source)
@@ -490,11 +504,23 @@ def test_graphs_are_recorded_once_a_shape_and_replayed(lower, captured):
         assert runtime.configuration["runs"]["graph_replays"] == 3
 
 
+def test_few_graphs_are_kept_each_with_a_context_of_its_own(lower, captured, simulation):
+    folder, _ = lower("fp32")
+    with opened(folder, graphs=True) as runtime:
+        for length in (5, 1, 2, 3, 4, 3, 4, 5):  # the fifth takes the first one's place
+            inputs = example(length, (2, 8, 8, length))
+            assert close(runtime.run(inputs), eager(captured[0], inputs))
+        assert runtime.configuration["runs"]["graph_captures"] == 6
+        assert runtime.configuration["runs"]["graph_replays"] == 2
+        gc.collect()
+        assert len(runtime._engine._body.contexts) == 1 + 4
+
+
 def test_graphs_are_recorded_anew_when_an_address_changed(lower, captured, simulation):
     folder, _ = lower("fp32")
     with opened(folder, graphs=True) as runtime:
         runtime.run(example(0))
-        simulation.device.reserve("another part", 1 << 20)  # the shared block grows, and moves
+        simulation.device.block(1 << 20)  # another part's runs want more: it grows, and moves
         for seed in (1, 2):
             inputs = example(seed)
             assert close(runtime.run(inputs), eager(captured[0], inputs))
@@ -509,12 +535,17 @@ def test_parts_share_one_block_of_device_memory(lower, simulation):
         second.run(example())
         first.run(example())
         assert len({(each["memory"], each["size"]) for each in simulation.named("set_device_memory")}) == 1
+        assert simulation.device._block.numel() == 4096 + 4 * (2 * 5 * 64 + 2 * 8 * 8 * 12)  # what these shapes take
         strategies = {each["strategy"] for each in simulation.named("create_execution_context")}
         assert strategies == {simulation.module.ExecutionContextAllocationStrategy.USER_MANAGED}
     assert simulation.device._block is None
 
 
-@pytest.mark.parametrize(("free", "kept"), [(10_000_000_000, 5_000), ((512 << 20) + 4096 + 1_000, 1_000), (1_000, 0)])
+BEST = 4096 + 4 * (2 * 5 * 64 + 2 * 8 * 8 * 8)
+"""What the stand-in takes for a run of the first profile's best shapes."""
+
+
+@pytest.mark.parametrize(("free", "kept"), [(10_000_000_000, 5_000), ((512 << 20) + BEST + 1_000, 1_000), (1_000, 0)])
 def test_as_many_weights_stay_on_the_device_as_fit(lower, simulation, free, kept):
     simulation.streamable, simulation.device.free = 5_000, free
     folder, _ = lower("fp32", weight_streaming=True)
@@ -529,6 +560,61 @@ def test_as_many_weights_stay_on_the_device_as_fit(lower, simulation, free, kept
     assert order[0] == "weight_streaming_budget_v2"
 
 
+def test_weights_leave_room_for_what_runs_take(lower, captured, simulation):
+    simulation.streamable = 100_000
+    folder, _ = lower("fp32", weight_streaming=True)
+    with opened(folder) as runtime:
+        assert runtime.configuration["memory"]["streaming_budget_bytes"] == 100_000
+        simulation.device.free = 512 << 20  # beside all of this engine's weights
+        inputs = example(0, (4, 16, 16, 12))
+        assert close(runtime.run(inputs), eager(captured[0], inputs))
+        memory = runtime.configuration["memory"]
+        assert memory["activations_bytes"] == 4096 + 4 * (4 * 12 * 64 + 4 * 8 * 16 * 16)
+        assert memory["streaming_budget_bytes"] == 100_000 - memory["activations_bytes"]
+        assert close(runtime.run(inputs), eager(captured[0], inputs))
+
+
+def test_the_budget_is_what_was_read_back_and_leaves_what_others_want(lower, simulation):
+    simulation.streamable, simulation.budget_step = 5_000, 1_000
+    simulation.device.expect("another part", 1 << 20)
+    simulation.device.free = (512 << 20) + (1 << 20) + 2_500
+    folder, _ = lower("fp32", weight_streaming=True)
+    with opened(folder) as runtime:
+        assert runtime.configuration["memory"]["streaming_budget_bytes"] == 2_000
+
+
+def test_too_little_device_memory_is_an_error_with_a_way_out(lower, captured, simulation):
+    folder, _ = lower("fp32")
+    with opened(folder) as runtime:
+        simulation.device.total = 10_000
+        with pytest.raises(ResourceError, match=r"little has too little device memory for rows 4×12×64") as raised:
+            runtime.run(example(0, (4, 16, 16, 12)))
+        assert "a smaller picture" in raised.value.fix
+        assert "+weight_streaming" in raised.value.fix
+        simulation.device.total = simulation.device.free
+        inputs = example()
+        assert close(runtime.run(inputs), eager(captured[0], inputs))
+
+
+def test_a_part_that_fails_to_open_leaves_nothing(lower, simulation):
+    folder, _ = lower("fp16")
+    products = json.loads((folder / ABOUT).read_text())["products"]
+    simulation.other_precision = dict.fromkeys(products, "Float")
+    with pytest.raises(ArtifactError):
+        opened(folder)
+    assert simulation.device.lacking == 0
+
+
+def test_a_closed_part_lets_its_engine_go(lower, simulation):
+    folder, _ = lower("fp32", refit=True)
+    runtime = opened(folder, graphs=True)
+    runtime.run(example())
+    engine = weakref.ref(runtime._engine._body)
+    runtime.close()
+    gc.collect()
+    assert engine() is None
+
+
 def test_launches_are_not_recorded_where_weights_are_streamed(lower, simulation, captured):
     simulation.streamable, simulation.device.free = 5_000, 1_000
     folder, _ = lower("fp32", weight_streaming=True)
@@ -536,6 +622,7 @@ def test_launches_are_not_recorded_where_weights_are_streamed(lower, simulation,
         inputs = example()
         assert close(runtime.run(inputs), eager(captured[0], inputs))
         assert not runtime.configuration["cuda_graphs"]
+        assert "no cuda_graphs" in runtime.configuration["fallback"]
         assert runtime.configuration["runs"]["graph_captures"] == 0
 
 
@@ -545,7 +632,8 @@ def test_device_memory_is_reported(lower):
         memory = runtime.configuration["memory"]
     assert memory["plan_bytes"] == (folder / PLAN).stat().st_size
     assert memory["weights_bytes"] > 4 * (64 * 96 * 2)
-    assert memory["activations_bytes"] == 4096
+    assert memory["activations_bytes"] == BEST
+    assert memory["most_activations_bytes"] == 4096 + 4 * (4 * 12 * 64 + 4 * 8 * 16 * 16)
     assert memory["scratch_bytes"] == memory["streamable_bytes"] == 0
 
 
