@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -681,6 +682,23 @@ def test_nodes_whose_names_begin_alike_are_told_apart():
     )
     assert found.other == {"node_linear": "float32, asked for float16"}
     assert found.unseen == ["gone"]
+
+
+def test_large_engines_are_looked_at_at_once():
+    names = [f"node_linear_{number}" for number in range(3_000)]
+    layers = [
+        {
+            "Name": f"{name}_myl",
+            "LayerType": "gemm",
+            "Inputs": [{"DataType": "Half"}],
+            "Metadata": f"[ONNX Layer: {name}]",
+        }
+        for name in (*names, *(f"other_{name}" for name in names))
+    ]
+    started = time.process_time()
+    found = inspect(json.dumps({"Layers": layers}), dict.fromkeys(names, "float16"))
+    assert found.precision == {"float16": 3_000}
+    assert time.process_time() - started < 5  # looking for each name in each layer takes half a minute
 
 
 # LoRAs
