@@ -59,7 +59,7 @@ from bakeoff.weights import Checkpoint, sha256
 
 ROOT = Path(__file__).parent.parent
 GPU = cuda.Device("NVIDIA H100 80GB HBM3", "9.0", 80_000_000_000, 79_000_000_000, "580.65.06", "13.0")
-PROFILES = "batch:1:2:4/height:8:8:16/width:8:8:16/sequence:1:5:16"
+PROFILES = "batch:1:2:6/height:8:8:16/width:8:8:16/sequence:1:5:16"
 
 
 def load_standin():
@@ -298,8 +298,8 @@ def test_what_the_builder_is_told(lower, simulation):
         {"pool": module.MemoryPoolType.WORKSPACE, "pool_size": 512 << 20}
     ]
     shapes = {each["input"]: (each["min"], each["opt"], each["max"]) for each in simulation.named("set_shape")}
-    assert shapes["picture"] == ((1, 8, 8, 8), (2, 8, 8, 8), (4, 8, 16, 16))
-    assert shapes["rows"] == ((1, 1, 64), (2, 5, 64), (4, 12, 64))  # no longer than the model can take
+    assert shapes["picture"] == ((1, 8, 8, 8), (2, 8, 8, 8), (6, 8, 16, 16))
+    assert shapes["rows"] == ((1, 1, 64), (2, 5, 64), (6, 12, 64))  # no longer than the model can take
     assert "time" not in shapes
     assert lowered.weights == "written"
     assert set(lowered.weight_bytes) == {"float16"}
@@ -327,8 +327,23 @@ def test_several_profiles_and_one_for_the_proof(lower, simulation):
     assert [each["max"] for each in simulation.named("set_shape") if each["input"] == "picture"] == [
         (1, 8, 8, 8),
         (4, 8, 16, 16),
-        (3, 8, 16, 16),
+        (6, 8, 16, 16),
     ]
+
+
+@pytest.mark.parametrize(
+    ("limits", "longest"),
+    [({}, 512), ({"sequence": 77}, 77)],
+    ids=["T5, whose texts pipelines pad", "CLIP"],
+)
+def test_narrow_profiles_leave_room_for_what_drawings_give_a_part(limits, longest):
+    ports = (Port("latents", "float32", ("batch", "tokens", 64)), Port("text", "float32", ("batch", "sequence", 32)))
+    settings = Settings.read("fp16", {"profiles": "batch:1/tokens:4096/sequence:77"})
+    named, proof = settings.shapes(ports, limits)
+    assert named["latents"] == ((1, 4096, 64),) * 3
+    assert proof["latents"] == ((1, 16, 64), (2, 32, 64), (6, 32, 64))  # three rows, under guidance six
+    assert proof["text"] == ((1, 5, 32), (2, 12, 32), (6, longest, 32))
+    assert len(Settings.read("fp16", {}).shapes(ports, limits)) == 1  # the defaults hold them all
 
 
 def test_timings_are_kept_for_this_gpu_and_reused(lower, simulation):
@@ -482,7 +497,7 @@ def test_outside_all_profiles_is_an_error_with_the_nearest(lower):
         opened(folder) as runtime,
         pytest.raises(InputError, match=r"outside all 3 profiles.*the nearest, 1, takes") as e,
     ):
-        runtime.run(example(0, (5, 16, 16, 4)))
+        runtime.run(example(0, (4, 24, 16, 4)))
     assert "profiles=" in e.value.fix
 
 
@@ -634,7 +649,7 @@ def test_device_memory_is_reported(lower):
     assert memory["plan_bytes"] == (folder / PLAN).stat().st_size
     assert memory["weights_bytes"] > 4 * (64 * 96 * 2)
     assert memory["activations_bytes"] == BEST
-    assert memory["most_activations_bytes"] == 4096 + 4 * (4 * 12 * 64 + 4 * 8 * 16 * 16)
+    assert memory["most_activations_bytes"] == 4096 + 4 * (6 * 12 * 64 + 6 * 8 * 16 * 16)
     assert memory["scratch_bytes"] == memory["streamable_bytes"] == 0
 
 
