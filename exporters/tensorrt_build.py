@@ -41,8 +41,8 @@ class Request:
     """Gets the builder's warnings and errors."""
 
 
-def check_room(part: str, weight_bytes: int, settings: Settings, free: int) -> None:
-    """Refuse a build that can't fit on the device.
+def check_room(part: str, weight_bytes: int, free: int) -> None:
+    """Refuse a build that can't fit on the device; not for engines that stream weights, whose builds aren't predicted.
 
     Raises:
         ResourceError: with the figures.
@@ -53,7 +53,9 @@ def check_room(part: str, weight_bytes: int, settings: Settings, free: int) -> N
             f"building {part} takes about {needed / 1e9:.1f} GB of device memory ({BUILD_TIMES} times its weights), "
             f"{free / 1e9:.1f} GB are free"
         )
-        fix = "close what uses the GPU, or a smaller precision" if settings.weight_streaming else "+weight_streaming"
+        fix = (
+            "close what uses the GPU; a smaller precision; or +weight_streaming, with which the builder itself is asked"
+        )
         raise ResourceError(message, fix=fix)
 
 

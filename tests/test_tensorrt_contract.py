@@ -213,6 +213,7 @@ def simulation(monkeypatch, tmp_path):
     found = Availability(ok=True, reason="the stand-in")
     monkeypatch.setattr(nvinfer, "library", lambda: module)
     monkeypatch.setattr(nvinfer, "device", lambda: GPU)
+    monkeypatch.setattr(nvinfer, "free_bytes", lambda: GPU.free_bytes)
     monkeypatch.setattr(nvinfer, "available", lambda: found)
     monkeypatch.setattr(nvinfer, "runnable", lambda: found)
     monkeypatch.setattr(Device, "shared", lambda: device)
@@ -426,9 +427,19 @@ def test_progress_is_a_bar_where_there_is_a_terminal():
 
 
 def test_a_build_that_cannot_fit_is_refused_with_figures(lower, monkeypatch):
-    monkeypatch.setattr(nvinfer, "device", lambda: replace(GPU, free_bytes=10_000))
-    with pytest.raises(ResourceError, match=r"2\.1 times its weights.*are free"):
-        lower("fp32")
+    monkeypatch.setattr(nvinfer, "free_bytes", lambda: 10_000)
+    with pytest.raises(ResourceError, match=r"2\.1 times its weights.*are free") as raised:
+        lower("fp32", name="one")
+    assert "+weight_streaming" in raised.value.fix
+    lower("fp32", name="two", weight_streaming=True)  # so the hint helps
+
+
+def test_free_memory_is_asked_for_each_time(monkeypatch):
+    free = iter([3_000, 2_000])
+    monkeypatch.setattr(cuda, "in_child", lambda *_: ({"device": {"free_bytes": next(free)}, "reason": ""}, None))
+    assert (nvinfer.free_bytes(), nvinfer.free_bytes()) == (3_000, 2_000)
+    monkeypatch.setattr(cuda, "in_child", lambda *_: ({"device": None, "reason": "cuInit gave 999"}, None))
+    assert nvinfer.free_bytes() == 0
 
 
 # Running
