@@ -49,6 +49,7 @@ from bakeoff.exporters.tensorrt_settings import DEFAULTS, Settings
 from bakeoff.hardware import Availability
 from bakeoff.quantize.grid import Grid
 from bakeoff.recipe import Placement, parse
+from bakeoff.runtimes.crossing import Crossing
 from bakeoff.runtimes.runtime import PartFiles
 from bakeoff.runtimes.tensorrt import TensorRTRuntime
 from bakeoff.runtimes.tensorrt_device import Device
@@ -488,6 +489,52 @@ def test_inputs_are_taken_where_they_lie(lower, simulation):
         runtime.run(inputs)
     addresses = {each["name"]: each["memory"] for each in simulation.named("set_tensor_address")}
     assert {name: tensor.data_ptr() for name, tensor in inputs.items()}.items() <= addresses.items()
+
+
+def test_what_is_the_same_in_the_next_step_crosses_once(lower, captured, monkeypatch):
+    crossed, whole = [], Crossing.to_device
+
+    def counted(self, name, tensor, make):
+        return whole(self, name, tensor, lambda each: crossed.append(name) or make(each))
+
+    monkeypatch.setattr(Crossing, "to_device", counted)
+    folder, _ = lower("fp32")
+    with opened(folder) as runtime:
+        runtime.between_runs(same=True)
+        inputs = example()
+        for seed in (1, 2):
+            inputs["picture"] = example(seed)["picture"]
+            assert close(runtime.run(inputs), eager(captured[0], inputs))
+        assert sorted(crossed) == ["picture", "picture", "rows", "time"]
+        inputs["rows"].add_(1)
+        assert close(runtime.run(inputs), eager(captured[0], inputs))
+        runtime.between_runs(same=False)
+        runtime.run(inputs)
+        assert sorted(crossed[4:]) == ["picture", "rows", "rows", "time"]
+
+
+def test_a_run_waits_for_the_caller_before_it_is_launched_and_the_caller_for_it(lower, simulation, monkeypatch):
+    order = []
+
+    def working(*_):
+        order.append("wait")
+        return contextlib.nullcontext()
+
+    def hand_over(tensor):
+        order.append("hand over")
+        return tensor
+
+    monkeypatch.setattr(simulation.device, "working", working)
+    monkeypatch.setattr(simulation.device, "hand_over", hand_over)
+    simulation.check_memory = lambda _: order.append("launch")
+    folder, _ = lower("fp32")
+    with opened(folder) as runtime:
+        inputs = example()
+        runtime._run(inputs, {"hidden": (2, 5, 64), "taken": (2, 64, 8, 12)})
+        assert order == [*3 * ["wait"], "launch", *2 * ["hand over"]]
+        order.clear()
+        runtime.run(inputs)
+        assert order == [*3 * ["wait"], "launch", "wait"]  # the last one around the way back to the host
 
 
 def test_the_profile_is_chosen_by_shape(lower):
