@@ -47,8 +47,14 @@ def first() -> tuple[Device | None, str]:
     return (Device(**found["device"]), "") if found["device"] else (None, found["reason"])
 
 
+def free_bytes() -> int:
+    """Ask the first device anew how much of its memory is free; 0 where there is none any more."""
+    found, _ = in_child("bakeoff.cuda:look", {})
+    return int(found["device"]["free_bytes"]) if found["device"] else 0
+
+
 def look() -> dict[str, Any]:
-    """Look for a device; runs in the child of `first`. Loads the driver, and makes and drops a context."""
+    """Look for a device; runs in the child of `first` and `free_bytes`. Loads the driver, and makes and drops a context."""
     driver = _driver()
     if driver is None:
         return {"device": None, "reason": "there is no NVIDIA driver (libcuda.so.1)"}

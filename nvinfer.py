@@ -75,6 +75,11 @@ def device() -> cuda.Device:
     return found
 
 
+def free_bytes() -> int:
+    """Return how much of that GPU's memory is free now."""
+    return cuda.free_bytes()
+
+
 def binding() -> dict[str, Any]:
     """Return what a plan is bound to.
 

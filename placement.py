@@ -31,7 +31,7 @@ class Placement:
     """torch.compile, in the torch runtime: `full` (or True), or `regional`: the repeated blocks alone, which takes less
     time to compile. What was compiled is kept between processes."""
     cuda_graphs: bool = False
-    """On NVIDIA GPUs, torch and ONNX Runtime: record what is launched once a shape, and replay it."""
+    """On NVIDIA GPUs, torch, ONNX Runtime and TensorRT: record what is launched once a shape, and replay it."""
     attention: str | None = None
     """The kernel of attention, instead of the runtime's own choice: torch's scaled_dot_product_attention has all four,
     ONNX Runtime `flash` and `math`."""

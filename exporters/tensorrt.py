@@ -40,7 +40,7 @@ class TensorRTExporter:
     only where they can be exchanged (`refit`, `strip`).
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "w8a8", "fp8", "int4")
     reasons: ClassVar[Mapping[str, str]] = {
         "int8": "of int8, TensorRT multiplies rounded weights by rounded activations alone; weight-only is int4",
@@ -112,7 +112,8 @@ class TensorRTExporter:
         bound = nvinfer.binding()
         shapes = settings.shapes(subject.inputs, subject.limits)
         graph = write_graph(subject, settings.compute, folder)
-        check_room(subject.part, sum(graph.weight_bytes.values()), settings, nvinfer.device().free_bytes)
+        if not settings.weight_streaming:
+            check_room(subject.part, sum(graph.weight_bytes.values()), nvinfer.free_bytes())
         nodes = [name for names in json.loads((folder / LAYERS).read_text()).values() for name in names]
         started = time.perf_counter()
         build(Request(subject.part, folder / ONNX, folder / PLAN, settings, shapes, [*nodes, *graph.products]))

@@ -41,8 +41,8 @@ class Request:
     """Gets the builder's warnings and errors."""
 
 
-def check_room(part: str, weight_bytes: int, settings: Settings, free: int) -> None:
-    """Refuse a build that can't fit on the device.
+def check_room(part: str, weight_bytes: int, free: int) -> None:
+    """Refuse a build that can't fit on the device; not for engines that stream weights, whose builds aren't predicted.
 
     Raises:
         ResourceError: with the figures.
@@ -53,7 +53,9 @@ def check_room(part: str, weight_bytes: int, settings: Settings, free: int) -> N
             f"building {part} takes about {needed / 1e9:.1f} GB of device memory ({BUILD_TIMES} times its weights), "
             f"{free / 1e9:.1f} GB are free"
         )
-        fix = "close what uses the GPU, or a smaller precision" if settings.weight_streaming else "+weight_streaming"
+        fix = (
+            "close what uses the GPU; a smaller precision; or +weight_streaming, with which the builder itself is asked"
+        )
         raise ResourceError(message, fix=fix)
 
 
@@ -116,10 +118,14 @@ def _build(request: Request, stop: threading.Event) -> None:
 
 
 def _configure(trt: Any, config: Any, settings: Settings) -> None:  # noqa: ANN401 - tensorrt is untyped
-    """Set what a recipe asks for. TF32 is off: what is float32 in a typed graph is so on purpose."""
+    """Set what a recipe asks for. TF32 is off: what is float32 in a typed graph is so on purpose.
+
+    Without the preview feature a run takes the device memory of its profile's largest shapes, whatever its own are.
+    """
     config.builder_optimization_level = settings.level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)
+    config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, enable=True)
     if settings.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
     flags = {

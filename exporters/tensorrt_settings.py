@@ -26,6 +26,20 @@ DEFAULTS: dict[str, Range] = {
     "tokens": (16, 1024, 4096),
 }
 """Named dimension -> least, best and largest size; of latents, not pixels. Guidance doubles the batch."""
+_GUIDED = 2
+"""By how much guidance multiplies rows."""
+_PADDED = 512
+"""Tokens that the longest texts are padded to by pipelines of T5, whatever a prompt's length."""
+
+
+def _proof_range(name: str) -> Range:
+    """Return the sizes of a dimension in what an artifact is proved with: made-up tensors, and those of real drawings."""
+    sizes = [each.as_dict()[name] for each in PROOF_SIZES]
+    times = _GUIDED if name == "batch" else 1
+    return min(sizes), sizes[0], max(_PADDED if name == "sequence" else 0, times * max(sizes))
+
+
+_PROOF = {name: _proof_range(name) for name in DEFAULTS}
 COMPUTE = ("bf16", "fp16", "fp32")
 HARDWARE = ("exact", "same_compute_capability", "ampere_plus")
 _LEVELS = tuple(str(level) for level in range(6))
@@ -107,53 +121,43 @@ class Settings:
     def shapes(self, ports: tuple[Port, ...], limits: Mapping[str, int]) -> list[dict[str, Triple]]:
         """Return, for each profile, input -> its least, best and largest shape; inputs of one fixed shape are left out.
 
-        Where the recipe's profiles don't hold the small shapes that an export is proved at, one more does.
+        Where none of the recipe's profiles holds all shapes that an export is proved at, one more does.
 
         Args:
             ports: the part's inputs.
             limits: named dimension -> the largest size that the model can take.
         """
-        found = []
+        found: list[dict[str, Triple]] = []
         for profile in self.profiles:
-            sizes = [
-                {name: min(each[index], limits.get(name, each[index])) for name, each in profile.items()}
-                for index in range(3)
-            ]
-            triples = {}
-            for port in ports:
-                if any(isinstance(dim, str) for dim in port.dims):
-                    least, best, most = (port.shape(each) for each in sizes)
-                    triples[port.name] = (least, best, most)
+            triples = _triples(ports, profile, limits)
             if triples not in found:
                 found.append(triples)
-        proof = _proof_shapes(ports, limits)
-        if not all(any(_holds(each, shapes) for each in found) for shapes in proof):
-            found.append({name: _spanned([shapes[name] for shapes in proof]) for name in found[0]})
+        proof = _triples(ports, _PROOF, limits)
+        if not any(_holds(each, proof) for each in found):
+            found.append(proof)
         return found
 
 
-def _proof_shapes(ports: tuple[Port, ...], limits: Mapping[str, int]) -> list[dict[str, tuple[int, ...]]]:
-    """Return the inputs' shapes at which every artifact is proved."""
-    found = []
-    for sizes in PROOF_SIZES:
-        limited = {name: min(size, limits.get(name, size)) for name, size in sizes.as_dict().items()}
-        found.append(
-            {port.name: port.shape(limited) for port in ports if any(isinstance(dim, str) for dim in port.dims)}
-        )
-    return found
+def _triples(ports: tuple[Port, ...], profile: Mapping[str, Range], limits: Mapping[str, int]) -> dict[str, Triple]:
+    """Return input -> its least, best and largest shape in a profile, cut to what the model can take."""
+    sizes = [
+        {name: min(each[index], limits.get(name, each[index])) for name, each in profile.items()} for index in range(3)
+    ]
+    triples = {}
+    for port in ports:
+        if any(isinstance(dim, str) for dim in port.dims):
+            least, best, most = (port.shape(each) for each in sizes)
+            triples[port.name] = (least, best, most)
+    return triples
 
 
-def _holds(profile: Mapping[str, Triple], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def _holds(profile: Mapping[str, Triple], other: Mapping[str, Triple]) -> bool:
+    """Whether a profile takes all shapes that another one does."""
     return all(
-        low <= size <= high
-        for name, shape in shapes.items()
-        for low, size, high in zip(profile[name][0], shape, profile[name][2], strict=True)
+        low <= least and most <= high
+        for name, (lows, _, highs) in profile.items()
+        for low, least, most, high in zip(lows, other[name][0], other[name][2], highs, strict=True)
     )
-
-
-def _spanned(shapes: list[tuple[int, ...]]) -> Triple:
-    """Return the least, the first and the largest of some shapes, dimension by dimension."""
-    return tuple(map(min, *shapes)), shapes[0], tuple(map(max, *shapes))
 
 
 def _profiles(text: str) -> tuple[Mapping[str, Range], ...]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import nvinfer
 from ..components.component import solve_sizes
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ResourceError
 from . import tensorrt_profiles as profiles
+from .crossing import Crossing
 from .runtime import PartFiles, Runtime, as_port
+from .tensorrt_context import Context, Contexts
 from .tensorrt_device import Device
 from .tensorrt_files import ABOUT, WEIGHTS, EngineFiles
+from .tensorrt_graphs import Graphs
 from .tensorrt_inspection import inspect, refuse_another_precision
 from .tensorrt_refit import Refit, shapes
 
@@ -43,41 +48,28 @@ _MARGIN_BYTES = 512 << 20
 
 
 @dataclass
-class _Captured:
-    """A CUDA graph of one set of shapes, and the tensors whose addresses are in it."""
-
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
-    addresses: tuple[int, ...] = ()
-    graph: Any = None
-
-
-@dataclass
 class _Memory:
     """What an engine takes of the device, in bytes."""
 
     plan: int
     weights: int
-    streamable: int
-    streaming_budget: int | None
-    activations: int
-    scratch: int
+    most_activations: int
+    """What the largest shapes of all profiles would take beside weights."""
+    activations: int = 0
+    """What the largest shapes that have been run take; before, the first profile's best ones."""
+    streamable: int = 0
+    streaming_budget: int | None = None
+    """Of streamable weights, what stays on the device; None: none are streamable."""
+    scratch: int = 0
 
     def as_dict(self) -> dict[str, int | None]:
         return {f"{name}_bytes": value for name, value in vars(self).items()}
 
 
-@dataclass
-class _Counts:
-    captures: int = 0
-    replays: int = 0
-    profiles: dict[int, int] = field(default_factory=dict)
-
-
 class TensorRTRuntime(Runtime):
     """Inputs that lie on the GPU stay there, and so do their results; those of the host come and go once.
 
-    With `cuda_graphs`, what a run launches is recorded once for each set of shapes; again when an address in it changed.
+    With `cuda_graphs`, what a run launches is recorded once for each set of shapes; again when the shared block moved.
     """
 
     options: ClassVar[frozenset[str]] = frozenset({"cuda_graphs"})
@@ -104,36 +96,53 @@ class TensorRTRuntime(Runtime):
         self._trt, self._log = trt, list[str]()
         self._logger = nvinfer.logger(trt, self._log)
         self._device = Device.shared()
+        self._crossing = Crossing(self._device.name)
         self._engine = self._deserialized()
-        self._refit = Refit(trt, self._engine, self._logger, self._files) if self._engine.refittable else None
+        self._contexts = Contexts(part.name, trt, self._engine, self._device, self._log)
+        self._graphs = Graphs(self._device)
+        self._by_profile: Counter[int] = Counter()
+        try:
+            self._open(part.deltas)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, deltas: Mapping[str, Sequence[Delta]]) -> None:
+        """Give the engine its weights, look at it, and place it on the device."""
+        self._refit = Refit(self._trt, self._engine, self._logger, self._files) if self._engine.refittable else None
         if self._files.settings["strip"] and self._refit:
             self._refit.load_all()
-        if part.deltas:
-            self._change(part.deltas)
-        self._memory = self._place_weights()
+        if deltas:
+            self._change(deltas)
         self._dtypes = self._interface()
         self._profiles = profiles.read(self._engine, [port.name for port in self.inputs if port.dims])
-        self._contexts: dict[int, Any] = {}
-        self._shapes: dict[int, tuple[Any, ...]] = {}
-        self._graphs: dict[tuple[Any, ...], _Captured] = {}
-        self._counts = _Counts()
-        self._device.reserve(self, self._memory.activations)
-        self.configuration = {
+        self._memory = self._read_memory()
+        self._expect(self._needed_at_best())
+        self.configuration |= {
             "device": "cuda",
-            "fallback": None if placement.device in {"auto", "cuda"} else f"TensorRT doesn't run on {placement.device}",
-            "tensorrt": str(trt.__version__),
+            "tensorrt": str(self._trt.__version__),
             "profiles": [str(each) for each in self._profiles],
-            "cuda_graphs": self._with_graphs,
-            "memory": self._memory.as_dict(),
             **self._inspected(),
         }
 
     @property
+    def _streams(self) -> bool:
+        """Whether weights come from host memory in each run."""
+        return self._memory.streaming_budget is not None and self._memory.streaming_budget < self._memory.streamable
+
+    @property
     def _with_graphs(self) -> bool:
-        """Whether launches are recorded; not where weights come from host memory in each run, which isn't known to work."""
-        memory = self._memory
-        streams = memory.streaming_budget is not None and memory.streaming_budget < memory.streamable
-        return bool(getattr(self.placement, "cuda_graphs", False)) and not streams
+        """Whether launches are recorded; not where weights are streamed, with which that isn't known to work."""
+        return self.placement.cuda_graphs and not self._streams
+
+    @property
+    def _fallback(self) -> str | None:
+        """Say what was asked for and isn't so."""
+        asked = self.placement
+        found = [] if asked.device in {"auto", "cuda"} else [f"TensorRT doesn't run on {asked.device}"]
+        if asked.cuda_graphs and self._streams:
+            found.append("no cuda_graphs: some weights come from host memory in each run")
+        return "; ".join(found) or None
 
     def _deserialized(self) -> Any:  # noqa: ANN401 - tensorrt is untyped
         runtime = self._trt.Runtime(self._logger)
@@ -147,23 +156,52 @@ class TensorRTRuntime(Runtime):
         self._runtime = runtime
         return engine
 
-    def _place_weights(self) -> _Memory:
-        """Keep as many weights on the device as fit; contexts are made afterwards, for what that leaves."""
+    def _read_memory(self) -> _Memory:
+        """Read what the engine takes; weights that may stream do so at first, so that a context doesn't need them all."""
         engine, stat = self._engine, self._trt.EngineStat.TOTAL_WEIGHTS_SIZE
-        streamable = int(engine.streamable_weights_size) if self._files.settings["weight_streaming"] else 0
-        budget = None
-        if streamable:
-            room = self._device.free_bytes() - _MARGIN_BYTES - int(engine.device_memory_size_v2)
-            budget = max(0, min(streamable, room))
-            engine.weight_streaming_budget_v2 = budget
-        return _Memory(
-            plan=self._files.plan_bytes,
-            weights=int(engine.get_engine_stat(stat)),
-            streamable=streamable,
-            streaming_budget=budget,
-            activations=int(engine.device_memory_size_v2),
-            scratch=int(engine.weight_streaming_scratch_memory_size) if streamable else 0,
-        )
+        memory = _Memory(self._files.plan_bytes, int(engine.get_engine_stat(stat)), int(engine.device_memory_size_v2))
+        if self._files.settings["weight_streaming"]:
+            memory.streamable = int(engine.streamable_weights_size)
+            self._set_budget(memory, 0)
+        return memory
+
+    def _set_budget(self, memory: _Memory, size: int) -> None:
+        """Keep so many bytes of streamable weights on the device; no context may be there. Say what came of it."""
+        self._engine.weight_streaming_budget_v2 = size
+        memory.streaming_budget = int(self._engine.weight_streaming_budget_v2)
+        memory.scratch = int(self._engine.weight_streaming_scratch_memory_size)
+
+    def _needed_at_best(self) -> int:
+        """Return the device memory that a run of the first profile's best shapes takes."""
+        context = self._contexts.of(0)
+        context.set_shapes(self._best)
+        return context.needs
+
+    @property
+    def _best(self) -> dict[str, tuple[int, ...]]:
+        return {name: ranges[1] for name, ranges in self._profiles[0].ranges.items()}
+
+    def _expect(self, needed: int) -> None:
+        """Prepare for runs that take so much device memory: weights stay there as far as they fit beside it.
+
+        Contexts and graphs go where weights move.
+        """
+        memory = self._memory
+        memory.activations = needed
+        self._device.expect(self, needed)
+        if memory.streaming_budget is not None:
+            room = self._device.free_bytes() + memory.streaming_budget - self._device.lacking - _MARGIN_BYTES
+            budget = max(0, min(memory.streamable, room))
+            if budget != memory.streaming_budget:
+                self._device.finish()
+                self._graphs.clear()
+                self._contexts.clear()
+                self._set_budget(memory, budget)
+        self.configuration |= {
+            "fallback": self._fallback,
+            "cuda_graphs": self._with_graphs,
+            "memory": memory.as_dict(),
+        }
 
     def _interface(self) -> dict[str, torch.dtype]:
         """Return tensor -> dtype; bring the ports in line with the engine's own.
@@ -194,11 +232,10 @@ class TensorRTRuntime(Runtime):
         Raises:
             ArtifactError: none of its products run in what the recipe says.
         """
-        if self._profiles:
-            best = {name: ranges[1] for name, ranges in self._profiles[0].ranges.items()}
-            self._set_shapes(self._profiles[0], best)
+        context = self._contexts.of(0)
+        context.set_shapes(self._best)
         inspector = self._engine.create_engine_inspector()
-        inspector.execution_context = self._context(0)
+        inspector.execution_context = context.trt
         found = inspect(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON), self._files.products)
         refuse_another_precision(self.part.name, found, self._files.products)
         return found.as_dict()
@@ -209,129 +246,100 @@ class TensorRTRuntime(Runtime):
         fed = {port.name: as_port(self.part.name, port, inputs[port.name]) for port in self.inputs}
         on_device = all(tensor.device.type != "cpu" for tensor in fed.values())
         results = self._execute(fed, {port.name: port.shape(sizes) for port in self.outputs})
-        if not on_device:
-            self._device.finish()
-            results = {name: tensor.to("cpu") for name, tensor in results.items()}
+        if on_device:
+            results = {name: self._device.hand_over(tensor) for name, tensor in results.items()}
+        else:
+            with self._device.working():
+                results = dict(zip(results, self._crossing.to_host([*results.values()]), strict=True))
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in results.items()}
 
     def _run(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        return self._execute(inputs, outputs)
+        return {name: self._device.hand_over(tensor) for name, tensor in self._execute(inputs, outputs).items()}
 
     def _execute(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """Run on the device; return tensors there, which are the caller's."""
-        brought = {name: self._device.bring(tensor, self._dtypes[name]) for name, tensor in inputs.items()}
-        given = {name: tuple(tensor.shape) for name, tensor in brought.items() if tensor.ndim}
+        """Run on the device's stream; return tensors there, which are the caller's.
+
+        Raises:
+            ResourceError: the device hasn't the memory.
+        """
+        import torch
+
+        assert self._engine is not None, "closed"  # noqa: S101
+        given = {name: tuple(tensor.shape) for name, tensor in inputs.items() if tensor.ndim}
         profile = profiles.choose(self.part.name, self._profiles, given)
-        self._counts.profiles[profile.index] = self._counts.profiles.get(profile.index, 0) + 1
-        self._set_shapes(profile, given)
-        made = self._outputs(profile, outputs)
-        if self._with_graphs:
-            results = self._replayed(profile, given, brought, made)
-        else:
-            results = {name: self._device.empty(shape, self._dtypes[name]) for name, shape in made.items()}
-            self._launch(profile, {**brought, **results})
+        try:
+            results = self._launch(profile.index, given, inputs, outputs)
+        except torch.OutOfMemoryError as error:
+            raise self._too_large(given) from error
+        self._by_profile[profile.index] += 1
         self.configuration["runs"] = {
-            "by_profile": dict(self._counts.profiles),
-            "graph_captures": self._counts.captures,
-            "graph_replays": self._counts.replays,
+            "by_profile": dict(self._by_profile),
+            "graph_captures": self._graphs.captures,
+            "graph_replays": self._graphs.replays,
         }
-        return {name: self._device.hand_over(tensor) for name, tensor in results.items()}
-
-    def _set_shapes(self, profile: profiles.Profile, given: Mapping[str, tuple[int, ...]]) -> None:
-        """Tell a context the shapes; nothing is done where they are the same as before."""
-        key = tuple(sorted(given.items()))
-        if self._shapes.get(profile.index) == key:
-            return
-        context = self._context(profile.index)
-        for name, shape in given.items():
-            if not context.set_input_shape(name, shape):
-                message = f"{self.part.name}: TensorRT doesn't take {name} of shape {shape} in profile {profile.index}"
-                raise ArtifactError(message, fix="export it again with other +profiles=…")
-        self._shapes[profile.index] = key
-
-    def _outputs(
-        self, profile: profiles.Profile, expected: Mapping[str, tuple[int, ...]]
-    ) -> dict[str, tuple[int, ...]]:
-        context = self._context(profile.index)
-        lacking = context.infer_shapes()
-        if lacking:
-            message = f"{self.part.name}: TensorRT can't tell the results' shapes without {', '.join(lacking)}"
-            raise ArtifactError(message, fix="export it again")
-        found = {name: tuple(int(size) for size in context.get_tensor_shape(name)) for name in expected}
-        if found != dict(expected):
-            message = f"{self.part.name} would give {found}, expected {dict(expected)}"
-            raise ArtifactError(message, fix="export it again")
-        return found
-
-    def _context(self, index: int) -> Any:  # noqa: ANN401 - tensorrt is untyped
-        """Return the context of a profile; none has device memory of its own."""
-        if index not in self._contexts:
-            strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            context = self._engine.create_execution_context(strategy)
-            if context is None:
-                message = f"{self.part.name}: TensorRT made no context: {' '.join(self._log) or 'nothing said why'}"
-                raise ArtifactError(message, fix="free device memory, or export it again")
-            if index and not context.set_optimization_profile_async(index, self._device.stream):
-                message = f"{self.part.name}: TensorRT can't use profile {index}"
-                raise ArtifactError(message, fix="export it again")
-            self._device.finish()
-            self._contexts[index] = context
-        return self._contexts[index]
-
-    def _launch(self, profile: profiles.Profile, tensors: Mapping[str, Tensor]) -> None:
-        """Put a run on the stream, on tensors where they lie."""
-        context = self._context(profile.index)
-        context.set_device_memory(*self._device.block())
-        for name, tensor in tensors.items():
-            if not context.set_tensor_address(name, tensor.data_ptr()):
-                message = f"{self.part.name}: TensorRT doesn't take an address for {name}"
-                raise ArtifactError(message, fix="export it again")
-        self._enqueue(context)
-
-    def _enqueue(self, context: Any) -> None:  # noqa: ANN401 - tensorrt is untyped
-        if not context.execute_async_v3(self._device.stream):
-            message = f"{self.part.name} failed in TensorRT: {' '.join(self._log[-3:]) or 'nothing said why'}"
-            raise ArtifactError(message, fix="export it again; bakeoff verify says whether its files are whole")
-
-    def _replayed(
-        self,
-        profile: profiles.Profile,
-        given: Mapping[str, tuple[int, ...]],
-        brought: Mapping[str, Tensor],
-        made: Mapping[str, tuple[int, ...]],
-    ) -> dict[str, Tensor]:
-        """Run the graph of these shapes, on tensors that are its own; what it gave is copied, since a later run changes it."""
-        key = (profile.index, *sorted(given.items()))
-        captured = self._graphs.get(key)
-        if captured is None:
-            captured = _Captured(
-                {name: self._device.empty(tuple(each.shape), each.dtype) for name, each in brought.items()},
-                {name: self._device.empty(shape, self._dtypes[name]) for name, shape in made.items()},
-            )
-            self._graphs[key] = captured
-        for name, tensor in brought.items():
-            self._device.copy(tensor, captured.inputs[name])
-        tensors = {**captured.inputs, **captured.outputs}
-        addresses = (*self._device.block(), *(tensor.data_ptr() for tensor in tensors.values()))
-        if captured.graph is None or captured.addresses != addresses:
-            self._launch(profile, tensors)  # TensorRT settles what it keeps for new shapes outside of a graph
-            context = self._context(profile.index)
-            captured.graph = self._device.capture(lambda: self._enqueue(context))
-            captured.addresses = addresses
-            self._counts.captures += 1
-        else:
-            self._device.replay(captured.graph)
-            self._counts.replays += 1
-        results = {name: self._device.empty(tuple(each.shape), each.dtype) for name, each in captured.outputs.items()}
-        for name, tensor in results.items():
-            self._device.copy(captured.outputs[name], tensor)
         return results
 
+    def _launch(
+        self,
+        index: int,
+        given: Mapping[str, tuple[int, ...]],
+        inputs: Mapping[str, Tensor],
+        outputs: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, Tensor]:
+        context = self._context(index, given)
+        made = context.outputs(outputs)
+        block = self._device.block(context.needs)
+        brought = {name: self._brought(name, tensor) for name, tensor in inputs.items()}
+        results = {name: self._device.empty(shape, self._dtypes[name]) for name, shape in made.items()}
+        if self._with_graphs:
+            self._graphs.run(_key(index, given), block, brought, results)
+        else:
+            context.place(block, {**brought, **results})
+            context.enqueue(self._device.stream)
+        return results
+
+    def _context(self, index: int, given: Mapping[str, tuple[int, ...]]) -> Context:
+        """Return a context of these shapes, once there is room for what they need."""
+        needed = self._shaped(index, given).needs
+        if needed > self._memory.activations:
+            self._expect(needed)
+        return self._shaped(index, given)
+
+    def _shaped(self, index: int, given: Mapping[str, tuple[int, ...]]) -> Context:
+        if self._with_graphs:
+            context = self._graphs.context(_key(index, given), partial(self._contexts.make, index))
+        else:
+            context = self._contexts.of(index)
+        context.set_shapes(given)
+        return context
+
+    def _brought(self, name: str, tensor: Tensor) -> Tensor:
+        """Return an input on the device, contiguous and in the engine's dtype; the same one if it is that already."""
+        dtype = self._dtypes[name]
+        with self._device.working(tensor):
+            return self._crossing.to_device(name, tensor, lambda each: each.to(dtype).contiguous())
+
+    def _too_large(self, given: Mapping[str, tuple[int, ...]]) -> ResourceError:
+        shapes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in given.items())
+        message = (
+            f"{self.part.name} has too little device memory for {shapes}: beside its weights it takes "
+            f"{self._memory.activations / 1e9:.1f} GB, {self._device.free_bytes() / 1e9:.1f} GB are free"
+        )
+        fix = "a smaller picture or --max-batch; close what uses the GPU"
+        return ResourceError(message, fix=fix if self._streams else f"{fix}; or export it with +weight_streaming")
+
     def adapt(self, deltas: Mapping[str, Sequence[Delta]]) -> bool:
-        """Exchange the LoRAs of the open engine, if it can; its recorded graphs go, since they may hold old weights."""
+        """Exchange the LoRAs of the open engine, if it can; its recorded graphs go, since they may hold old weights.
+
+        Where an exchange fails the engine is closed: some of its weights may be new ones.
+        """
         if self._refit is None or not self._files.refits or not (self._files.folder / WEIGHTS).is_file():
             return False
-        self._change(deltas)
+        try:
+            self._change(deltas)
+        except ArtifactError:
+            self.close()
+            return False
         self._graphs.clear()
         return True
 
@@ -343,6 +351,10 @@ class TensorRTRuntime(Runtime):
         self._refit.change(deltas)
         self.configuration["refit"] = dict(self._refit.last)
 
+    def between_runs(self, *, same: bool) -> None:
+        self._crossing.same.forget()
+        self._crossing.same.active = same
+
     def synchronize(self) -> None:
         self._device.finish()
 
@@ -350,7 +362,13 @@ class TensorRTRuntime(Runtime):
         if self._engine is None:
             return
         self._device.finish()
+        self._crossing.same.forget()
         self._graphs.clear()
-        self._contexts.clear()
+        self._contexts.close()
         self._refit = self._engine = self._runtime = None
         self._device.release(self)
+
+
+def _key(index: int, given: Mapping[str, tuple[int, ...]]) -> tuple[Any, ...]:
+    """Return what tells the runs of one graph from others."""
+    return (index, *sorted(given.items()))

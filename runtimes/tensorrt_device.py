@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
     from torch import Tensor
@@ -32,7 +33,7 @@ class Device:
         self.name = torch.device("cuda", torch.cuda.current_device())
         self._stream: Any = torch.cuda.Stream(self.name)
         self._block: Tensor | None = None
-        self._wants: dict[int, int] = {}
+        self._wanted: dict[int, int] = {}
 
     @property
     def stream(self) -> int:
@@ -46,16 +47,25 @@ class Device:
         with torch.cuda.stream(self._stream):
             return torch.empty(shape, dtype=dtype, device=self.name)
 
-    def bring(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a tensor on the device, contiguous and in a dtype; the same one if it is that already."""
+    def like(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of anything, of another one's shape and dtype."""
+        return self.empty(tuple(tensor.shape), tensor.dtype)
+
+    @contextlib.contextmanager
+    def working(self, *read: Tensor) -> Iterator[None]:
+        """Work on the stream, behind what the caller's stream has to do.
+
+        Args:
+            read: the caller's tensors that are read; those of the device stay until that is done.
+        """
         import torch
 
         self._stream.wait_stream(torch.cuda.current_stream(self.name))
         with torch.cuda.stream(self._stream):
-            brought = tensor.to(self.name, dtype, non_blocking=tensor.is_pinned()).contiguous()
-        if brought.data_ptr() == tensor.data_ptr():
-            tensor.record_stream(self._stream)
-        return brought
+            yield
+        for tensor in read:
+            if tensor.is_cuda:
+                tensor.record_stream(self._stream)
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy on the stream."""
@@ -97,24 +107,43 @@ class Device:
         with torch.cuda.stream(self._stream):
             graph.replay()
 
-    def reserve(self, owner: object, size: int) -> None:
-        """Say how much of the shared block a part needs; the block grows to what the largest part needs."""
-        self._wants[id(owner)] = size
+    def expect(self, owner: object, size: int) -> None:
+        """Say how much of the shared block a part's runs take; it grows to that when one comes."""
+        self._wanted[id(owner)] = size
+
+    @property
+    def lacking(self) -> int:
+        """By how many bytes the shared block has yet to grow for what parts are expected to run."""
+        return max(0, max(self._wanted.values(), default=0) - self._size)
 
     def release(self, owner: object) -> None:
         """Forget a part; the block goes with the last one."""
-        self._wants.pop(id(owner), None)
-        if not self._wants:
+        self._wanted.pop(id(owner), None)
+        if not self._wanted:
             self.finish()
             self._block = None
 
-    def block(self) -> tuple[int, int]:
-        """Return address and bytes of the block that all parts share. Its address changes when it grows."""
+    def block(self, size: int) -> tuple[int, int]:
+        """Return address and bytes of the block that all parts share, once it is large enough; as it grows it moves.
+
+        Raises:
+            torch.OutOfMemoryError: the device hasn't so much.
+        """
         import torch
 
-        wanted = max(self._wants.values(), default=0)
-        if self._block is None or self._block.numel() < wanted:
+        if self._block is None or self._size < size:
             self.finish()
             self._block = None
-            self._block = self.empty((max(wanted, _ALIGNMENT),), torch.uint8)
-        return self._block.data_ptr(), self._block.numel()
+            self.give_back()
+            self._block = self.empty((max(size, _ALIGNMENT),), torch.uint8)
+        return self._block.data_ptr(), self._size
+
+    @property
+    def _size(self) -> int:
+        return 0 if self._block is None else self._block.numel()
+
+    def give_back(self) -> None:
+        """Give the driver the memory that torch keeps for later, so that TensorRT can have it."""
+        import torch
+
+        torch.cuda.empty_cache()

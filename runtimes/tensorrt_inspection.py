@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ _DTYPES = {
 }  # fmt: skip
 _MOVES = {"Reformat", "NoOp", "Constant", "Shuffle", "Slice", "Copy", "Quantize", "Dequantize", "Cast"}
 """Layers that multiply nothing, whatever nodes they are named after."""
+_NAMES = re.compile(r"[\w.]+")
+"""Names of nodes, in a text of several."""
 
 
 @dataclass
@@ -54,9 +56,9 @@ def inspect(text: str, products: Mapping[str, str]) -> Inspection:
     """
     layers = [layer for layer in json.loads(text).get("Layers", []) if isinstance(layer, dict)]
     found = Inspection(len(layers), dict(Counter(str(layer.get("LayerType", "?")) for layer in layers)))
-    owners = {node: _owners(node, layers) for node in products}
+    owners = _owners(layers)
     for node, wanted in products.items():
-        ran = _ran(owners[node], wanted)
+        ran = _ran(owners.get(node, ()), wanted)
         if ran is None:
             found.unseen.append(node)
             continue
@@ -83,15 +85,14 @@ def refuse_another_precision(part: str, found: Inspection, products: Mapping[str
         )
 
 
-def _owners(node: str, layers: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the layers that a node went into, which name it in their name or metadata."""
-    name = re.compile(rf"(?<![\w.]){re.escape(node)}(?![\w.])")
-    return [
-        layer
-        for layer in layers
-        if layer.get("LayerType") not in _MOVES
-        and (name.search(str(layer.get("Metadata", ""))) or name.search(str(layer.get("Name", ""))))
-    ]
+def _owners(layers: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Return node -> the layers that it went into, which name it in their name or metadata."""
+    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for layer in layers:
+        if layer.get("LayerType") not in _MOVES:
+            for name in {*_NAMES.findall(f"{layer.get('Metadata', '')} {layer.get('Name', '')}")}:
+                found[name].append(layer)
+    return found
 
 
 def _ran(owners: Iterable[Mapping[str, Any]], wanted: str) -> str | None:

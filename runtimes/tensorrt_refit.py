@@ -40,15 +40,21 @@ def shapes(folder: Path, weights: Mapping[str, tuple[str, bool]]) -> dict[str, t
 
 
 class Refit:
-    """What an engine's weights are now. Those of the file come back as the file's own bytes."""
+    """What an engine's weights are now. Those of the file come back as the file's own bytes.
+
+    Each exchange has a refitter of its own: one keeps the addresses of all that it was given, and reads them again in its
+    next exchange, whether what lay there is still there or not.
+    """
 
     def __init__(self, trt: Any, engine: Any, logger: Any, files: EngineFiles) -> None:  # noqa: ANN401 - tensorrt is untyped
-        self._trt, self._files, self._logger = trt, files, logger
-        self._refitter = trt.Refitter(engine, logger)
+        self._trt, self._engine, self._files, self._logger = trt, engine, files, logger
         self._names = {tensor: name for name, (tensor, _) in files.weights.items()}
         self._changed: set[str] = set()
         self.last: dict[str, int] = {}
         """What the last exchange came to: weights that LoRAs changed, that went back, and that went along unchanged."""
+
+    def _refitter(self) -> Any:  # noqa: ANN401 - tensorrt is untyped
+        return self._trt.Refitter(self._engine, self._logger)
 
     def load_all(self) -> None:
         """Give a plan without weights all of them, from the graph that it was built of.
@@ -56,8 +62,9 @@ class Refit:
         Raises:
             ArtifactError: they don't fit.
         """
-        parser = self._trt.OnnxParserRefitter(self._refitter, self._logger)
-        if not parser.refit_from_file(str(self._files.folder / ONNX)) or not self._refitter.refit_cuda_engine():
+        refitter = self._refitter()
+        parser = self._trt.OnnxParserRefitter(refitter, self._logger)
+        if not parser.refit_from_file(str(self._files.folder / ONNX)) or not refitter.refit_cuda_engine():
             errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
             message = (
                 f"the weights of {self._files.folder} don't fit its plan: {' '.join(errors) or 'nothing said why'}"
@@ -68,7 +75,7 @@ class Refit:
         """Add LoRAs to the file's weights, instead of what was added before; weights that neither has stay untouched.
 
         Raises:
-            ArtifactError: the engine doesn't take other weights.
+            ArtifactError: the engine doesn't take other weights. It may have some of them by then.
         """
         if deltas and not self._files.refits:
             message = f"{self._files.folder / PLAN} was built for identical weights alone"
@@ -86,28 +93,28 @@ class Refit:
                 new = added(value.T if turned else value, deltas[tensor])
                 value = (new.T if turned else new).contiguous()
             values[name] = value
+        self._changed = touched  # until it is known that some went back
         along = self._apply(values, stored)
         self.last = {"changed": len(changed), "restored": len(touched - changed), "unchanged": along}
         self._changed = changed
 
     def _apply(self, values: Mapping[str, Tensor], stored: _Stored) -> int:
         """Set weights, and what TensorRT wants beside them because it combined them; return how many those were."""
+        refitter = self._refitter()
         for name, value in values.items():
-            self._set(name, value)
-        beside = {name: stored.read(name) for name in self._refitter.get_missing_weights() if name}
+            self._set(refitter, name, value)
+        beside = {name: stored.read(name) for name in refitter.get_missing_weights() if name}
         for name, value in beside.items():
-            self._set(name, value)
-        if not self._refitter.refit_cuda_engine():
+            self._set(refitter, name, value)
+        if not refitter.refit_cuda_engine():
             message = f"TensorRT refused to exchange weights of {self._files.folder / PLAN}"
             raise ArtifactError(message, fix="bake the LoRA in: bakeoff export … --lora FILE:SCALE")
-        for name in (*values, *beside):
-            self._refitter.unset_named_weights(name)
         return len(beside)
 
-    def _set(self, name: str, value: Tensor) -> None:
+    def _set(self, refitter: Any, name: str, value: Tensor) -> None:  # noqa: ANN401 - tensorrt is untyped
         dtype = getattr(self._trt.DataType, _DTYPES[str(value.dtype).removeprefix("torch.")])
         weights = self._trt.Weights(dtype, value.data_ptr(), value.numel())
-        if not self._refitter.set_named_weights(name, weights):
+        if not refitter.set_named_weights(name, weights):
             message = f"TensorRT doesn't take {name!r} as {value.dtype} of {value.numel()} elements"
             raise ArtifactError(message, fix="export the artifact again")
 

@@ -4,13 +4,18 @@ The stand-in (tests/tensorrt/standin.py) has the list's names and arguments alon
 """
 
 import ast
+import contextlib
+import gc
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +49,7 @@ from bakeoff.exporters.tensorrt_settings import DEFAULTS, Settings
 from bakeoff.hardware import Availability
 from bakeoff.quantize.grid import Grid
 from bakeoff.recipe import Placement, parse
+from bakeoff.runtimes.crossing import Crossing
 from bakeoff.runtimes.runtime import PartFiles
 from bakeoff.runtimes.tensorrt import TensorRTRuntime
 from bakeoff.runtimes.tensorrt_device import Device
@@ -54,7 +60,7 @@ from bakeoff.weights import Checkpoint, sha256
 
 ROOT = Path(__file__).parent.parent
 GPU = cuda.Device("NVIDIA H100 80GB HBM3", "9.0", 80_000_000_000, 79_000_000_000, "580.65.06", "13.0")
-PROFILES = "batch:1:2:4/height:8:8:16/width:8:8:16/sequence:1:5:16"
+PROFILES = "batch:1:2:6/height:8:8:16/width:8:8:16/sequence:1:5:16"
 
 
 def load_standin():
@@ -129,15 +135,25 @@ class CpuDevice(Device):
 
     def __init__(self, simulation):
         self.name, self.simulation, self.free = torch.device("cpu"), simulation, 10_000_000_000
-        self._block, self._wants = None, {}
+        self.total = self.free
+        self._block, self._wanted = None, {}
+        simulation.check_memory = self.check
 
     stream = property(lambda self: 77)
 
+    def check(self, memory):
+        assert memory == (self._block.data_ptr(), self._block.numel()), "that memory is given back"
+
     def empty(self, shape, dtype):
+        if math.prod(shape) > self.total:
+            raise torch.OutOfMemoryError
         return torch.full(shape, 111, dtype=dtype)
 
-    def bring(self, tensor, dtype):
-        return tensor.to(dtype).contiguous()
+    def working(self, *read):
+        return contextlib.nullcontext()
+
+    def give_back(self):
+        pass
 
     def copy(self, source, target):
         target.copy_(source)
@@ -198,6 +214,7 @@ def simulation(monkeypatch, tmp_path):
     found = Availability(ok=True, reason="the stand-in")
     monkeypatch.setattr(nvinfer, "library", lambda: module)
     monkeypatch.setattr(nvinfer, "device", lambda: GPU)
+    monkeypatch.setattr(nvinfer, "free_bytes", lambda: GPU.free_bytes)
     monkeypatch.setattr(nvinfer, "available", lambda: found)
     monkeypatch.setattr(nvinfer, "runnable", lambda: found)
     monkeypatch.setattr(Device, "shared", lambda: device)
@@ -283,8 +300,8 @@ def test_what_the_builder_is_told(lower, simulation):
         {"pool": module.MemoryPoolType.WORKSPACE, "pool_size": 512 << 20}
     ]
     shapes = {each["input"]: (each["min"], each["opt"], each["max"]) for each in simulation.named("set_shape")}
-    assert shapes["picture"] == ((1, 8, 8, 8), (2, 8, 8, 8), (4, 8, 16, 16))
-    assert shapes["rows"] == ((1, 1, 64), (2, 5, 64), (4, 12, 64))  # no longer than the model can take
+    assert shapes["picture"] == ((1, 8, 8, 8), (2, 8, 8, 8), (6, 8, 16, 16))
+    assert shapes["rows"] == ((1, 1, 64), (2, 5, 64), (6, 12, 64))  # no longer than the model can take
     assert "time" not in shapes
     assert lowered.weights == "written"
     assert set(lowered.weight_bytes) == {"float16"}
@@ -312,8 +329,23 @@ def test_several_profiles_and_one_for_the_proof(lower, simulation):
     assert [each["max"] for each in simulation.named("set_shape") if each["input"] == "picture"] == [
         (1, 8, 8, 8),
         (4, 8, 16, 16),
-        (3, 8, 16, 16),
+        (6, 8, 16, 16),
     ]
+
+
+@pytest.mark.parametrize(
+    ("limits", "longest"),
+    [({}, 512), ({"sequence": 77}, 77)],
+    ids=["T5, whose texts pipelines pad", "CLIP"],
+)
+def test_narrow_profiles_leave_room_for_what_drawings_give_a_part(limits, longest):
+    ports = (Port("latents", "float32", ("batch", "tokens", 64)), Port("text", "float32", ("batch", "sequence", 32)))
+    settings = Settings.read("fp16", {"profiles": "batch:1/tokens:4096/sequence:77"})
+    named, proof = settings.shapes(ports, limits)
+    assert named["latents"] == ((1, 4096, 64),) * 3
+    assert proof["latents"] == ((1, 16, 64), (2, 32, 64), (6, 32, 64))  # three rows, under guidance six
+    assert proof["text"] == ((1, 5, 32), (2, 12, 32), (6, longest, 32))
+    assert len(Settings.read("fp16", {}).shapes(ports, limits)) == 1  # the defaults hold them all
 
 
 def test_timings_are_kept_for_this_gpu_and_reused(lower, simulation):
@@ -396,9 +428,19 @@ def test_progress_is_a_bar_where_there_is_a_terminal():
 
 
 def test_a_build_that_cannot_fit_is_refused_with_figures(lower, monkeypatch):
-    monkeypatch.setattr(nvinfer, "device", lambda: replace(GPU, free_bytes=10_000))
-    with pytest.raises(ResourceError, match=r"2\.1 times its weights.*are free"):
-        lower("fp32")
+    monkeypatch.setattr(nvinfer, "free_bytes", lambda: 10_000)
+    with pytest.raises(ResourceError, match=r"2\.1 times its weights.*are free") as raised:
+        lower("fp32", name="one")
+    assert "+weight_streaming" in raised.value.fix
+    lower("fp32", name="two", weight_streaming=True)  # so the hint helps
+
+
+def test_free_memory_is_asked_for_each_time(monkeypatch):
+    free = iter([3_000, 2_000])
+    monkeypatch.setattr(cuda, "in_child", lambda *_: ({"device": {"free_bytes": next(free)}, "reason": ""}, None))
+    assert (nvinfer.free_bytes(), nvinfer.free_bytes()) == (3_000, 2_000)
+    monkeypatch.setattr(cuda, "in_child", lambda *_: ({"device": None, "reason": "cuInit gave 999"}, None))
+    assert nvinfer.free_bytes() == 0
 
 
 # Running
@@ -449,6 +491,52 @@ def test_inputs_are_taken_where_they_lie(lower, simulation):
     assert {name: tensor.data_ptr() for name, tensor in inputs.items()}.items() <= addresses.items()
 
 
+def test_what_is_the_same_in_the_next_step_crosses_once(lower, captured, monkeypatch):
+    crossed, whole = [], Crossing.to_device
+
+    def counted(self, name, tensor, make):
+        return whole(self, name, tensor, lambda each: crossed.append(name) or make(each))
+
+    monkeypatch.setattr(Crossing, "to_device", counted)
+    folder, _ = lower("fp32")
+    with opened(folder) as runtime:
+        runtime.between_runs(same=True)
+        inputs = example()
+        for seed in (1, 2):
+            inputs["picture"] = example(seed)["picture"]
+            assert close(runtime.run(inputs), eager(captured[0], inputs))
+        assert sorted(crossed) == ["picture", "picture", "rows", "time"]
+        inputs["rows"].add_(1)
+        assert close(runtime.run(inputs), eager(captured[0], inputs))
+        runtime.between_runs(same=False)
+        runtime.run(inputs)
+        assert sorted(crossed[4:]) == ["picture", "rows", "rows", "time"]
+
+
+def test_a_run_waits_for_the_caller_before_it_is_launched_and_the_caller_for_it(lower, simulation, monkeypatch):
+    order = []
+
+    def working(*_):
+        order.append("wait")
+        return contextlib.nullcontext()
+
+    def hand_over(tensor):
+        order.append("hand over")
+        return tensor
+
+    monkeypatch.setattr(simulation.device, "working", working)
+    monkeypatch.setattr(simulation.device, "hand_over", hand_over)
+    simulation.check_memory = lambda _: order.append("launch")
+    folder, _ = lower("fp32")
+    with opened(folder) as runtime:
+        inputs = example()
+        runtime._run(inputs, {"hidden": (2, 5, 64), "taken": (2, 64, 8, 12)})
+        assert order == [*3 * ["wait"], "launch", *2 * ["hand over"]]
+        order.clear()
+        runtime.run(inputs)
+        assert order == [*3 * ["wait"], "launch", "wait"]  # the last one around the way back to the host
+
+
 def test_the_profile_is_chosen_by_shape(lower):
     folder, _ = lower(
         "fp32",
@@ -467,7 +555,7 @@ def test_outside_all_profiles_is_an_error_with_the_nearest(lower):
         opened(folder) as runtime,
         pytest.raises(InputError, match=r"outside all 3 profiles.*the nearest, 1, takes") as e,
     ):
-        runtime.run(example(0, (5, 16, 16, 4)))
+        runtime.run(example(0, (4, 24, 16, 4)))
     assert "profiles=" in e.value.fix
 
 
@@ -490,11 +578,23 @@ def test_graphs_are_recorded_once_a_shape_and_replayed(lower, captured):
         assert runtime.configuration["runs"]["graph_replays"] == 3
 
 
+def test_few_graphs_are_kept_each_with_a_context_of_its_own(lower, captured, simulation):
+    folder, _ = lower("fp32")
+    with opened(folder, graphs=True) as runtime:
+        for length in (5, 1, 2, 3, 4, 3, 4, 5):  # the fifth takes the first one's place
+            inputs = example(length, (2, 8, 8, length))
+            assert close(runtime.run(inputs), eager(captured[0], inputs))
+        assert runtime.configuration["runs"]["graph_captures"] == 6
+        assert runtime.configuration["runs"]["graph_replays"] == 2
+        gc.collect()
+        assert len(runtime._engine._body.contexts) == 1 + 4
+
+
 def test_graphs_are_recorded_anew_when_an_address_changed(lower, captured, simulation):
     folder, _ = lower("fp32")
     with opened(folder, graphs=True) as runtime:
         runtime.run(example(0))
-        simulation.device.reserve("another part", 1 << 20)  # the shared block grows, and moves
+        simulation.device.block(1 << 20)  # another part's runs want more: it grows, and moves
         for seed in (1, 2):
             inputs = example(seed)
             assert close(runtime.run(inputs), eager(captured[0], inputs))
@@ -509,12 +609,17 @@ def test_parts_share_one_block_of_device_memory(lower, simulation):
         second.run(example())
         first.run(example())
         assert len({(each["memory"], each["size"]) for each in simulation.named("set_device_memory")}) == 1
+        assert simulation.device._block.numel() == 4096 + 4 * (2 * 5 * 64 + 2 * 8 * 8 * 12)  # what these shapes take
         strategies = {each["strategy"] for each in simulation.named("create_execution_context")}
         assert strategies == {simulation.module.ExecutionContextAllocationStrategy.USER_MANAGED}
     assert simulation.device._block is None
 
 
-@pytest.mark.parametrize(("free", "kept"), [(10_000_000_000, 5_000), ((512 << 20) + 4096 + 1_000, 1_000), (1_000, 0)])
+BEST = 4096 + 4 * (2 * 5 * 64 + 2 * 8 * 8 * 8)
+"""What the stand-in takes for a run of the first profile's best shapes."""
+
+
+@pytest.mark.parametrize(("free", "kept"), [(10_000_000_000, 5_000), ((512 << 20) + BEST + 1_000, 1_000), (1_000, 0)])
 def test_as_many_weights_stay_on_the_device_as_fit(lower, simulation, free, kept):
     simulation.streamable, simulation.device.free = 5_000, free
     folder, _ = lower("fp32", weight_streaming=True)
@@ -529,6 +634,61 @@ def test_as_many_weights_stay_on_the_device_as_fit(lower, simulation, free, kept
     assert order[0] == "weight_streaming_budget_v2"
 
 
+def test_weights_leave_room_for_what_runs_take(lower, captured, simulation):
+    simulation.streamable = 100_000
+    folder, _ = lower("fp32", weight_streaming=True)
+    with opened(folder) as runtime:
+        assert runtime.configuration["memory"]["streaming_budget_bytes"] == 100_000
+        simulation.device.free = 512 << 20  # beside all of this engine's weights
+        inputs = example(0, (4, 16, 16, 12))
+        assert close(runtime.run(inputs), eager(captured[0], inputs))
+        memory = runtime.configuration["memory"]
+        assert memory["activations_bytes"] == 4096 + 4 * (4 * 12 * 64 + 4 * 8 * 16 * 16)
+        assert memory["streaming_budget_bytes"] == 100_000 - memory["activations_bytes"]
+        assert close(runtime.run(inputs), eager(captured[0], inputs))
+
+
+def test_the_budget_is_what_was_read_back_and_leaves_what_others_want(lower, simulation):
+    simulation.streamable, simulation.budget_step = 5_000, 1_000
+    simulation.device.expect("another part", 1 << 20)
+    simulation.device.free = (512 << 20) + (1 << 20) + 2_500
+    folder, _ = lower("fp32", weight_streaming=True)
+    with opened(folder) as runtime:
+        assert runtime.configuration["memory"]["streaming_budget_bytes"] == 2_000
+
+
+def test_too_little_device_memory_is_an_error_with_a_way_out(lower, captured, simulation):
+    folder, _ = lower("fp32")
+    with opened(folder) as runtime:
+        simulation.device.total = 10_000
+        with pytest.raises(ResourceError, match=r"little has too little device memory for rows 4×12×64") as raised:
+            runtime.run(example(0, (4, 16, 16, 12)))
+        assert "a smaller picture" in raised.value.fix
+        assert "+weight_streaming" in raised.value.fix
+        simulation.device.total = simulation.device.free
+        inputs = example()
+        assert close(runtime.run(inputs), eager(captured[0], inputs))
+
+
+def test_a_part_that_fails_to_open_leaves_nothing(lower, simulation):
+    folder, _ = lower("fp16")
+    products = json.loads((folder / ABOUT).read_text())["products"]
+    simulation.other_precision = dict.fromkeys(products, "Float")
+    with pytest.raises(ArtifactError):
+        opened(folder)
+    assert simulation.device.lacking == 0
+
+
+def test_a_closed_part_lets_its_engine_go(lower, simulation):
+    folder, _ = lower("fp32", refit=True)
+    runtime = opened(folder, graphs=True)
+    runtime.run(example())
+    engine = weakref.ref(runtime._engine._body)
+    runtime.close()
+    gc.collect()
+    assert engine() is None
+
+
 def test_launches_are_not_recorded_where_weights_are_streamed(lower, simulation, captured):
     simulation.streamable, simulation.device.free = 5_000, 1_000
     folder, _ = lower("fp32", weight_streaming=True)
@@ -536,6 +696,7 @@ def test_launches_are_not_recorded_where_weights_are_streamed(lower, simulation,
         inputs = example()
         assert close(runtime.run(inputs), eager(captured[0], inputs))
         assert not runtime.configuration["cuda_graphs"]
+        assert "no cuda_graphs" in runtime.configuration["fallback"]
         assert runtime.configuration["runs"]["graph_captures"] == 0
 
 
@@ -545,7 +706,8 @@ def test_device_memory_is_reported(lower):
         memory = runtime.configuration["memory"]
     assert memory["plan_bytes"] == (folder / PLAN).stat().st_size
     assert memory["weights_bytes"] > 4 * (64 * 96 * 2)
-    assert memory["activations_bytes"] == 4096
+    assert memory["activations_bytes"] == BEST
+    assert memory["most_activations_bytes"] == 4096 + 4 * (6 * 12 * 64 + 6 * 8 * 16 * 16)
     assert memory["scratch_bytes"] == memory["streamable_bytes"] == 0
 
 
@@ -593,6 +755,23 @@ def test_nodes_whose_names_begin_alike_are_told_apart():
     )
     assert found.other == {"node_linear": "float32, asked for float16"}
     assert found.unseen == ["gone"]
+
+
+def test_large_engines_are_looked_at_at_once():
+    names = [f"node_linear_{number}" for number in range(3_000)]
+    layers = [
+        {
+            "Name": f"{name}_myl",
+            "LayerType": "gemm",
+            "Inputs": [{"DataType": "Half"}],
+            "Metadata": f"[ONNX Layer: {name}]",
+        }
+        for name in (*names, *(f"other_{name}" for name in names))
+    ]
+    started = time.process_time()
+    found = inspect(json.dumps({"Layers": layers}), dict.fromkeys(names, "float16"))
+    assert found.precision == {"float16": 3_000}
+    assert time.process_time() - started < 5  # looking for each name in each layer takes half a minute
 
 
 # LoRAs
@@ -663,6 +842,46 @@ def test_a_stripped_plan_gets_its_weights_when_it_opens(lower, captured):
         assert not runtime.adapt({"first.weight": [delta(1)]})
     with pytest.raises(ArtifactError, match="identical weights alone"):
         opened(folder, deltas={"first.weight": [delta(1)]})
+
+
+def test_loras_go_on_a_plan_that_got_its_weights_when_it_opened(lower, captured):
+    folder, _ = lower("fp32", strip=True, refit=True)
+    inputs, a, b = example(), {"first.weight": [delta(1)]}, {"take.weight": [taken(2)]}
+    with opened(folder) as runtime:
+        for deltas in (a, b, {}):
+            assert runtime.adapt(deltas)
+            assert close(runtime.run(inputs), eager(captured[0], inputs, deltas))
+
+
+def test_an_engine_whose_exchange_failed_is_closed(lower, captured, simulation):
+    folder, _ = lower("fp32", refit=True)
+    inputs, both = example(), {"first.weight": [delta(1)], "take.weight": [taken(2)]}
+    with opened(folder) as runtime:
+        simulation.refit_fails_after = 1
+        assert not runtime.adapt(both)  # so it is opened anew
+        with pytest.raises(AssertionError, match="closed"):
+            runtime.run(inputs)
+    with pytest.raises(ArtifactError, match="refused to exchange weights"):
+        opened(folder, deltas=both)
+    simulation.refit_fails_after = None
+    with opened(folder, deltas=both) as runtime:
+        assert close(runtime.run(inputs), eager(captured[0], inputs, both))
+
+
+def test_weights_that_a_failed_exchange_may_have_changed_go_back(lower, captured, simulation):
+    from bakeoff.runtimes.tensorrt_refit import Refit
+
+    folder, _ = lower("fp32", refit=True)
+    with opened(folder) as runtime:
+        inputs = example()
+        refit = runtime._refit
+        assert isinstance(refit, Refit)
+        simulation.refit_fails_after = 1
+        with pytest.raises(ArtifactError):
+            refit.change({"first.weight": [delta(1)], "take.weight": [taken(2)]})
+        simulation.refit_fails_after = None
+        refit.change({})
+        assert close(runtime.run(inputs), eager(captured[0], inputs))
 
 
 def test_engines_that_take_no_loras_say_so(lower):

@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +42,25 @@ class Simulation:
         self.other_precision = {}
         """Node -> dtype in which the engine runs it after all."""
         self.streamable = 0
+        self.budget_step = 1
+        """Weights stay on the device in pieces of so many bytes."""
+        self.check_memory = lambda memory: None
+        """Says whether address and bytes are memory that a run may use."""
         self.extra_missing = []
         """Weights that the refitter wants along with others."""
+        self.refit_fails_after = None
+        """Weights after which an exchange fails."""
+        self.released = []
+        """Memory that isn't the engine's any more; kept, so that reading it finds rubbish every time."""
         self.lost_timings = False
         """Whether timing caches are those of another machine."""
         self.capturing = None
         """A list while a graph is captured: what is launched is put there instead of being run."""
+
+    def see(self, kind, method, arguments):
+        """Record a call; of the module's own objects the class alone, since what is recorded lives on."""
+        plain = {name: type(each).__name__ if hasattr(each, "_body") else each for name, each in arguments.items()}
+        self.calls.append((kind, method, plain))
 
     def named(self, name):
         return [arguments for _, method, arguments in self.calls if method == name]
@@ -89,7 +103,7 @@ def generate(name, listed, body, simulation, module):
             message = f"{name}: No constructor defined!"
             raise TypeError(message)
         given = bind(name, "__init__", listed["methods"]["__init__"], args, kwargs)
-        simulation.calls.append((name, "__init__", given))
+        simulation.see(name, "__init__", given)
         object.__setattr__(self, "_own", {})
         object.__setattr__(self, "_body", None)
         if body is not object:
@@ -102,7 +116,7 @@ def generate(name, listed, body, simulation, module):
             message = f"{name} has no attribute {key!r} that can be set"
             raise AttributeError(message)
         else:
-            simulation.calls.append((name, key, {"value": value}))
+            simulation.see(name, key, {"value": value})
             setattr(self._body, key, value)
 
     members = {"__init__": start, "__setattr__": assign}
@@ -118,7 +132,7 @@ def generate(name, listed, body, simulation, module):
 def function(name, method, overloads, simulation):
     def call(self, *args, **kwargs):
         given = bind(name, method, overloads, args, kwargs)
-        simulation.calls.append((name, method, given))
+        simulation.see(name, method, given)
         return getattr(self._body, method)(**given)
 
     return call
@@ -192,7 +206,8 @@ class Builder(Body):
             for tensor in model.graph.initializer:
                 if tensor.name in names:
                     tensor.raw_data = bytes(len(tensor.raw_data))
-        head = json.dumps({"flags": flags, "profiles": profiles, "verbosity": settings.profiling_verbosity.name})
+        about = {"flags": flags, "profiles": profiles, "verbosity": settings.profiling_verbosity.name}
+        head = json.dumps({**about, "previews": sorted(settings.previews)})
         return self.module.IHostMemory(head.encode() + b"\n" + model.SerializeToString())
 
 
@@ -201,6 +216,7 @@ class Config(Body):
         super().__init__(simulation, module)
         self.set = {module.BuilderFlag.TF32}  # as in the real one, TF32 is on unless it is cleared
         self.profiles, self.limits = [], {}
+        self.previews = set()
         self.profiling_verbosity = module.ProfilingVerbosity.LAYER_NAMES_ONLY
         self.builder_optimization_level = 3
         self.hardware_compatibility_level = module.HardwareCompatibilityLevel.NONE
@@ -212,6 +228,10 @@ class Config(Body):
 
     def clear_flag(self, flag):
         self.set.discard(self.module.BuilderFlag(flag))
+
+    def set_preview_feature(self, feature, enable):
+        assert enable
+        self.previews.add(self.module.PreviewFeature(feature).name)
 
     def set_memory_pool_limit(self, pool, pool_size):
         self.limits[self.module.MemoryPoolType(pool)] = pool_size
@@ -310,6 +330,7 @@ class Engine(Body):
         super().__init__(simulation, module)
         self.about, self.model = about, onnx.load_from_string(model)
         self.budget = None
+        self.contexts = weakref.WeakSet()
         self.version = 0
         """Goes up whenever weights are exchanged."""
         self.tensors = {v.name: v for v in (*self.model.graph.input, *self.model.graph.output)}
@@ -318,7 +339,6 @@ class Engine(Body):
     num_io_tensors = property(lambda self: len(self.tensors))
     num_optimization_profiles = property(lambda self: max(1, len(self.about["profiles"])))
     refittable = property(lambda self: bool({"REFIT", "REFIT_IDENTICAL"} & set(self.about["flags"])))
-    device_memory_size_v2 = 4096
     weight_streaming_scratch_memory_size = 128
 
     @property
@@ -332,7 +352,16 @@ class Engine(Body):
 
     @weight_streaming_budget_v2.setter
     def weight_streaming_budget_v2(self, value):
-        self.budget = value
+        if not self.contexts:  # as the real one, it says nothing
+            self.budget = value - value % self.simulation.budget_step
+
+    @property
+    def device_memory_size_v2(self):
+        return max(map(self.get_device_memory_size_for_profile_v2, range(self.num_optimization_profiles)))
+
+    def get_device_memory_size_for_profile_v2(self, profile_index):
+        profiles = self.about["profiles"]
+        return activation_bytes(each[2] for each in profiles[profile_index].values()) if profiles else 4096
 
     def get_engine_stat(self, stat=None):
         return sum(len(t.raw_data) for t in self.model.graph.initializer)
@@ -357,7 +386,10 @@ class Engine(Body):
         return self.about["profiles"][profile_index][name]
 
     def create_execution_context(self, strategy=None):
-        return wrap(self.module, "IExecutionContext", Context(self.simulation, self.module, self, strategy))
+        assert self.budget is not None or "WEIGHT_STREAMING" not in self.about["flags"]  # or all weights would come
+        made = Context(self.simulation, self.module, self, strategy)
+        self.contexts.add(made)
+        return wrap(self.module, "IExecutionContext", made)
 
     def create_engine_inspector(self):
         return wrap(self.module, "EngineInspector", Inspector(self.simulation, self.module, self))
@@ -369,12 +401,17 @@ def sized(name, found):
     return int(times or 1) * found[plain] // int(over or 1)
 
 
+def activation_bytes(shapes):
+    """Return the device memory that a run takes besides weights: with the shapes of its inputs."""
+    return 4096 + 4 * sum(int(np.prod(shape)) for shape in shapes)
+
+
 class Context(Body):
     def __init__(self, simulation, module, engine, strategy):
         super().__init__(simulation, module)
         self.engine_body, self.strategy, self.profile = engine, strategy, 0
         self.shapes, self.addresses, self.memory = {}, {}, (0, 0)
-        self.session, self.version = None, None
+        self.session, self.version, self.needs = None, None, None
 
     def set_optimization_profile_async(self, profile_index, stream_handle):
         self.profile = profile_index
@@ -384,8 +421,16 @@ class Context(Body):
         least, _, most = self.engine_body.about["profiles"][self.profile][name]
         if not all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True)):
             return False
-        self.shapes[name] = tuple(shape)
+        self.shapes[name], self.needs = tuple(shape), None
         return True
+
+    def update_device_memory_size_for_shapes(self):
+        assert not self.infer_shapes()  # or the partition would be invalid
+        about = self.engine_body.about
+        resizes = "RUNTIME_ACTIVATION_RESIZE_10_10" in about["previews"]
+        most = self.engine_body.get_device_memory_size_for_profile_v2(self.profile)
+        self.needs = activation_bytes(self.shapes.values()) if resizes else most
+        return self.needs
 
     def _dims(self):
         found = {}
@@ -416,11 +461,19 @@ class Context(Body):
     def execute_async_v3(self, stream_handle):
         assert stream_handle == 77  # the device's stream
         assert self.strategy is self.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        assert self.memory[1] >= self.engine_body.device_memory_size_v2
-        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        assert self.memory[1] >= self.needs
+        shapes, addresses, memory = dict(self.shapes), dict(self.addresses), self.memory
         if self.simulation.capturing is not None:
-            self.simulation.capturing.append(lambda: self._run(shapes, addresses))
+
+            def launch():
+                assert self.shapes == shapes, "the context of this graph was given other shapes"
+                assert self.memory == memory, "the context of this graph was given other memory"
+                self.simulation.check_memory(memory)
+                self._run(shapes, addresses)
+
+            self.simulation.capturing.append(launch)
             return True
+        self.simulation.check_memory(self.memory)
         self._run(shapes, addresses)
         return True
 
@@ -510,7 +563,7 @@ class Refitter(Body):
         array = numpy_helper.to_array(tensor)
         if array.size != weights._body.size:
             return False
-        self.held[name] = ctypes.string_at(weights._body.ptr, array.nbytes)
+        self.held[name] = weights._body.ptr, array.nbytes  # where it lies, as the real one does
         return True
 
     def unset_named_weights(self, weights_name):
@@ -519,21 +572,32 @@ class Refitter(Body):
     def refit_cuda_engine(self):
         if self.get_missing_weights():
             return False
-        for name, data in self.held.items():
-            self._tensors()[name].raw_data = data
-        self.engine_body.version += 1
+        for index, (name, (address, size)) in enumerate(self.held.items()):
+            if index == self.simulation.refit_fails_after:
+                return False  # with some weights exchanged
+            self._tensors()[name].raw_data = ctypes.string_at(address, size)
+            self.engine_body.version += 1
         return True
 
 
 class ParserRefitter(Body):
     num_errors = 0
+    buffers = ()
 
     def __init__(self, simulation, module, refitter, logger):
         super().__init__(simulation, module)
         self.refitter = refitter._body
 
     def refit_from_file(self, model):
+        self.buffers = []
         for tensor in onnx.load(model).graph.initializer:
             if tensor.name in self.refitter._tensors():
-                self.refitter.held[tensor.name] = numpy_helper.to_array(tensor).tobytes()
+                data = numpy_helper.to_array(tensor).tobytes()
+                self.buffers.append(ctypes.create_string_buffer(data, len(data)))
+                self.refitter.held[tensor.name] = ctypes.addressof(self.buffers[-1]), len(data)
+        self.simulation.released += self.buffers
         return True
+
+    def __del__(self):
+        for buffer in self.buffers:  # what the parser owned goes with it: others write there
+            ctypes.memset(buffer, 0xFF, len(buffer))
