@@ -5,12 +5,15 @@ import runpy
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 from bakeoff import hardware
 from bakeoff.errors import BakeoffError, UnavailableError, UsageError
+from bakeoff.models import drawn as models_drawn
 from bakeoff.models import fullsize
 from bakeoff.models.drawn import PRECISIONS, drawn
 from bakeoff.recipe import Placement
@@ -173,6 +176,31 @@ def test_weights_are_drawn_where_they_run(hollow, precision):
     assert made[0].std() > 1
     wanted = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}.get(precision, "Linear")
     assert wanted in kinds
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_a_layer_is_quantized_before_the_next_one_is_drawn(hollow, precision, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    seen, alive = [], []
+    whole = models_drawn._bitsandbytes
+
+    def quantized(layer, precision):
+        alive.append(sum(each() is not None for each in seen))
+        seen.append(weakref.ref(layer.weight))
+        return whole(layer, precision)
+
+    monkeypatch.setattr(models_drawn, "_bitsandbytes", quantized)
+    made = drawn(read_folder(hollow), precision, "cpu")
+    component = made.family.part("transformer").component
+    component.load(made.folders["transformer"], torch.bfloat16)
+    assert len(seen) > 10
+    assert not any(alive)
+
+
+def test_each_kind_of_memory_has_a_column_of_its_own(script):
+    memory = {"allocator_peak_bytes": 3e9, "reserved_peak_bytes": 4e9, "process_bytes": 5e9}
+    assert "| 3.00 | 4.00 | 5.00 |" in script["_row"]("x", {"memory": memory})
+    assert "| – | – | 5.00 |" in script["_row"]("x", {"memory": {"process_bytes": 5e9}})
 
 
 def test_8_bit_floats_are_refused_without_a_gpu_that_has_them(hollow):

@@ -57,6 +57,8 @@ SHAPES_ARMS = (
 TRIED_ARMS = ("torch:fp32", "torch:bf16", "torch:bf16+cuda_graphs", "torch:nf4", "tensorrt:fp16")
 """With `--tiny`."""
 
+_MEMORY = ("allocator_peak_bytes", "reserved_peak_bytes", "process_bytes")
+
 
 @dataclass(frozen=True)
 class Model:
@@ -218,8 +220,11 @@ def page(record: dict[str, Any]) -> str:
     if record["tiny"] or record["device"] != "cuda":
         lines += [f"**Tiny models on {record['device']}: the script was tried, no figure here means anything.**", ""]
     lines += ["Weights of full-size models are random: seconds, memory and energy are theirs, pictures are noise.", ""]
-    lines += ["| model, arm | a picture, s | a step, ms | first picture, s | memory, GB | energy, J | |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    lines += ["Memory in GB: what torch's tensors took at most, what its allocator reserved, what the process has.", ""]
+    lines += [
+        "| model, arm | a picture, s | a step, ms | first picture, s | tensors | reserved | process | energy, J | |"
+    ]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     lines += [_row(name, outcome) for name, outcome in record["items"].items() if name != "shapes"]
     anchors = record["anchors"]
     lines += ["", f"Anchors: {anchors['model']}: "]
@@ -232,13 +237,13 @@ def page(record: dict[str, Any]) -> str:
 
 
 def _row(name: str, outcome: dict[str, Any]) -> str:
-    memory = (outcome.get("memory") or {}).values()
+    memory = outcome.get("memory") or {}
     joules = outcome.get("energy_j_per_picture") or outcome.get("energy_j_per_step")
     cells = [
         _figure(outcome.get("median_picture_s"), "{:.3f}"),
         _figure(outcome.get("step_s"), "{:.2f}", 1e3),
         _figure(outcome.get("first_picture_s"), "{:.1f}"),
-        _figure(max((each for each in memory if each), default=None), "{:.2f}", 1e-9),
+        *(_figure(memory.get(kind), "{:.2f}", 1e-9) for kind in _MEMORY),
         _figure(sum(joules.values()) if joules else None, "{:.0f}"),
         _remark(outcome),
     ]

@@ -5,6 +5,7 @@ An item that can't run here returns `skipped` with the reason; one that fails re
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
@@ -81,7 +82,7 @@ def picture(
         while len(timed) < pictures and (not timed or deadline.left_s > 1.3 * timed[-1].seconds["total"]):
             timed.append(engine.generate(PROMPT, **asked))
         spent, after = energy.between(counted, energy.read()), guard.read(os.getpid())
-        told = engine.configuration
+        told, memory = engine.configuration, device_memory()
     denoiser = next(name for name in first.seconds if name in DENOISERS)
     seconds = [result.seconds["total"] for result in timed]
     return {
@@ -92,7 +93,7 @@ def picture(
         "stages_s": {name: round(value, 4) for name, value in timed[-1].seconds.items()},
         "pixels_std": round(float(timed[-1].images.std()), 3),
         "weight_bytes": sum(weights.values()),
-        "memory": device_memory(),
+        "memory": memory,
         "energy_j_per_picture": {name: round(each / len(timed), 2) for name, each in (spent or {}).items()} or None,
         "guard": guard.between(before, after),
         "offload": placement.get("offload", "none"),
@@ -137,14 +138,17 @@ def _room(weights: dict[str, int], device: str) -> dict[str, Any]:
 
 
 def _reset_peak() -> None:
+    """Forget what opening took: blocks that torch keeps, which count as reserved and as the process's, and the peaks."""
     import torch
 
+    gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 def device_memory() -> dict[str, int | None]:
-    """Return what torch's allocator took of the device at most, and what the driver says of this process, in bytes."""
+    """Return what torch's tensors and its allocator took at most, and what the driver says of this process, in bytes."""
     import torch
 
     if not torch.cuda.is_available():
