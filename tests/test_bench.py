@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bakeoff.bench import runner
+from bakeoff.bench import runner, work
 from bakeoff.bench.experiment import Arm, Experiment, from_toml, parse_arms
 from bakeoff.bench.lineup import precisions
+from bakeoff.bench.opening import Opener
 from bakeoff.bench.work import prompts, seed_of
 from bakeoff.errors import UsageError
 from bakeoff.reports.compare import compare
@@ -225,6 +226,27 @@ def test_an_experiment_file_says_what_the_options_say():
     assert declared.baseline == "torch:fp32"
     assert declared.arm("mine").folder == "x"
     assert list(declared.points()) == ["steps 1", "steps 2"]
+
+
+def test_recipes_are_exported_with_the_experiments_calibration(tmp_path, monkeypatch):
+    text = 'model = "shapes"\narms = ["torch:fp32", "onnx:w8a8"]\n'
+    declared, seen = from_toml(text + 'calibration = "scales.safetensors"'), []
+
+    def child(function, arguments):
+        assert function == "bakeoff.bench.work:bake"
+        return work.bake(**arguments), None
+
+    def planned(model, recipe, **options):
+        seen.append((model, str(recipe.default.precision), options["calibration"]))
+        raise UsageError(model)
+
+    monkeypatch.setattr(runner, "in_child", child)
+    monkeypatch.setattr("bakeoff.plan.plan", planned)
+    run = runner._Run(Opener(declared, tmp_path, {}), {"arms": {}}, lambda *_: None)
+    run._bake(declared.arms[1])
+    assert seen == [("shapes", "w8a8", "scales.safetensors")]
+    assert "calibration" not in from_toml(text).as_dict(), "older experiments keep their hash"
+    assert from_toml(text).hash != declared.hash
 
 
 def test_sizes_are_swept_together():
