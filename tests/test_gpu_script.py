@@ -5,8 +5,10 @@ import runpy
 import subprocess
 import sys
 import time
+import tomllib
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,7 +122,47 @@ def test_a_crash_is_the_items_own(script, tmp_path, monkeypatch):
     monkeypatch.setitem(script["run"].__globals__, "ITEMS_SCRIPT", broken)
     outcome = script["run"](script["Item"]("broken", "picture", 5.0), 5.0, tmp_path)
     assert "no such kernel" in outcome["failed"]
-    assert not script["is_done"](outcome)
+    assert not script["is_done"](outcome, {})
+
+
+def test_what_was_lacking_is_tried_again_once_something_is_installed(script):
+    lacked, now = {"torch": "2.13"}, {"torch": "2.13", "onnxruntime-gpu": "1.31"}
+    for outcome in ({"skipped": "no provider"}, {"left_out": {"tensorrt:fp16@cuda": "no TensorRT"}, "arms": []}):
+        assert script["is_done"]({**outcome, "tried_with": lacked}, lacked)
+        assert not script["is_done"]({**outcome, "tried_with": lacked}, now)
+    assert script["is_done"]({"step_s": 1.0, "tried_with": lacked}, now)
+    assert script["is_done"]({"left_out": {}, "arms": [], "tried_with": lacked}, now)
+    assert not script["is_done"]({"unfinished": "run it again", "tried_with": now}, now)
+
+
+def test_figures_are_kept_where_another_try_came_to_nothing(script):
+    kept, figures = script["kept"], {"arms": [], "left_out": {"x": "y"}}
+    assert kept(figures, {"not_run": "0 s were left"}) is figures
+    assert kept(figures, {"failed": "out of memory"}) is figures
+    assert kept(figures, {"arms": [1]}) == {"arms": [1]}
+    assert kept({"failed": "hung"}, {"skipped": "no room"}) == {"skipped": "no room"}
+    assert kept(None, {"failed": "hung"}) == {"failed": "hung"}
+
+
+def test_a_driver_or_nvml_that_came_later_is_no_other_machine(script, tmp_path, monkeypatch):
+    file, gpu = tmp_path / "record.json", {"name": "H100", "driver": "580.1"}
+    open_record = script["open_record"]
+    told = {"cpu": "x", "gpus": []}
+    monkeypatch.setattr(open_record.__globals__["hardware"], "describe", lambda: told)
+    file.write_text(json.dumps(open_record(file, "cpu", tiny=True)))
+    told["gpus"] = [gpu]
+    file.write_text(json.dumps({**open_record(file, "cpu", tiny=True), "machine": {**told}}))
+    told["gpus"] = [{**gpu, "driver": "590"}]
+    open_record(file, "cpu", tiny=True)
+    told["gpus"] = [{"name": "A100"}]
+    with pytest.raises(BakeoffError, match="gpus"):
+        open_record(file, "cpu", tiny=True)
+
+
+def test_tensorrts_extra_brings_no_onnxruntime_over_that_of_a_gpu():
+    extras = tomllib.loads((FOLDER.parent.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert not [each for each in extras["tensorrt"] if "onnxruntime" in each or "bakeoff[" in each]
+    assert set(extras["tensorrt"]) >= {each for each in extras["onnx"] if "onnxruntime" not in each}
 
 
 def test_what_there_is_to_run(script, tmp_path):
@@ -142,19 +184,68 @@ def test_what_there_is_to_run(script, tmp_path):
 ARMS = ["null:fp32@cpu", "null:fp32+cuda_graphs@cpu", "torch:bf16+cuda_graphs@cpu", "tflite:fp16@cpu"]
 
 
-def test_arms_that_cannot_run_are_left_out_with_the_reason():
-    found, left_out = runpy.run_path(str(FOLDER / "gpu_items.py"))["_possible"](ARMS, "cpu")
+@pytest.fixture(scope="module")
+def shapes():
+    return runpy.run_path(str(FOLDER / "gpu_shapes.py"))
+
+
+def test_arms_that_cannot_run_are_left_out_with_the_reason(shapes):
+    found, left_out = shapes["_possible"](ARMS, "cpu")
     assert found == ["null:fp32@cpu"]
     assert left_out["null:fp32+cuda_graphs@cpu"] == "null has no cuda_graphs"
     assert "it would run on cpu" in left_out["torch:bf16+cuda_graphs@cpu"]
     assert left_out["tflite:fp16@cpu"] == "no backend tflite is installed"
 
 
+def test_the_embedded_models_item_does_as_much_as_fits(shapes):
+    fitting = shapes["fitting"]
+    assert fitting(3, 128, arms=10, pace_s=0.01, seconds=240) == (3, 128)
+    assert fitting(3, 128, arms=10, pace_s=0.2, seconds=240) == (3, 64)
+    assert fitting(3, 128, arms=15, pace_s=5.0, seconds=240) == (2, 8)
+    assert fitting(2, 2, arms=1, pace_s=9.0, seconds=1) == (2, 2)
+
+
+def test_what_is_there_when_the_time_is_up_is_summed_up(shapes, tmp_path, monkeypatch):
+    def endless(declared, folder, _):
+        folder.mkdir()
+        about = {"entries": {}, "failure": {"during": "export", "reason": "no room", "stderr": ""}}
+        machine = {"cpu": "x", "usable_cores": 1, "memory_bytes": 1e9}
+        record = {"experiment": declared.as_dict(), "machine": machine, "started": "now", "blocks": []}
+        (folder / "record.json").write_text(json.dumps({**record, "arms": {ARMS[0]: about}}))
+        time.sleep(60)
+
+    monkeypatch.setattr("bakeoff.bench.runner.run", endless)
+    monkeypatch.setitem(shapes["shapes"].__globals__, "_pace", lambda *_: 0.01)
+    started = time.monotonic()
+    for _ in range(2):  # the second goes on with the first one's record
+        told = shapes["shapes"](str(tmp_path), "cpu", ARMS, blocks=2, prompts=2, steps=2, budget_s=3.0)
+        assert "run it again" in told["unfinished"]
+        assert "no room" in told["markdown"]
+        assert told["left_out"]
+        monkeypatch.setattr("bakeoff.bench.runner.run", lambda *_: time.sleep(60))
+    assert time.monotonic() - started < 60
+
+
+def test_the_model_is_calibrated_once_for_the_recipes_that_take_it(shapes, tmp_path, monkeypatch):
+    calls = []
+
+    def calibrate(model, prompts, **_):
+        calls.append((model, len(prompts)))
+        return SimpleNamespace(save=lambda file: file.touch())
+
+    monkeypatch.setattr("bakeoff.tuning.calibrate.calibrate", calibrate)
+    calibration = shapes["_calibration"]
+    assert calibration(tmp_path, ["torch:fp32@cpu", "torch:w8a8-dynamic@cpu"]) is None
+    files = {calibration(tmp_path, ["torch:fp32@cpu", "tensorrt:w8a8@cpu"]) for _ in range(2)}
+    assert files == {str(tmp_path / "shapes-calibration.safetensors")}
+    assert calls == [("shapes", 16)]
+
+
 @pytest.mark.slow
-def test_the_embedded_models_item_judges(tmp_path, monkeypatch):
+def test_the_embedded_models_item_judges(shapes, tmp_path, monkeypatch):
     monkeypatch.setenv("BAKEOFF_HOME", str(tmp_path / "home"))
-    shapes = runpy.run_path(str(FOLDER / "gpu_items.py"))["shapes"]
-    told = shapes(str(tmp_path), "cpu", ARMS, blocks=2, prompts=2, steps=2)
+    told = shapes["shapes"](str(tmp_path), "cpu", ARMS, blocks=2, prompts=2, steps=2, budget_s=600.0)
+    assert "unfinished" not in told
     assert [row["arm"] for row in told["arms"]["rows"] if "null" in row["arm"]]
     assert "null:fp32@cpu" in told["markdown"]
     assert Path(told["bench_record"]).is_file()

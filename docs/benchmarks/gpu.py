@@ -26,6 +26,8 @@ from bakeoff.errors import BakeoffError
 
 ITEMS_SCRIPT = Path(__file__).with_name("gpu_items.py")
 SCHEMA = 1
+_UNDONE = {"failed", "not_run", "unfinished"}
+_WITHOUT_FIGURES = {"failed", "not_run", "skipped"}
 _LEAST_S = 15.0
 """Less than this isn't worth starting a process for."""
 _BUDGETS = {None: 60.0, "regional": 120.0, "full": 180.0}
@@ -33,16 +35,9 @@ _BUDGETS = {None: 60.0, "regional": 120.0, "full": 180.0}
 _GRACE_S = 20.0
 """What an item may take beyond its budget before its process is ended."""
 PACKAGES = (
-    "bakeoff",
-    "torch",
-    "diffusers",
-    "transformers",
-    "bitsandbytes",
-    "torchao",
-    "onnxruntime-gpu",
-    "onnxruntime",
-    "tensorrt-cu13",
-)
+    "bakeoff", "torch", "triton", "diffusers", "transformers", "bitsandbytes", "torchao", "onnx", "onnxscript",
+    "onnxruntime-gpu", "onnxruntime", "tensorrt-cu13", "nvidia-ml-py",
+)  # fmt: skip
 ANCHORS = {
     "model": "FLUX.1-dev, 28 steps, 1024×1024, bfloat16, one H200",
     "seconds": {"Diffusers": 5.58, "Diffusers, compiled": 4.32, "Diffusers, compiled, FlashAttention 3": 3.73},
@@ -146,8 +141,7 @@ def _picture(model: Model, arm: str, common: dict[str, Any], *, tiny: bool) -> I
 
 def run(item: Item, seconds: float, logs: Path) -> dict[str, Any]:
     """Run an item in a process of its own that ends when its time is over."""
-    arguments = item.arguments | ({} if item.kind == "shapes" else {"budget_s": seconds})
-    command = [sys.executable, "-P", str(ITEMS_SCRIPT), item.kind, json.dumps(arguments)]
+    command = [sys.executable, "-P", str(ITEMS_SCRIPT), item.kind, json.dumps({**item.arguments, "budget_s": seconds})]
     started = time.monotonic()
     log = logs / f"{''.join(c if c.isalnum() else '-' for c in item.name)}.txt"
     with (
@@ -170,9 +164,20 @@ def run(item: Item, seconds: float, logs: Path) -> dict[str, Any]:
     return {**json.loads(lines[-1]), **wall}
 
 
-def is_done(outcome: dict[str, Any] | None) -> bool:
-    """Say whether an item needn't run again: it has figures, or can't run here."""
-    return outcome is not None and "failed" not in outcome and "not_run" not in outcome
+def is_done(outcome: dict[str, Any] | None, versions: dict[str, str]) -> bool:
+    """Say whether an item needn't run again: it has all its figures, or still lacks what it lacked.
+
+    What was skipped or left out may run once another package is installed, or another version.
+    """
+    if outcome is None or _UNDONE & set(outcome):
+        return False
+    return not (outcome.get("skipped") or outcome.get("left_out")) or outcome.get("tried_with") == versions
+
+
+def kept(before: dict[str, Any] | None, outcome: dict[str, Any]) -> dict[str, Any]:
+    """Return what the record keeps: figures that it has aren't given for a try that came to nothing."""
+    has_figures = before is not None and not _WITHOUT_FIGURES & set(before)
+    return before if before is not None and has_figures and _WITHOUT_FIGURES & set(outcome) else outcome
 
 
 def open_record(file: Path, device: str, *, tiny: bool) -> dict[str, Any]:
@@ -186,12 +191,22 @@ def open_record(file: Path, device: str, *, tiny: bool) -> dict[str, Any]:
     if not file.exists():
         return {**fresh, "anchors": ANCHORS, "items": {}}
     found: dict[str, Any] = json.loads(file.read_text())
-    for name, value in (("device", device), ("tiny", tiny), ("cpu", machine["cpu"]), ("gpus", machine["gpus"])):
-        had = found[name] if name in found else found["machine"][name]
+    gpus = _gpu_names(machine)
+    for name, had, value in (
+        ("device", found["device"], device),
+        ("tiny", found["tiny"], tiny),
+        ("cpu", found["machine"]["cpu"], machine["cpu"]),
+        ("gpus", _gpu_names(found["machine"]) or gpus, gpus or _gpu_names(found["machine"])),
+    ):
         if had != value:
             message = f"{file} was recorded with {name} = {had}, here it is {value}"
             raise BakeoffError(message, fix="choose another file, or remove this one")
     return {**found, "versions": fresh["versions"]}
+
+
+def _gpu_names(machine: dict[str, Any]) -> list[str]:
+    """Return the names of GPUs, which need NVML to be told; drivers may change between two runs."""
+    return [gpu["name"] for gpu in machine["gpus"]]
 
 
 def _versions() -> dict[str, str]:
@@ -230,7 +245,8 @@ def page(record: dict[str, Any]) -> str:
     lines += ["", f"Anchors: {anchors['model']}: "]
     lines[-1] += ", ".join(f"{name} {each} s" for name, each in anchors["seconds"].items()) + f" ({anchors['label']})."
     judged = record["items"].get("shapes", {})
-    lines += ["", "## The embedded model", "", judged.get("markdown") or _remark(judged) or "not run"]
+    lines += ["", "## The embedded model", ""]
+    lines += [text for text in (_remark(judged), judged.get("markdown")) if text] or ["not run"]
     for arm, reason in judged.get("left_out", {}).items():
         lines.append(f"- left out: `{arm}`: {reason}")
     return "\n".join(lines) + "\n"
@@ -255,7 +271,7 @@ def _figure(value: float | None, text: str, times: float = 1.0) -> str:
 
 
 def _remark(outcome: dict[str, Any]) -> str:
-    for word in ("skipped", "failed", "not_run"):
+    for word in ("skipped", "failed", "not_run", "unfinished"):
         if word in outcome:
             said = " ".join(str(outcome[word]).split())[-200:]
             return f"{word.replace('_', ' ')}: {said}".replace("|", "/")
@@ -285,8 +301,9 @@ def main() -> int:
     record = open_record(options.record, options.device, tiny=options.tiny)
     record["command"] = " ".join(["python", "docs/benchmarks/gpu.py", *sys.argv[1:]])
     for item in items(options.device, work, tiny=options.tiny):
+        before = record["items"].get(item.name)
         if (options.only and not any(word in item.name for word in options.only)) or is_done(
-            record["items"].get(item.name)
+            before, record["versions"]
         ):
             continue
         left = ends - time.monotonic() - _GRACE_S
@@ -295,7 +312,8 @@ def main() -> int:
             if left >= _LEAST_S
             else {"not_run": f"{max(left, 0):.0f} s were left of {options.minutes:g} minutes; run it again"}
         )
-        record["items"][item.name] = {**outcome, "arguments": asdict(item)["arguments"]}
+        outcome |= {"arguments": asdict(item)["arguments"], "tried_with": record["versions"]}
+        record["items"][item.name] = kept(before, outcome)
         print(
             f"{item.name}: {_remark(outcome) or _figure(outcome.get('median_picture_s'), '{:.3f} s a picture')}",
             file=sys.stderr,

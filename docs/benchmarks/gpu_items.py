@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import runpy
 import statistics
 import sys
 import time
@@ -234,82 +235,18 @@ def _plain(text: str) -> str:
     return "".join(each if each.isalnum() else "-" for each in text)
 
 
-def shapes(work: str, device: str, arms: list[str], blocks: int, prompts: int, steps: int) -> dict[str, Any]:
-    """Run an experiment on the embedded model: every arm, timed in turn and judged by its gates."""
-    from bakeoff.bench.experiment import from_dict
-    from bakeoff.bench.runner import run
-    from bakeoff.reports.summary import summarize
-    from bakeoff.reports.tables import as_json, markdown
-
-    found, left_out = _possible(arms, device)
-    declared = from_dict(
-        {
-            "model": "shapes",
-            "arms": found,
-            "baseline": found[0],
-            "reference": arms[0],
-            "blocks": blocks,
-            "repetitions": 3,
-            "quality_prompts": prompts,
-            "timed_prompts": min(8, prompts),
-            "steps": steps,
-            "guidance_scale": 3.0,
-            "resident": True,
-        }
-    )
-    folder = Path(work) / "shapes"
-    record = run(
-        declared, folder, lambda text, done, total: print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
-    )
-    summary = summarize(record)
-    return {
-        "arms": json.loads(as_json(summary)),
-        "markdown": markdown(summary),
-        "left_out": left_out,
-        "bench_record": str(folder / "record.json"),
-    }
+KINDS = {"picture": picture, "onnx_step": onnx_step}
+"""Other kinds have files of their own: `shapes` is the function of that name in `gpu_shapes.py`."""
 
 
-def _possible(arms: list[str], device: str) -> tuple[list[str], dict[str, str]]:
-    """Return the arms whose backend can run on the device, and why others can't."""
-    from bakeoff.recipe import parse
-
-    found, left_out = [], {}
-    for arm in arms:
-        recipe, placement = parse(arm)
-        backend = recipe.default.backend
-        if backend not in plugins.names("runtimes"):
-            left_out[arm] = f"no backend {backend} is installed"
-            continue
-        runtime = plugins.runtime(backend)
-        available = runtime.probe()
-        reason = available.reason if not available.ok else _elsewhere(runtime, placement, device)
-        for option in ("compile", "cuda_graphs"):
-            if reason is None and getattr(placement, option):
-                obstacle = runtime.option_obstacle(option, placement)
-                reason = obstacle[0] if obstacle else None
-                reason = reason if option in runtime.options else f"{backend} has no {option}"
-        if recipe.default.precision not in plugins.exporter(backend).precisions:
-            reason = f"{backend} doesn't bake {recipe.default.precision}"
-        if reason is None:
-            found.append(arm)
-        else:
-            left_out[arm] = reason
-    return found, left_out
-
-
-def _elsewhere(runtime: Any, placement: Placement, device: str) -> str | None:  # noqa: ANN401 - a Runtime's class
-    chosen = runtime.device_for(placement)
-    return None if chosen == device else f"it would run on {chosen}, not on {device}"
-
-
-KINDS = {"picture": picture, "onnx_step": onnx_step, "shapes": shapes}
+def _function(kind: str) -> Any:  # noqa: ANN401 - a function
+    return KINDS.get(kind) or runpy.run_path(str(Path(__file__).with_name(f"gpu_{kind}.py")))[kind]
 
 
 def main() -> None:
     kind, arguments = sys.argv[1], json.loads(sys.argv[2])
     try:
-        result = KINDS[kind](**arguments)  # type: ignore[operator]
+        result = _function(kind)(**arguments)
     except BakeoffError as error:
         result = {"skipped": error.message, "fix": error.fix}
     sys.stdout.write(f"\n{json.dumps(result, default=str)}\n")
