@@ -16,7 +16,7 @@ import torch
 from bakeoff import hardware
 from bakeoff.errors import BakeoffError, UnavailableError, UsageError
 from bakeoff.models import drawn as models_drawn
-from bakeoff.models import fullsize
+from bakeoff.models import fullsize, tiny
 from bakeoff.models.drawn import PRECISIONS, drawn
 from bakeoff.recipe import Placement
 from bakeoff.runtimes.engine import Engine
@@ -254,6 +254,21 @@ def test_the_embedded_models_item_judges(shapes, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def hollow(tmp_path_factory):
     return fullsize.build("flux.1-dev", tmp_path_factory.mktemp("drawn") / "flux", hollow=True, small=True)
+
+
+def test_a_folder_is_there_once_it_is_whole(tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fullsize, "write_module", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fullsize.build("sdxl", tmp_path / "full", hollow=True, small=True)
+        patch.setattr(tiny, "_write_index", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.build("stable-diffusion", tmp_path / "tiny")
+    assert not [*tmp_path.iterdir()]
+    assert (fullsize.build("sdxl", tmp_path / "full", hollow=True, small=True) / "unet" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("precision", [each for each in PRECISIONS if each != "fp8"])

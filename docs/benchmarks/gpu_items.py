@@ -66,7 +66,7 @@ def picture(
     deadline = Deadline(time.monotonic() + budget_s)
     dtype = "float16" if precision == "fp16" else "bfloat16"
     folder = Path(work) / f"{model}-{dtype}{'-tiny' if tiny else ''}"
-    if not (folder / "model_index.json").exists():
+    if not folder.exists():
         fullsize.build(model, folder, dtype=dtype, hollow=True, small=tiny)
     weights = _weight_bytes(folder, precision)
     placement = {**placement, **_room(weights, device)}
