@@ -348,9 +348,9 @@ def test_energy_is_the_difference_of_counters(tmp_path):
         (tmp_path / name).mkdir()
         for file, content in (("name", label), ("energy_uj", "9000000"), ("max_energy_range_uj", "10000000")):
             (tmp_path / name / file).write_text(content)
-    before = energy.read(tmp_path)
+    before = energy.read(rapl=tmp_path)
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("2000000")  # it began again from 0
-    assert energy.between(before, energy.read(tmp_path)) == {"package-0 (intel-rapl:0)": 3.0}
+    assert energy.between(before, energy.read(rapl=tmp_path)) == {"package-0 (intel-rapl:0)": 3.0}
     assert energy.between(energy.read(tmp_path / "none"), energy.read(tmp_path / "none")) is None
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bakeoff import hardware
+from bakeoff.bench import energy
 from bakeoff.errors import BakeoffError
 
 ITEMS_SCRIPT = Path(__file__).with_name("gpu_items.py")
@@ -237,9 +238,9 @@ def page(record: dict[str, Any]) -> str:
     lines += ["Weights of full-size models are random: seconds, memory and energy are theirs, pictures are noise.", ""]
     lines += ["Memory in GB: what torch's tensors took at most, what its allocator reserved, what the process has.", ""]
     lines += [
-        "| model, arm | a picture, s | a step, ms | first picture, s | tensors | reserved | process | energy, J | |"
+        "| model, arm | a picture, s | a step, ms | first picture, s | tensors | reserved | process | GPU, J | processor, J | |"
     ]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     lines += [_row(name, outcome) for name, outcome in record["items"].items() if name != "shapes"]
     anchors = record["anchors"]
     lines += ["", f"Anchors: {anchors['model']}: "]
@@ -260,7 +261,8 @@ def _row(name: str, outcome: dict[str, Any]) -> str:
         _figure(outcome.get("step_s"), "{:.2f}", 1e3),
         _figure(outcome.get("first_picture_s"), "{:.1f}"),
         *(_figure(memory.get(kind), "{:.2f}", 1e-9) for kind in _MEMORY),
-        _figure(sum(joules.values()) if joules else None, "{:.0f}"),
+        _figure(energy.of_gpus(joules), "{:.0f}"),
+        _figure(energy.of_processors(joules), "{:.0f}"),
         _remark(outcome),
     ]
     return f"| {name} | {' | '.join(cells)} |"

@@ -79,10 +79,12 @@ def picture(
         first = engine.generate(PROMPT, **asked)
         first_s = time.perf_counter() - started
         _reset_peak()
-        before, counted, timed = guard.read(os.getpid()), energy.read(), []
-        while len(timed) < pictures and (not timed or deadline.left_s > 1.3 * timed[-1].seconds["total"]):
-            timed.append(engine.generate(PROMPT, **asked))
-        spent, after = energy.between(counted, energy.read()), guard.read(os.getpid())
+        gpu, timed = nvidia.in_use(), []
+        with guard.Watch(os.getpid(), gpu) as watch:
+            counted = energy.read(gpu)
+            while len(timed) < pictures and (not timed or deadline.left_s > 1.3 * timed[-1].seconds["total"]):
+                timed.append(engine.generate(PROMPT, **asked))
+            spent = energy.between(counted, energy.read(gpu))
         told, memory = engine.configuration, device_memory()
     denoiser = next(name for name in first.seconds if name in DENOISERS)
     seconds = [result.seconds["total"] for result in timed]
@@ -96,7 +98,7 @@ def picture(
         "weight_bytes": sum(weights.values()),
         "memory": memory,
         "energy_j_per_picture": {name: round(each / len(timed), 2) for name, each in (spent or {}).items()} or None,
-        "guard": guard.between(before, after),
+        "guard": watch.told(),
         "offload": placement.get("offload", "none"),
         "configuration": told[denoiser],
         "notes": list(timed[-1].notes),
@@ -204,12 +206,13 @@ def onnx_step(
         }
         runtime.run(inputs)
         first_s = time.perf_counter() - started
-        counted = energy.read()
+        gpu = nvidia.in_use()
+        counted = energy.read(gpu)
         while len(seconds) < 10 and deadline.left_s > 2 * (seconds[-1] if seconds else 1):  # noqa: PLR2004 - enough
             begun = time.perf_counter()
             runtime.run(inputs)
             seconds.append(time.perf_counter() - begun)
-        spent = energy.between(counted, energy.read())
+        spent = energy.between(counted, energy.read(gpu))
         told = runtime.configuration
         held = nvidia.process_bytes(os.getpid())
     return {
