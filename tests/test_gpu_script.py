@@ -251,6 +251,66 @@ def test_the_embedded_models_item_judges(shapes, tmp_path, monkeypatch):
     assert Path(told["bench_record"]).is_file()
 
 
+@pytest.fixture
+def trying():
+    return runpy.run_path(str(FOLDER / "gpu_features.py"))
+
+
+def test_features_pass_or_are_skipped_with_the_reason(trying, tmp_path):
+    names = ["attention=math", "offload=parts", "mixed devices", "offload=blocks", "CUDA graphs in torch", "TensorRT"]
+    told = trying["features"](str(tmp_path), "cpu", 600.0, names)
+    outcomes = {name: each["outcome"] for name, each in told["features"].items()}
+    assert outcomes == dict.fromkeys(names[:3], "passed") | dict.fromkeys(names[3:], "skipped")
+    assert told["features"]["attention=math"]["read back"] > 0
+    assert told["features"]["offload=parts"]["db"] > 60
+    assert set(told["left_out"]) == set(names[3:])
+    assert "where weights are already" in told["left_out"]["offload=blocks"]
+    assert "NVIDIA" in told["left_out"]["TensorRT"]
+    assert not (tmp_path / "features" / "done.json").exists()
+
+
+def test_a_feature_that_takes_no_effect_or_draws_something_else_fails(trying, tmp_path, monkeypatch):
+    trial = trying["Trial"](tmp_path, "cpu")
+    idle = trying["Feature"]("torch:fp32", lambda told: told["unet"]["cuda_graphs"])
+    assert "it took no effect" in trying["tried"](trial, idle)["reason"]
+    monkeypatch.setitem(trying["near"].__globals__, "LEAST_DB", 300.0)
+    told = trying["tried"](trial, trying["Feature"]("torch:fp32", bool))
+    assert told["outcome"] == "failed"
+    assert "dB from that without it" in told["reason"]
+
+
+def test_a_feature_that_ends_the_process_fails_and_the_others_go_on(trying, tmp_path, monkeypatch, script):
+    def dies(*_):
+        raise SystemExit
+
+    features, inside = trying["features"], trying["features"].__globals__
+    monkeypatch.setitem(inside, "FEATURES", {"one": "dies", "two": "fine"})
+    monkeypatch.setitem(inside, "dies", dies)
+    monkeypatch.setitem(inside, "fine", lambda _: {"db": 60.0})
+    with pytest.raises(SystemExit):
+        features(str(tmp_path), "cpu", 600.0)
+    assert "run it again" in features(str(tmp_path), "cpu", 0.0)["unfinished"]
+    told = features(str(tmp_path), "cpu", 600.0)
+    assert told["features"]["one"] == {"outcome": "failed", "reason": "the process ended while it ran"}
+    assert told["features"]["two"]["outcome"] == "passed"
+    lines = script["_features"](told)
+    assert "| one | failed | – | the process ended while it ran |" in lines
+    assert any(line.startswith("| two | passed |") and "db 60.0" in line for line in lines)
+
+
+def test_exchanged_loras_are_held_against_torchs(trying, tmp_path, monkeypatch):
+    """The steps that TensorRT's engines get, on engines of torch."""
+    inside, trial = trying["refitted"].__globals__, trying["Trial"](tmp_path, "cpu")
+    monkeypatch.setitem(inside, "_ENGINE", trying["_PLAIN_FP16"])
+    opened = type(trial).open
+    monkeypatch.setattr(type(trial), "open", lambda self, recipe, how: opened(self, recipe.removesuffix("+refit"), how))
+    told = trying["refitted"](trial)
+    assert told["LoRA against torch, db"] == told["db"] == 200.0
+    monkeypatch.setitem(inside, "_lora", lambda file, _: trying["_lora"](file, 1))  # both the same
+    with pytest.raises(RuntimeError, match="A, B, A"):
+        trying["refitted"](trial)
+
+
 @pytest.fixture(scope="module")
 def hollow(tmp_path_factory):
     return fullsize.build("flux.1-dev", tmp_path_factory.mktemp("drawn") / "flux", hollow=True, small=True)
@@ -328,4 +388,4 @@ def test_the_whole_script_runs_at_tiny_size(tmp_path):
     failed = {name: told for name, told in found["items"].items() if "failed" in told or "not_run" in told}
     assert not failed
     assert found["items"]["shapes"]["left_out"]
-    assert found["items"]["sdxl, one step, ONNX Runtime"]["step_s"] > 0
+    assert found["items"]["sdxl, one step, ONNX Runtime, fp16 weights, float32 products"]["step_s"] > 0

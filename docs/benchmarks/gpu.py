@@ -53,6 +53,8 @@ SHAPES_ARMS = (
 TRIED_ARMS = ("torch:fp32", "torch:bf16", "torch:bf16+cuda_graphs", "torch:nf4", "tensorrt:fp16")
 """With `--tiny`."""
 
+_OWN_TABLES = {"shapes", "features"}
+_SAID_APART = {"outcome", "seconds"}
 _MEMORY = ("allocator_peak_bytes", "reserved_peak_bytes", "process_bytes")
 
 
@@ -118,8 +120,10 @@ def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
     return [
         *first[:2],
         Item("shapes", "shapes", 240, {**common, **judged}),
-        *first[2:],
-        Item("sdxl, one step, ONNX Runtime", "onnx_step", 240, step),
+        *first[2:4],
+        Item("features", "features", 180, common),
+        *first[4:],
+        Item("sdxl, one step, ONNX Runtime, fp16 weights, float32 products", "onnx_step", 240, step),
         *rest,
     ]
 
@@ -241,7 +245,7 @@ def page(record: dict[str, Any]) -> str:
         "| model, arm | a picture, s | a step, ms | first picture, s | tensors | reserved | process | GPU, J | processor, J | |"
     ]
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-    lines += [_row(name, outcome) for name, outcome in record["items"].items() if name != "shapes"]
+    lines += [_row(name, outcome) for name, outcome in record["items"].items() if name not in _OWN_TABLES]
     anchors = record["anchors"]
     lines += ["", f"Anchors: {anchors['model']}: "]
     lines[-1] += ", ".join(f"{name} {each} s" for name, each in anchors["seconds"].items()) + f" ({anchors['label']})."
@@ -250,7 +254,18 @@ def page(record: dict[str, Any]) -> str:
     lines += [text for text in (_remark(judged), judged.get("markdown")) if text] or ["not run"]
     for arm, reason in judged.get("left_out", {}).items():
         lines.append(f"- left out: `{arm}`: {reason}")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_features(record["items"].get("features", {}))]) + "\n"
+
+
+def _features(outcome: dict[str, Any]) -> list[str]:
+    """Return the table of features, each passed, failed or skipped with the reason."""
+    lines = ["", "## Features", "", *(text for text in [_remark(outcome)] if text), ""]
+    lines += ["| feature | | seconds | |", "| --- | --- | --- | --- |"]
+    for name, told in outcome.get("features", {}).items():
+        said = told.get("reason") or ", ".join(f"{key} {told[key]}" for key in told if key not in _SAID_APART)
+        text = " ".join(said.split())[-300:].replace("|", "/")
+        lines.append(f"| {name} | {told['outcome']} | {told.get('seconds', '–')} | {text} |")
+    return lines
 
 
 def _row(name: str, outcome: dict[str, Any]) -> str:

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bakeoff import plugins
-from bakeoff.recipe import Placement, parse
+from bakeoff.errors import BakeoffError
+from bakeoff.exporters.exporter import BoundExporter
+from bakeoff.recipe import parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from bakeoff.bench.experiment import Experiment
+    from bakeoff.recipe import PartRecipe, Placement, Recipe
 
 PROMPT = "a large red circle on a white background"
 _REPETITIONS = 3
@@ -165,31 +168,45 @@ def _summed_up(file: Path) -> dict[str, Any]:
 
 
 def _possible(arms: list[str], device: str) -> tuple[list[str], dict[str, str]]:
-    """Return the arms whose backend can run on the device, and why others can't."""
-    found, left_out = [], {}
-    for arm in arms:
-        recipe, placement = parse(arm)
-        backend = recipe.default.backend
-        if backend not in plugins.names("runtimes"):
-            left_out[arm] = f"no backend {backend} is installed"
-            continue
-        runtime = plugins.runtime(backend)
-        available = runtime.probe()
-        reason = available.reason if not available.ok else _elsewhere(runtime, placement, device)
-        for option in ("compile", "cuda_graphs"):
-            if reason is None and getattr(placement, option):
-                obstacle = runtime.option_obstacle(option, placement)
-                reason = obstacle[0] if obstacle else None
-                reason = reason if option in runtime.options else f"{backend} has no {option}"
-        if recipe.default.precision not in plugins.exporter(backend).precisions:
-            reason = f"{backend} doesn't bake {recipe.default.precision}"
-        if reason is None:
-            found.append(arm)
-        else:
-            left_out[arm] = reason
-    return found, left_out
+    """Return the arms that can run on the device, and why others can't."""
+    reasons = {arm: obstacle(*parse(arm), device) for arm in arms}
+    return [arm for arm in arms if reasons[arm] is None], {arm: reason for arm, reason in reasons.items() if reason}
 
 
-def _elsewhere(runtime: Any, placement: Placement, device: str) -> str | None:  # noqa: ANN401 - a Runtime's class
+def obstacle(recipe: Recipe, placement: Placement, device: str) -> str | None:
+    """Say why a recipe can't be baked, or run on the device as it is placed; None if it can."""
+    reasons = (_part_obstacle(part, placement, device) for part in (recipe.default, *recipe.parts.values()))
+    return next((reason for reason in reasons if reason), None)
+
+
+def _part_obstacle(recipe: PartRecipe, placement: Placement, device: str) -> str | None:
+    backend = recipe.backend
+    if backend not in plugins.names("runtimes"):
+        return f"no backend {backend} is installed"
+    runtime, exporter = plugins.runtime(backend), plugins.exporter(backend)
+    available = runtime.probe()
+    if not available.ok:
+        return f"{available.reason}: {available.fix}"
     chosen = runtime.device_for(placement)
-    return None if chosen == device else f"it would run on {chosen}, not on {device}"
+    if chosen != device:
+        return f"it would run on {chosen}, not on {device}"
+    if recipe.precision not in exporter.precisions:
+        return f"{backend} doesn't bake {recipe.precision}"
+    try:
+        if isinstance(exporter, BoundExporter):
+            exporter.check(recipe.precision, recipe.options)
+    except BakeoffError as error:
+        return f"{error.message}: {error.fix}"
+    return _option_obstacle(runtime, backend, placement)
+
+
+def _option_obstacle(runtime: Any, backend: str, placement: Placement) -> str | None:  # noqa: ANN401 - a Runtime's class
+    asked = [option for option in ("compile", "cuda_graphs", "attention") if getattr(placement, option)]
+    asked += ["blocks"] if placement.offload == "blocks" else []
+    for option in asked:
+        found = runtime.option_obstacle(option, placement)
+        if option not in runtime.options:
+            return f"{backend} has no {option}"
+        if found:
+            return f"{found[0]}: {found[1]}"
+    return None
