@@ -6,6 +6,7 @@ NVML comes with the driver; its Python binding is `nvidia-ml-py` (`pip install '
 from __future__ import annotations
 
 import os
+import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,27 @@ def _told(function: Any, *arguments: Any) -> Any:  # noqa: ANN401 - the binding 
         return None
 
 
+def in_use() -> str | None:
+    """Return the UUID, as NVML spells it, of the GPU that torch computes on in this process; None where it uses none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized() or torch.version.hip:
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+
+
+def _of(gpu: str | None) -> tuple[Any, dict[str, Any]]:
+    """Return the binding, and name -> handle of a GPU by its UUID; of all that are visible if none has it, or for None."""
+    nvml, devices = _devices()
+    named = {f"gpu{index}": device for index, device in enumerate(devices)}
+    chosen = {name: each for name, each in named.items() if gpu and _text(nvml.nvmlDeviceGetUUID(each)) == gpu}
+    return nvml, chosen or named
+
+
+def has_any() -> bool:
+    """Say whether NVML tells of a GPU at all."""
+    return bool(_devices()[1])
+
+
 def describe() -> list[dict[str, Any]]:
     """Describe every GPU: name, compute capability, driver, its CUDA, memory in bytes, power limit in watts."""
     nvml, devices = _devices()
@@ -79,10 +101,14 @@ def describe() -> list[dict[str, Any]]:
     ]
 
 
-def _processes() -> list[Any]:
-    """Return what computes on any GPU. A process is there once a GPU; in a container its `pid` may be the host's."""
-    nvml, devices = _devices()
-    return [process for device in devices for process in _told(nvml.nvmlDeviceGetComputeRunningProcesses, device) or ()]
+def _processes(gpu: str | None = None) -> list[Any]:
+    """Return what computes on a GPU, or on any. A process is there once a GPU; in a container its `pid` may be the host's."""
+    nvml, devices = _of(gpu)
+    return [
+        process
+        for device in devices.values()
+        for process in _told(nvml.nvmlDeviceGetComputeRunningProcesses, device) or ()
+    ]
 
 
 def process_bytes(pid: int) -> int | None:
@@ -98,12 +124,12 @@ def process_bytes(pid: int) -> int | None:
     return sum(held) if held else None
 
 
-def foreign_processes(ours: Collection[int]) -> int:
-    """Count the processes that compute on GPUs besides ours.
+def foreign_processes(ours: Collection[int], gpu: str | None = None) -> int:
+    """Count the processes that compute on a GPU, or on any, besides ours.
 
     In a container that sees the host's numbers, those of ours can't be told apart: as many as we have are left out.
     """
-    pids = {process.pid for process in _processes()}
+    pids = {process.pid for process in _processes(gpu)}
     others = pids - set(ours)
     unknown = {pid for pid in others if _is_elsewhere(pid)}
     unseen = len(set(ours) - pids) if unknown else 0
@@ -115,33 +141,33 @@ def _is_elsewhere(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
-def clocks() -> list[dict[str, int | None]]:
-    """Return each GPU's clock now and at most, in MHz, and its temperature in °C."""
-    nvml, devices = _devices()
+def clocks(gpu: str | None = None) -> list[dict[str, int | None]]:
+    """Return a GPU's clock now and at most, in MHz, and its temperature in °C; of each without a UUID."""
+    nvml, devices = _of(gpu)
     return [
         {
             "sm_mhz": _told(nvml.nvmlDeviceGetClockInfo, device, nvml.NVML_CLOCK_SM),
             "most_sm_mhz": _told(nvml.nvmlDeviceGetMaxClockInfo, device, nvml.NVML_CLOCK_SM),
             "celsius": _told(nvml.nvmlDeviceGetTemperature, device, nvml.NVML_TEMPERATURE_GPU),
         }
-        for device in devices
+        for device in devices.values()
     ]
 
 
-def throttled() -> list[str]:
-    """Say why GPUs run slower than they could, now."""
-    nvml, devices = _devices()
-    reasons = [_told(nvml.nvmlDeviceGetCurrentClocksEventReasons, device) or 0 for device in devices]
+def throttled(gpu: str | None = None) -> list[str]:
+    """Say why a GPU, or any, runs slower than it could, now."""
+    nvml, devices = _of(gpu)
+    reasons = [_told(nvml.nvmlDeviceGetCurrentClocksEventReasons, device) or 0 for device in devices.values()]
     bits = (
         [(text, getattr(nvml, f"nvmlClocksEventReason{name}")) for name, text in _THROTTLING.items()] if devices else []
     )
     return sorted({text for text, bit in bits for reason in reasons if reason & bit})
 
 
-def joules() -> dict[str, float]:
-    """Return each GPU's energy counter, in joules since the driver was loaded."""
-    nvml, devices = _devices()
-    counters = {f"gpu{i}": _told(nvml.nvmlDeviceGetTotalEnergyConsumption, device) for i, device in enumerate(devices)}
+def joules(gpu: str | None = None) -> dict[str, float]:
+    """Return a GPU's energy counter, in joules since the driver was loaded; of each without a UUID."""
+    nvml, devices = _of(gpu)
+    counters = {name: _told(nvml.nvmlDeviceGetTotalEnergyConsumption, device) for name, device in devices.items()}
     return {name: value / 1000 for name, value in counters.items() if value is not None}
 
 

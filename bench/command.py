@@ -30,6 +30,9 @@ def add_bench(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argpa
     command.add_argument("--model", help="a Diffusers folder, a hub id, a .safetensors checkpoint, or: shapes")
     command.add_argument("--config", metavar="DIR", help="of a .safetensors checkpoint, as for export")
     command.add_argument(
+        "--calibration", metavar="FILE", help="what bakeoff calibrate wrote, for recipes such as onnx:w8a8"
+    )
+    command.add_argument(
         "--arms", help="recipes and artifact folders after commas: torch:fp32,openvino:bf16@cpu,my/artifact"
     )
     command.add_argument("--baseline", help="the arm that the others are compared with; by default the first")

@@ -18,9 +18,14 @@ class Counter:
     wraps_at: float | None = None
 
 
-def read(rapl: Path = _RAPL) -> dict[str, Counter]:
-    """Read every counter that may be read; RAPL's are root's alone on many systems."""
-    found = {name: Counter(joules) for name, joules in nvidia.joules().items()}
+def read(gpu: str | None = None, rapl: Path = _RAPL) -> dict[str, Counter]:
+    """Read every counter that may be read, of GPUs that of the one in use; RAPL's are root's alone on many systems.
+
+    Args:
+        gpu: its UUID; without one all GPUs are read.
+        rapl: where Linux has RAPL's counters.
+    """
+    found = {name: Counter(joules) for name, joules in nvidia.joules(gpu).items()}
     for zone in sorted(rapl.glob("intel-rapl:?")):  # packages; their parts, such as intel-rapl:0:0, are within
         try:
             name = f"{(zone / 'name').read_text().strip()} ({zone.name})"
@@ -34,6 +39,18 @@ def read(rapl: Path = _RAPL) -> dict[str, Counter]:
 def between(before: dict[str, Counter], after: dict[str, Counter]) -> dict[str, float] | None:
     """Return the joules of each counter between two readings, or None without counters."""
     return {name: _difference(before[name], counter) for name, counter in after.items() if name in before} or None
+
+
+def of_gpus(joules: dict[str, float] | None) -> float | None:
+    """Return what GPUs took of the counters' joules; None if none of them was read."""
+    found = [value for name, value in (joules or {}).items() if name.startswith("gpu")]
+    return sum(found) if found else None
+
+
+def of_processors(joules: dict[str, float] | None) -> float | None:
+    """Return what processor packages took of the counters' joules; None if none of them was read."""
+    found = [value for name, value in (joules or {}).items() if not name.startswith("gpu")]
+    return sum(found) if found else None
 
 
 def _difference(before: Counter, after: Counter) -> float:

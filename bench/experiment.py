@@ -68,6 +68,8 @@ class Experiment:
     """A Diffusers scheduler class, by name; by default the model's own."""
     config: str | None = None
     """Of a model that is a single-file checkpoint: folder or hub id with its tokenizers, scheduler and configs."""
+    calibration: str | None = None
+    """What `bakeoff calibrate` wrote, for recipes that round activations or weigh weights by them, as in an export."""
     threads: int | None = None
     blocks: int = 5
     repetitions: int = 5
@@ -106,7 +108,8 @@ class Experiment:
         _check_sweep(self.sweep)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return all fields; `calibration` only where there is one, so that older experiments keep their hash."""
+        return {name: value for name, value in asdict(self).items() if name != "calibration" or value is not None}
 
     @property
     def hash(self) -> str:

@@ -104,14 +104,15 @@ def repetitions(opener: Opener, entry: Entry, block: int) -> dict[str, Any]:
     with opener.timed(entry) as (process, opened):
         first = process.ask("generate", rows=_rotated(entry, block, 0))["seconds"] if opened else None
         warm = [_generate(process, entry, block, i) for i in range(e.warmups)]
-        before, parent, joules = guard.read(process.pid), os.times(), energy.read()
-        samples = [_generate(process, entry, block, i) for i in range(e.repetitions)]
-        used, after = energy.between(joules, energy.read()), guard.read(process.pid)
-        own = os.times()
+        gpu = process.ask("gpu")["uuid"]
+        with guard.Watch(process.pid, gpu) as watch:
+            parent, joules = os.times(), energy.read(gpu)
+            samples = [_generate(process, entry, block, i) for i in range(e.repetitions)]
+            used, own = energy.between(joules, energy.read(gpu)), os.times()
         process.ask("save", file=str(sample.resolve()))
         same = [_generate(process, entry, block, 0) for _ in range(_AGAIN)]
         configuration = process.ask("configuration")
-    busy = (own.user - parent.user + own.system - parent.system) / max(after.at - before.at, 1e-9)
+    busy = (own.user - parent.user + own.system - parent.system) / max(watch.seconds, 1e-9)
     rows = _rotated(entry, block, e.repetitions - 1)
     return {
         "load_s": opened and opened["seconds"],
@@ -122,7 +123,7 @@ def repetitions(opener: Opener, entry: Entry, block: int) -> dict[str, Any]:
         "energy_j": used,
         "sample_rows": rows,
         "sample_db": _sample_db(opener, entry, sample, rows),
-        "guard": guard.between(before, after) | {"parent_cores": round(busy, 4)},
+        "guard": watch.told() | {"parent_cores": round(busy, 4)},
         "configuration": configuration,
     }
 

@@ -79,7 +79,7 @@ def found(folder: str) -> dict[str, Any]:
     return {"folder": str(path), "placement": {}, "bytes": size}
 
 
-def bake(model: str, recipe: str, config: str | None = None) -> dict[str, Any]:
+def bake(model: str, recipe: str, config: str | None = None, calibration: str | None = None) -> dict[str, Any]:
     """Export a recipe into the home folder, by key, unless it is there; runs in a child process."""
     import time
 
@@ -89,11 +89,11 @@ def bake(model: str, recipe: str, config: str | None = None) -> dict[str, Any]:
     from ..recipe import read
 
     wanted, placement = read(recipe)
-    target = home() / "artifacts" / plan(model, wanted, config=config).key[:20]
+    target = home() / "artifacts" / plan(model, wanted, config=config, calibration=calibration).key[:20]
     present = target.is_dir()
     started = time.perf_counter()
     target.parent.mkdir(parents=True, exist_ok=True)
-    manifest = export(model, target, wanted, config=config).manifest
+    manifest = export(model, target, wanted, config=config, calibration=calibration).manifest
     export_s = None if present else time.perf_counter() - started
     return {"folder": portable(target), "placement": placement.as_dict(), "export_s": export_s, **_told(manifest)}
 

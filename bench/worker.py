@@ -91,6 +91,10 @@ class Worker:
         told: dict[str, Any] = getattr(self.adapter, "device_memory", dict)()
         return told
 
+    def gpu(self) -> dict[str, Any]:
+        """Say which GPU the adapter computes on, by its UUID; None where it doesn't tell, or uses none."""
+        return {"uuid": getattr(self.adapter, "gpu", lambda: None)()}
+
     def configuration(self) -> dict[str, Any]:
         """Say what the adapter read back: threads, devices, precision executed; and this process's own."""
         told: dict[str, Any] = getattr(self.adapter, "configuration", dict)()

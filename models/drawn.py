@@ -2,7 +2,8 @@
 
 The checkpoint is headers and holes (`fullsize.build(…, hollow=True)`). Modules are built from it by the same code as
 from any other, then their tensors are drawn where they will be, and a denoiser's Linear layers become bitsandbytes' or
-torchao's, quantized there by these libraries. What runs is what an artifact of that precision runs; only values differ.
+torchao's, quantized there by these libraries, each as soon as it is drawn: the device never holds the model in two
+bytes. What runs is what an artifact of that precision runs; only values differ.
 """
 
 from __future__ import annotations
@@ -69,8 +70,7 @@ class Drawn(Component):
         return self._own.outputs(config)
 
     def load(self, folder: Path, dtype: torch.dtype) -> nn.Module:
-        module = draw(self._own.load(folder, dtype), self._device)
-        return quantize(module, self._precision)
+        return draw(self._own.load(folder, dtype), self._device, self._precision)
 
     def flat(self, module: nn.Module) -> nn.Module:
         return self._own.flat(module)
@@ -88,43 +88,53 @@ class Drawn(Component):
         return self._own.activations(config, rows, height, width)
 
 
-def draw(module: nn.Module, device: str, seed: int = 0) -> nn.Module:
-    """Give a module weights that keep activations near unit size, on a device; in place, it is returned."""
+def draw(module: nn.Module, device: str, precision: str, seed: int = 0) -> nn.Module:
+    """Give a module weights that keep activations near unit size, on a device; in place, it is returned.
+
+    Layer by layer: a Linear layer is turned into that of a low-bit precision before the next one is drawn.
+
+    Raises:
+        UnavailableError: the device has no such precision.
+    """
     import torch
 
+    _refuse_fp8(precision, torch.device(device))
     generator = torch.Generator(device).manual_seed(seed)
     stored = set(module.state_dict(keep_vars=True))
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if name not in stored or not tensor.is_floating_point():
-            tensor.data = tensor.data.to(device)
-            continue
-        fresh = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        if tensor.ndim > 1:
-            fresh.normal_(0, 1 / math.sqrt(math.prod(tensor.shape[1:])), generator=generator)
-        elif name.endswith("weight"):
-            fresh.fill_(1)
-        else:
-            fresh.normal_(0, 0.02, generator=generator)
-        tensor.data = fresh
+    for path in [path for path, _ in module.named_modules()]:  # no list of layers, which would keep them all
+        layer = module.get_submodule(path)
+        for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+            known = f"{path}.{name}" if path else name
+            tensor.data = _values(known, tensor, generator) if known in stored else tensor.data.to(device)
+        if _fits(layer):
+            _quantize(module, path, precision)
     return module
 
 
-def quantize(module: nn.Module, precision: str) -> nn.Module:
-    """Turn Linear layers into those of a low-bit precision, on the device where they are; in place, it is returned."""
+def _values(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a tensor's new values, on the generator's device."""
+    import torch
+
+    if not tensor.is_floating_point():
+        return tensor.data.to(generator.device)
+    fresh = torch.empty(tensor.shape, dtype=tensor.dtype, device=generator.device)
+    if tensor.ndim > 1:
+        return fresh.normal_(0, 1 / math.sqrt(math.prod(tensor.shape[1:])), generator=generator)
+    return fresh.fill_(1) if name.endswith("weight") else fresh.normal_(0, 0.02, generator=generator)
+
+
+def _quantize(module: nn.Module, path: str, precision: str) -> None:
+    """Turn a module's Linear layer into that of a low-bit precision, on the device where it is."""
+    layer = module.get_submodule(path)
     if precision in {"w8a8-dynamic", "fp8"}:
-        _refuse_fp8(precision, module)
         from torchao.quantization import quantize_
 
-        quantize_(module, _torchao(precision), filter_fn=lambda layer, _: _fits(layer))
+        quantize_(layer, _torchao(precision), filter_fn=lambda *_: True)
     elif precision in {"nf4", "int8"}:
-        for path, layer in [*module.named_modules()]:
-            if _fits(layer):
-                owner, _, name = path.rpartition(".")
-                setattr(module.get_submodule(owner), name, _bitsandbytes(layer, precision))
-    return module
+        module.set_submodule(path, _bitsandbytes(layer, precision))
 
 
-def _refuse_fp8(precision: str, module: nn.Module) -> None:
+def _refuse_fp8(precision: str, device: torch.device) -> None:
     """Refuse products of 8-bit floats where the device has none.
 
     Raises:
@@ -132,7 +142,6 @@ def _refuse_fp8(precision: str, module: nn.Module) -> None:
     """
     import torch
 
-    device = next(module.parameters()).device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if precision == "fp8" and (capability is None or capability < FP8_CAPABILITY):
         found = f"compute capability {capability[0]}.{capability[1]}" if capability else f"{device.type}"

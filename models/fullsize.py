@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..artifact import staged
 from ..errors import UsageError, unknown
 from . import tiny
 
@@ -58,7 +59,7 @@ def build(
 
     Args:
         model: its name in `fullsize.json`.
-        folder: a new folder.
+        folder: a new folder, which is there once it is whole.
         dtype: of the weights, as torch spells it.
         hollow: write headers and holes instead of values.
         small: in the family's tiny size, to try what is done with the model.
@@ -66,13 +67,15 @@ def build(
 
     Raises:
         UsageError: there is no such model.
+        ArtifactError: the folder is there already.
     """
     known = models()
     if model not in known:
         raise UsageError(unknown("model", model, known))
-    tiny.write_host(known[model]["family"], folder)
-    for name in known[model]["changes"]:
-        write_module(*config(model, name, small=small), folder / name, dtype=dtype, hollow=hollow, seed=seed)
+    with staged(folder, replace_existing=False) as partial:
+        tiny.write_host(known[model]["family"], partial)
+        for name in known[model]["changes"]:
+            write_module(*config(model, name, small=small), partial / name, dtype=dtype, hollow=hollow, seed=seed)
     return folder
 
 

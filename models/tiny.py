@@ -14,6 +14,7 @@ import string
 from typing import TYPE_CHECKING, Any
 
 from .. import plugins
+from ..artifact import staged
 from ..errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -41,19 +42,20 @@ def build(
 
     Args:
         family: its name, such as `flux`.
-        folder: a new folder.
+        folder: a new folder, which is there once it is whole.
         variant: such as `controlnet`, which the folder has in it then.
         seed: of the weights.
         changes: module -> fields of its config that shall differ, such as `{"unet": {"in_channels": 9}}`.
 
     Raises:
         UsageError: there is no such family.
+        ArtifactError: the folder is there already.
     """
     chosen = family_of(family).variant(variant)
-    folder.mkdir(parents=True)
-    for name, (library, class_name, config) in chosen.tiny.items():
-        _write(library, class_name, {**config, **(changes or {}).get(name, {})}, folder / name, seed)
-    _write_index(chosen, folder)
+    with staged(folder, replace_existing=False) as partial:
+        for name, (library, class_name, config) in chosen.tiny.items():
+            _write(library, class_name, {**config, **(changes or {}).get(name, {})}, partial / name, seed)
+        _write_index(chosen, partial)
     return folder
 
 
@@ -70,11 +72,10 @@ def family_of(name: str) -> Family:
 
 
 def write_host(family: str, folder: Path) -> None:
-    """Write what a tiny pipeline has beside its modules: index, scheduler and tokenizers."""
+    """Write what a tiny pipeline has beside its modules, into its folder: index, scheduler and tokenizers."""
     import torch
 
     chosen = family_of(family)
-    folder.mkdir(parents=True)
     for name, (library, class_name, config) in chosen.tiny.items():
         if not issubclass(getattr(importlib.import_module(library), class_name), torch.nn.Module):
             _write(library, class_name, config, folder / name, seed=0)

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnavailableError, UsageError
-from ..recipe import Placement
-from ..runtimes.opening import open_part, read_folder
+from ..runtimes.opening import judged_on, open_part, read_folder
 from .anatomy import Anatomy
 from .causes import HARMLESS, UNKNOWN, Cause, Evidence, find_cause, principal, run_with
 from .drawing import sit
@@ -105,8 +104,8 @@ def explain(artifact: Artifact, source: Source) -> list[Explanation]:
     for name, entry in artifact.manifest.parts.items():
         if entry.backend != "null":
             part = baked.family.part(name)
-            vouched = artifact.vouched(name)
-            with open_part(artifact.folder / name, part, entry, Placement(device="cpu"), vouched=vouched) as runtime:
+            vouched, placement = artifact.vouched(name), judged_on(artifact).of(name)
+            with open_part(artifact.folder / name, part, entry, placement, vouched=vouched) as runtime:
                 record = recorded(artifact, name, source, session)
                 explained.append((_survey(runtime, name, record), part, record))
     if not explained:
@@ -142,8 +141,8 @@ def _explain_part(
     entry = artifact.manifest.parts[part.name]
     eager = Eager(part, source)
     inputs, expected = record.cases[surveyed.case]
-    vouched = artifact.vouched(part.name)
-    with open_part(artifact.folder / part.name, part, entry, Placement(device="cpu"), vouched=vouched) as runtime:
+    vouched, placement = artifact.vouched(part.name), judged_on(artifact).of(part.name)
+    with open_part(artifact.folder / part.name, part, entry, placement, vouched=vouched) as runtime:
         try:
             search = _Search(runtime, eager, inputs, record.tolerance, mixture_of(entry))
         except UsageError:

@@ -9,10 +9,9 @@ from ..artifact import Artifact
 from ..errors import UnavailableError, UsageError
 from ..memory import in_child
 from ..models.prompts import read_prompts
-from ..recipe import Placement
 from ..reports.gates import LOST_POINTS, LOST_PROMPTS
 from ..runtimes.engine import Engine
-from ..runtimes.opening import of_artifact
+from ..runtimes.opening import judged_on, of_artifact
 from ..sources.source import EMBEDDED, Source
 from . import trajectory
 from .drawing import open_source
@@ -71,8 +70,8 @@ def judge_here(folder: str, source: str, count: int) -> dict[str, Any]:
     texts = [prompt.text for prompt in read_prompts(PROMPTS, count)]
     with open_source(Source.open(source)) as engine:
         theirs = _right(engine, texts)
-    placement = Placement(device="cpu", threads=torch.get_num_threads())
-    with Engine(of_artifact(Artifact.open(Path(folder))), placement) as engine:
+    artifact = Artifact.open(Path(folder))
+    with Engine(of_artifact(artifact), judged_on(artifact, torch.get_num_threads())) as engine:
         mine = _right(engine, texts)
     difference = np.subtract(mine, theirs, dtype=float) * 100
     mean, low, high = mean_interval(list(difference))

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ..artifact import Artifact, staged
 from ..errors import ParityError, SourceError, UnavailableError
 from ..memory import available_bytes, in_child
-from ..recipe import Placement
 from ..sources.source import Source
 from . import meaning, trajectory
 from .budget import Budget, Gate, decibels, granted, upper_bound
@@ -239,12 +238,12 @@ def _record(artifact: Artifact, source: Source) -> dict[str, str]:
 
 
 def _prove_part(artifact: Artifact, part: Part, precision: str, budget: Budget | None) -> dict[str, Any]:
-    from ..runtimes.opening import open_part
+    from ..runtimes.opening import judged_on, open_part
 
     found = recorded(artifact, part.name)
     allowed = granted(part.name, justified(precision, found.floors), budget)
     by_row = [] if budget else row_tolerances(precision, found.floors)
-    entry, placement = artifact.manifest.parts[part.name], Placement(device="cpu")
+    entry, placement = artifact.manifest.parts[part.name], judged_on(artifact).of(part.name)
     cases, rows, problem = [], [], None
     try:
         vouched = artifact.vouched(part.name)

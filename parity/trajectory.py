@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import pictures
 from ..errors import InputError, ParityError
-from ..recipe import Placement
 from ..reports.gates import LOST_POINTS, LOST_PROMPTS, Gate, gates
 from ..runtimes.engine import Engine
-from ..runtimes.opening import of_artifact
+from ..runtimes.opening import judged_on, of_artifact
 from .drawing import Drawn, Shot, draw, open_source
 
 if TYPE_CHECKING:
@@ -138,7 +137,7 @@ def prove(artifact: Artifact) -> dict[str, Any]:
     reference = read(file)
     told: dict[str, Any] = {"shots": [asdict(shot) for shot in reference.shots], "floors": reference.floors}
     try:
-        with Engine(of_artifact(artifact), Placement(device="cpu", threads=torch.get_num_threads())) as engine:
+        with Engine(of_artifact(artifact), judged_on(artifact, torch.get_num_threads())) as engine:
             found = figures(reference.drawn, [draw(engine, shot) for shot in reference.shots])
     except InputError as error:  # such as a fractional timestep, which the file can't take
         return {"skipped": f"the artifact can't draw this: {error.message}"}

@@ -25,6 +25,11 @@ def is_compiled(folder: Path) -> bool:
     return (folder / PACKAGE).is_file()
 
 
+def device_of(folder: Path) -> str | None:
+    """Return the device that a part's code was compiled for; None of a part that isn't compiled ahead of time."""
+    return str(json.loads((folder / FACTS).read_text())["device"]) if is_compiled(folder) else None
+
+
 class Compiled:
     """Compiled code, called as the module is. Weights are the module's own tensors, which stay where they are.
 

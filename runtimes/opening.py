@@ -9,8 +9,10 @@ from .. import plugins
 from ..artifact import MANIFEST, Artifact, PartEntry
 from ..components.component import Port
 from ..errors import ArtifactError, UnavailableError, UsageError
+from ..recipe import Placement
 from ..sources.source import family_of, parts_of, read_json
 from ..weights import Checkpoint
+from . import aoti
 from .runtime import PartFiles
 
 if TYPE_CHECKING:
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ..components.family import Family, Part
-    from ..recipe import Placement
     from ..sources.lora import Delta, Lora
     from ..sources.source import Source
     from .runtime import Runtime
@@ -147,6 +148,12 @@ def of_artifact(artifact: Artifact) -> Baked:
         ", ".join(dict.fromkeys(f"{part.backend}:{part.precision}" for part in manifest.parts.values())),
         artifact,
     )
+
+
+def judged_on(artifact: Artifact, threads: int | None = None) -> Placement:
+    """Return where an artifact is proved: on the processor, but for parts that were compiled for another device."""
+    found = {name: aoti.device_of(artifact.folder / name) for name in artifact.manifest.parts}
+    return Placement("cpu", {name: device for name, device in found.items() if device}, threads=threads)
 
 
 def _foreign(folder: Path, part: Part) -> tuple[Path, PartEntry] | None:

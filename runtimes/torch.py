@@ -13,7 +13,7 @@ from ..errors import InputError, UnavailableError, UsageError
 from ..hardware import OVERFLOWS, Availability, choose_device, overflows_bytes, usable_cores
 from ..sources.lora import added
 from ..weights import Checkpoint, layer_names
-from . import acceleration, aoti, attention
+from . import acceleration, aoti, attention, float32
 from .blocks import Blocks
 from .crossing import Crossing
 from .islands import keep_wide
@@ -53,6 +53,8 @@ _GIVEN = "/input"
 
 class TorchRuntime(Runtime):
     """bf16 parts compute in bfloat16 and channels-last; inputs and outputs stay float32 like everywhere.
+
+    What is float32 is multiplied as such, TF32 is off.
 
     Weights stay mapped from the safetensors, but for convolutions that are laid out channels-last; with
     `offload=mapped` these, too.
@@ -179,6 +181,7 @@ class TorchRuntime(Runtime):
             "device": device,
             "threads": self._threads,
             "precision": _precision(module, computed),
+            "float32": float32.read_back(),
             "float32_layers": wide,
             "compile": compiled,
             "cuda_graphs": graphs,
@@ -228,7 +231,7 @@ class TorchRuntime(Runtime):
 
         assert self._module is not None, "closed"  # noqa: S101
         arguments = self._arguments(inputs)
-        with torch.no_grad(), _threads(self._threads), self._slicing:
+        with torch.no_grad(), float32.plain(), _threads(self._threads), self._slicing:
             results = self._call(*arguments)
         return dict(zip(outputs, self._crossing.to_host(results), strict=True))
 
@@ -281,7 +284,7 @@ class TorchRuntime(Runtime):
         handles = [layer.register_forward_hook(watch(path)) for path, layer in layers.items()]
         arguments = self._arguments(inputs)
         try:
-            with torch.no_grad(), _threads(self._threads), self._slicing:
+            with torch.no_grad(), float32.plain(), _threads(self._threads), self._slicing:
                 self._module(*arguments)
         finally:
             for handle in handles:

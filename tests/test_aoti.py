@@ -1,6 +1,8 @@
 """Code that AOTInductor compiled: on the machine that it was made for, from a verified manifest alone."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,14 +10,17 @@ import torch
 import bakeoff
 import bakeoff.pictures
 from bakeoff import plugins
+from bakeoff.artifact import Artifact
 from bakeoff.bake import export
 from bakeoff.components.component import Port
 from bakeoff.errors import ArtifactError, CorruptError, InputError, RecipeError, UnavailableError, UsageError
 from bakeoff.exporters import aoti as written
+from bakeoff.parity import explain, meaning, prover, trajectory
 from bakeoff.recipe import Placement, parse
-from bakeoff.runtimes import aoti
+from bakeoff.runtimes import aoti, opening
 from bakeoff.runtimes.opening import open_part, read_folder
 from bakeoff.runtimes.runtime import PartFiles
+from bakeoff.sources.source import Source
 from bakeoff.weights import sha256
 
 PROMPT = "a large red circle on a white background"
@@ -93,6 +98,36 @@ def test_what_the_code_was_not_made_for_is_refused(tensor, fits):
         return
     with pytest.raises(InputError, match=r"compiled for \(1 to any, 4, 1 to 77\) float32"):
         aoti._refuse_misfit("unet", "sample", GIVEN, tensor)
+
+
+class Placed(BaseException):  # stops what has placed a part, and is caught by nothing
+    pass
+
+
+def test_whoever_judges_places_code_on_the_device_that_it_was_made_for(baked, shapes, tmp_path, monkeypatch):
+    seen = []
+
+    def opened(*given, **_):
+        seen.append(next(each for each in given if isinstance(each, Placement)))
+        raise Placed
+
+    artifact = Artifact.open(Path(shutil.copytree(baked("torch:fp32", proved=True), tmp_path / "artifact")))
+    (artifact.folder / "text_encoder" / aoti.PACKAGE).touch()
+    (artifact.folder / "text_encoder" / aoti.FACTS).write_text(json.dumps({"device": "cuda"}))
+    for module, name in ((opening, "open_part"), (explain, "open_part"), (trajectory, "Engine"), (meaning, "Engine")):
+        monkeypatch.setattr(module, name, opened)
+    monkeypatch.setattr(meaning, "_right", lambda *_: [True])
+    part = opening.of_artifact(artifact).family.part("text_encoder")
+    for judge in (
+        lambda: prover._prove_part(artifact, part, "fp32", None),
+        lambda: explain.explain(artifact, Source.open(str(shapes))),
+        lambda: trajectory.prove(artifact),
+        lambda: meaning.judge_here(str(artifact.folder), str(shapes), 2),
+    ):
+        with pytest.raises(Placed):
+            judge()
+        assert seen[-1].of("text_encoder").device == "cuda"
+    assert seen[-1].of("unet").device == seen[-2].of("unet").device == "cpu"
 
 
 def test_exporter_and_runtime_agree_on_names():

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bakeoff.bench import runner
+from bakeoff.bench import runner, work
 from bakeoff.bench.experiment import Arm, Experiment, from_toml, parse_arms
 from bakeoff.bench.lineup import precisions
+from bakeoff.bench.opening import Opener
 from bakeoff.bench.work import prompts, seed_of
 from bakeoff.errors import UsageError
 from bakeoff.reports.compare import compare
@@ -227,6 +228,27 @@ def test_an_experiment_file_says_what_the_options_say():
     assert list(declared.points()) == ["steps 1", "steps 2"]
 
 
+def test_recipes_are_exported_with_the_experiments_calibration(tmp_path, monkeypatch):
+    text = 'model = "shapes"\narms = ["torch:fp32", "onnx:w8a8"]\n'
+    declared, seen = from_toml(text + 'calibration = "scales.safetensors"'), []
+
+    def child(function, arguments):
+        assert function == "bakeoff.bench.work:bake"
+        return work.bake(**arguments), None
+
+    def planned(model, recipe, **options):
+        seen.append((model, str(recipe.default.precision), options["calibration"]))
+        raise UsageError(model)
+
+    monkeypatch.setattr(runner, "in_child", child)
+    monkeypatch.setattr("bakeoff.plan.plan", planned)
+    run = runner._Run(Opener(declared, tmp_path, {}), {"arms": {}}, lambda *_: None)
+    run._bake(declared.arms[1])
+    assert seen == [("shapes", "w8a8", "scales.safetensors")]
+    assert "calibration" not in from_toml(text).as_dict(), "older experiments keep their hash"
+    assert from_toml(text).hash != declared.hash
+
+
 def test_sizes_are_swept_together():
     declared = from_toml('model = "shapes"\narms = ["torch:fp32"]\n[sweep]\nsize = ["64x64", "64x128"]')
     assert [(point.height, point.width) for point in declared.points().values()] == [(64, 64), (64, 128)]
@@ -326,9 +348,9 @@ def test_energy_is_the_difference_of_counters(tmp_path):
         (tmp_path / name).mkdir()
         for file, content in (("name", label), ("energy_uj", "9000000"), ("max_energy_range_uj", "10000000")):
             (tmp_path / name / file).write_text(content)
-    before = energy.read(tmp_path)
+    before = energy.read(rapl=tmp_path)
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("2000000")  # it began again from 0
-    assert energy.between(before, energy.read(tmp_path)) == {"package-0 (intel-rapl:0)": 3.0}
+    assert energy.between(before, energy.read(rapl=tmp_path)) == {"package-0 (intel-rapl:0)": 3.0}
     assert energy.between(energy.read(tmp_path / "none"), energy.read(tmp_path / "none")) is None
 
 

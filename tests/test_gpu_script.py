@@ -5,13 +5,18 @@ import runpy
 import subprocess
 import sys
 import time
+import tomllib
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bakeoff import hardware
 from bakeoff.errors import BakeoffError, UnavailableError, UsageError
-from bakeoff.models import fullsize
+from bakeoff.models import drawn as models_drawn
+from bakeoff.models import fullsize, tiny
 from bakeoff.models.drawn import PRECISIONS, drawn
 from bakeoff.recipe import Placement
 from bakeoff.runtimes.engine import Engine
@@ -117,7 +122,47 @@ def test_a_crash_is_the_items_own(script, tmp_path, monkeypatch):
     monkeypatch.setitem(script["run"].__globals__, "ITEMS_SCRIPT", broken)
     outcome = script["run"](script["Item"]("broken", "picture", 5.0), 5.0, tmp_path)
     assert "no such kernel" in outcome["failed"]
-    assert not script["is_done"](outcome)
+    assert not script["is_done"](outcome, {})
+
+
+def test_what_was_lacking_is_tried_again_once_something_is_installed(script):
+    lacked, now = {"torch": "2.13"}, {"torch": "2.13", "onnxruntime-gpu": "1.31"}
+    for outcome in ({"skipped": "no provider"}, {"left_out": {"tensorrt:fp16@cuda": "no TensorRT"}, "arms": []}):
+        assert script["is_done"]({**outcome, "tried_with": lacked}, lacked)
+        assert not script["is_done"]({**outcome, "tried_with": lacked}, now)
+    assert script["is_done"]({"step_s": 1.0, "tried_with": lacked}, now)
+    assert script["is_done"]({"left_out": {}, "arms": [], "tried_with": lacked}, now)
+    assert not script["is_done"]({"unfinished": "run it again", "tried_with": now}, now)
+
+
+def test_figures_are_kept_where_another_try_came_to_nothing(script):
+    kept, figures = script["kept"], {"arms": [], "left_out": {"x": "y"}}
+    assert kept(figures, {"not_run": "0 s were left"}) is figures
+    assert kept(figures, {"failed": "out of memory"}) is figures
+    assert kept(figures, {"arms": [1]}) == {"arms": [1]}
+    assert kept({"failed": "hung"}, {"skipped": "no room"}) == {"skipped": "no room"}
+    assert kept(None, {"failed": "hung"}) == {"failed": "hung"}
+
+
+def test_a_driver_or_nvml_that_came_later_is_no_other_machine(script, tmp_path, monkeypatch):
+    file, gpu = tmp_path / "record.json", {"name": "H100", "driver": "580.1"}
+    open_record = script["open_record"]
+    told = {"cpu": "x", "gpus": []}
+    monkeypatch.setattr(open_record.__globals__["hardware"], "describe", lambda: told)
+    file.write_text(json.dumps(open_record(file, "cpu", tiny=True)))
+    told["gpus"] = [gpu]
+    file.write_text(json.dumps({**open_record(file, "cpu", tiny=True), "machine": {**told}}))
+    told["gpus"] = [{**gpu, "driver": "590"}]
+    open_record(file, "cpu", tiny=True)
+    told["gpus"] = [{"name": "A100"}]
+    with pytest.raises(BakeoffError, match="gpus"):
+        open_record(file, "cpu", tiny=True)
+
+
+def test_tensorrts_extra_brings_no_onnxruntime_over_that_of_a_gpu():
+    extras = tomllib.loads((FOLDER.parent.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert not [each for each in extras["tensorrt"] if "onnxruntime" in each or "bakeoff[" in each]
+    assert set(extras["tensorrt"]) >= {each for each in extras["onnx"] if "onnxruntime" not in each}
 
 
 def test_what_there_is_to_run(script, tmp_path):
@@ -139,27 +184,151 @@ def test_what_there_is_to_run(script, tmp_path):
 ARMS = ["null:fp32@cpu", "null:fp32+cuda_graphs@cpu", "torch:bf16+cuda_graphs@cpu", "tflite:fp16@cpu"]
 
 
-def test_arms_that_cannot_run_are_left_out_with_the_reason():
-    found, left_out = runpy.run_path(str(FOLDER / "gpu_items.py"))["_possible"](ARMS, "cpu")
+@pytest.fixture(scope="module")
+def shapes():
+    return runpy.run_path(str(FOLDER / "gpu_shapes.py"))
+
+
+def test_arms_that_cannot_run_are_left_out_with_the_reason(shapes):
+    found, left_out = shapes["_possible"](ARMS, "cpu")
     assert found == ["null:fp32@cpu"]
     assert left_out["null:fp32+cuda_graphs@cpu"] == "null has no cuda_graphs"
     assert "it would run on cpu" in left_out["torch:bf16+cuda_graphs@cpu"]
     assert left_out["tflite:fp16@cpu"] == "no backend tflite is installed"
 
 
+def test_the_embedded_models_item_does_as_much_as_fits(shapes):
+    fitting = shapes["fitting"]
+    assert fitting(3, 128, arms=10, pace_s=0.01, seconds=240) == (3, 128)
+    assert fitting(3, 128, arms=10, pace_s=0.2, seconds=240) == (3, 64)
+    assert fitting(3, 128, arms=15, pace_s=5.0, seconds=240) == (2, 8)
+    assert fitting(2, 2, arms=1, pace_s=9.0, seconds=1) == (2, 2)
+
+
+def test_what_is_there_when_the_time_is_up_is_summed_up(shapes, tmp_path, monkeypatch):
+    def endless(declared, folder, _):
+        folder.mkdir()
+        about = {"entries": {}, "failure": {"during": "export", "reason": "no room", "stderr": ""}}
+        machine = {"cpu": "x", "usable_cores": 1, "memory_bytes": 1e9}
+        record = {"experiment": declared.as_dict(), "machine": machine, "started": "now", "blocks": []}
+        (folder / "record.json").write_text(json.dumps({**record, "arms": {ARMS[0]: about}}))
+        time.sleep(60)
+
+    monkeypatch.setattr("bakeoff.bench.runner.run", endless)
+    monkeypatch.setitem(shapes["shapes"].__globals__, "_pace", lambda *_: 0.01)
+    started = time.monotonic()
+    for _ in range(2):  # the second goes on with the first one's record
+        told = shapes["shapes"](str(tmp_path), "cpu", ARMS, blocks=2, prompts=2, steps=2, budget_s=3.0)
+        assert "run it again" in told["unfinished"]
+        assert "no room" in told["markdown"]
+        assert told["left_out"]
+        monkeypatch.setattr("bakeoff.bench.runner.run", lambda *_: time.sleep(60))
+    assert time.monotonic() - started < 60
+
+
+def test_the_model_is_calibrated_once_for_the_recipes_that_take_it(shapes, tmp_path, monkeypatch):
+    calls = []
+
+    def calibrate(model, prompts, **_):
+        calls.append((model, len(prompts)))
+        return SimpleNamespace(save=lambda file: file.touch())
+
+    monkeypatch.setattr("bakeoff.tuning.calibrate.calibrate", calibrate)
+    calibration = shapes["_calibration"]
+    assert calibration(tmp_path, ["torch:fp32@cpu", "torch:w8a8-dynamic@cpu"]) is None
+    files = {calibration(tmp_path, ["torch:fp32@cpu", "tensorrt:w8a8@cpu"]) for _ in range(2)}
+    assert files == {str(tmp_path / "shapes-calibration.safetensors")}
+    assert calls == [("shapes", 16)]
+
+
 @pytest.mark.slow
-def test_the_embedded_models_item_judges(tmp_path, monkeypatch):
+def test_the_embedded_models_item_judges(shapes, tmp_path, monkeypatch):
     monkeypatch.setenv("BAKEOFF_HOME", str(tmp_path / "home"))
-    shapes = runpy.run_path(str(FOLDER / "gpu_items.py"))["shapes"]
-    told = shapes(str(tmp_path), "cpu", ARMS, blocks=2, prompts=2, steps=2)
+    told = shapes["shapes"](str(tmp_path), "cpu", ARMS, blocks=2, prompts=2, steps=2, budget_s=600.0)
+    assert "unfinished" not in told
     assert [row["arm"] for row in told["arms"]["rows"] if "null" in row["arm"]]
     assert "null:fp32@cpu" in told["markdown"]
     assert Path(told["bench_record"]).is_file()
 
 
+@pytest.fixture
+def trying():
+    return runpy.run_path(str(FOLDER / "gpu_features.py"))
+
+
+def test_features_pass_or_are_skipped_with_the_reason(trying, tmp_path):
+    names = ["attention=math", "offload=parts", "mixed devices", "offload=blocks", "CUDA graphs in torch", "TensorRT"]
+    told = trying["features"](str(tmp_path), "cpu", 600.0, names)
+    outcomes = {name: each["outcome"] for name, each in told["features"].items()}
+    assert outcomes == dict.fromkeys(names[:3], "passed") | dict.fromkeys(names[3:], "skipped")
+    assert told["features"]["attention=math"]["read back"] > 0
+    assert told["features"]["offload=parts"]["db"] > 60
+    assert set(told["left_out"]) == set(names[3:])
+    assert "where weights are already" in told["left_out"]["offload=blocks"]
+    assert "NVIDIA" in told["left_out"]["TensorRT"]
+    assert not (tmp_path / "features" / "done.json").exists()
+
+
+def test_a_feature_that_takes_no_effect_or_draws_something_else_fails(trying, tmp_path, monkeypatch):
+    trial = trying["Trial"](tmp_path, "cpu")
+    idle = trying["Feature"]("torch:fp32", lambda told: told["unet"]["cuda_graphs"])
+    assert "it took no effect" in trying["tried"](trial, idle)["reason"]
+    monkeypatch.setitem(trying["near"].__globals__, "LEAST_DB", 300.0)
+    told = trying["tried"](trial, trying["Feature"]("torch:fp32", bool))
+    assert told["outcome"] == "failed"
+    assert "dB from that without it" in told["reason"]
+
+
+def test_a_feature_that_ends_the_process_fails_and_the_others_go_on(trying, tmp_path, monkeypatch, script):
+    def dies(*_):
+        raise SystemExit
+
+    features, inside = trying["features"], trying["features"].__globals__
+    monkeypatch.setitem(inside, "FEATURES", {"one": "dies", "two": "fine"})
+    monkeypatch.setitem(inside, "dies", dies)
+    monkeypatch.setitem(inside, "fine", lambda _: {"db": 60.0})
+    with pytest.raises(SystemExit):
+        features(str(tmp_path), "cpu", 600.0)
+    assert "run it again" in features(str(tmp_path), "cpu", 0.0)["unfinished"]
+    told = features(str(tmp_path), "cpu", 600.0)
+    assert told["features"]["one"] == {"outcome": "failed", "reason": "the process ended while it ran"}
+    assert told["features"]["two"]["outcome"] == "passed"
+    lines = script["_features"](told)
+    assert "| one | failed | – | the process ended while it ran |" in lines
+    assert any(line.startswith("| two | passed |") and "db 60.0" in line for line in lines)
+
+
+def test_exchanged_loras_are_held_against_torchs(trying, tmp_path, monkeypatch):
+    """The steps that TensorRT's engines get, on engines of torch."""
+    inside, trial = trying["refitted"].__globals__, trying["Trial"](tmp_path, "cpu")
+    monkeypatch.setitem(inside, "_ENGINE", trying["_PLAIN_FP16"])
+    opened = type(trial).open
+    monkeypatch.setattr(type(trial), "open", lambda self, recipe, how: opened(self, recipe.removesuffix("+refit"), how))
+    told = trying["refitted"](trial)
+    assert told["LoRA against torch, db"] == told["db"] == 200.0
+    monkeypatch.setitem(inside, "_lora", lambda file, _: trying["_lora"](file, 1))  # both the same
+    with pytest.raises(RuntimeError, match="A, B, A"):
+        trying["refitted"](trial)
+
+
 @pytest.fixture(scope="module")
 def hollow(tmp_path_factory):
     return fullsize.build("flux.1-dev", tmp_path_factory.mktemp("drawn") / "flux", hollow=True, small=True)
+
+
+def test_a_folder_is_there_once_it_is_whole(tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fullsize, "write_module", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fullsize.build("sdxl", tmp_path / "full", hollow=True, small=True)
+        patch.setattr(tiny, "_write_index", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.build("stable-diffusion", tmp_path / "tiny")
+    assert not [*tmp_path.iterdir()]
+    assert (fullsize.build("sdxl", tmp_path / "full", hollow=True, small=True) / "unet" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("precision", [each for each in PRECISIONS if each != "fp8"])
@@ -173,6 +342,31 @@ def test_weights_are_drawn_where_they_run(hollow, precision):
     assert made[0].std() > 1
     wanted = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}.get(precision, "Linear")
     assert wanted in kinds
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_a_layer_is_quantized_before_the_next_one_is_drawn(hollow, precision, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    seen, alive = [], []
+    whole = models_drawn._bitsandbytes
+
+    def quantized(layer, precision):
+        alive.append(sum(each() is not None for each in seen))
+        seen.append(weakref.ref(layer.weight))
+        return whole(layer, precision)
+
+    monkeypatch.setattr(models_drawn, "_bitsandbytes", quantized)
+    made = drawn(read_folder(hollow), precision, "cpu")
+    component = made.family.part("transformer").component
+    component.load(made.folders["transformer"], torch.bfloat16)
+    assert len(seen) > 10
+    assert not any(alive)
+
+
+def test_each_kind_of_memory_has_a_column_of_its_own(script):
+    memory = {"allocator_peak_bytes": 3e9, "reserved_peak_bytes": 4e9, "process_bytes": 5e9}
+    assert "| 3.00 | 4.00 | 5.00 |" in script["_row"]("x", {"memory": memory})
+    assert "| – | – | 5.00 |" in script["_row"]("x", {"memory": {"process_bytes": 5e9}})
 
 
 def test_8_bit_floats_are_refused_without_a_gpu_that_has_them(hollow):
@@ -194,4 +388,4 @@ def test_the_whole_script_runs_at_tiny_size(tmp_path):
     failed = {name: told for name, told in found["items"].items() if "failed" in told or "not_run" in told}
     assert not failed
     assert found["items"]["shapes"]["left_out"]
-    assert found["items"]["sdxl, one step, ONNX Runtime"]["step_s"] > 0
+    assert found["items"]["sdxl, one step, ONNX Runtime, fp16 weights, float32 products"]["step_s"] > 0

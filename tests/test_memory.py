@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 
 from bakeoff import memory
@@ -20,6 +22,11 @@ def allocate_and_free():
     freed = memory.rss_bytes("RssAnon")
     memory.give_back()
     return [freed, memory.rss_bytes("RssAnon")]
+
+
+def give_back_without_torch():
+    memory.give_back()
+    return "torch" in sys.modules
 
 
 def fail():
@@ -60,3 +67,16 @@ def test_a_childs_death_is_said(here):
 def test_freed_memory_is_given_back(here):
     (freed, after), _ = memory.in_child("test_memory:allocate_and_free", {}, extra_path=here)
     assert freed - after > 200 << 20
+
+
+def test_what_torch_keeps_of_a_gpu_is_given_back_to_other_backends(here, monkeypatch):
+    import torch
+
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    memory.give_back()
+    assert not emptied
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    memory.give_back()
+    assert emptied
+    assert memory.in_child("test_memory:give_back_without_torch", {}, extra_path=here)[0] is False

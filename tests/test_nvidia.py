@@ -1,6 +1,7 @@
 """What is asked of NVML, against the names and arguments of the real binding, by a stand-in for the driver."""
 
 import os
+import time
 from types import SimpleNamespace
 from unittest.mock import create_autospec
 
@@ -87,7 +88,7 @@ def test_memory_is_a_processs_own(driver):
 def test_foreign_processes_taint_a_run_and_ones_own_do_not(driver):
     driver.nvmlDeviceGetComputeRunningProcesses.return_value = computing(os.getpid())
     before = guard.read(os.getpid())
-    assert before.foreign == 0
+    assert before.gpus.foreign == 0
     driver.nvmlDeviceGetComputeRunningProcesses.return_value = computing(os.getpid(), 1)
     after = guard.read(os.getpid())
     assert any("1 other processes used a GPU" in text for text in guard.between(before, after)["tainted"])
@@ -99,7 +100,7 @@ def test_resident_arms_are_not_foreign(driver):
 
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         driver.nvmlDeviceGetComputeRunningProcesses.return_value = computing(os.getpid(), child.pid)
-        assert guard.read(os.getpid()).foreign == 0
+        assert guard.read(os.getpid()).gpus.foreign == 0
         child.stdin.close()
 
 
@@ -123,13 +124,70 @@ def test_throttling_is_said(driver, reason, said):
     assert nvidia.throttled() == said
     told = guard.between(guard.read(os.getpid()), guard.read(os.getpid()))
     assert any("held back" in text for text in told["tainted"]) == bool(said)
-    assert told["gpu_clocks"][0] == {"sm_mhz": 1755, "most_sm_mhz": 1980, "celsius": 61}
+    assert told["gpu_clocks"][0] == {
+        "lowest_sm_mhz": 1755, "median_sm_mhz": 1755, "most_sm_mhz": 1980, "celsius": 61
+    }  # fmt: skip
+
+
+def test_gpus_are_watched_while_a_run_is_timed_not_only_after_it(driver, monkeypatch):
+    monkeypatch.setattr(guard, "SAMPLE_EVERY_S", 0.001)
+    clocks, seen = [1980, 1200, 1755], []
+
+    def while_it_runs(_):
+        seen.append(True)
+        return pynvml.nvmlClocksEventReasonSwPowerCap if len(seen) == 3 else 0
+
+    with guard.Watch(os.getpid(), "GPU-1abc") as watch:
+        driver.nvmlDeviceGetCurrentClocksEventReasons.side_effect = while_it_runs
+        driver.nvmlDeviceGetComputeRunningProcesses.return_value = computing(1)
+        driver.nvmlDeviceGetClockInfo.side_effect = lambda *_: clocks[len(seen) % 3]
+        until = time.monotonic() + 20
+        while len(seen) < 7 and time.monotonic() < until:
+            time.sleep(0.001)
+        driver.nvmlDeviceGetComputeRunningProcesses.return_value = []
+        driver.nvmlDeviceGetClockInfo.side_effect = lambda *_: 300  # idle
+        driver.nvmlDeviceGetCurrentClocksEventReasons.side_effect = lambda _: 0
+    told = watch.told()
+    assert told["gpu_samples"] >= 7
+    assert "1 other processes used a GPU" in told["tainted"]
+    assert "a GPU was held back by power cap" in told["tainted"]
+    (of_one,) = told["gpu_clocks"]
+    assert of_one["lowest_sm_mhz"] in {300, 1200}  # a last sample may be an idle one
+    assert of_one["median_sm_mhz"] > 300
+
+
+def test_the_gpu_in_use_alone_is_asked(driver, tmp_path):
+    assert set(nvidia.joules("GPU-1abc")) == {"gpu1"}
+    assert set(nvidia.joules("GPU-nowhere")) == set(nvidia.joules(None)) == {"gpu0", "gpu1"}
+    busy = {"gpu 0": computing(1), "gpu 1": computing(os.getpid())}
+    driver.nvmlDeviceGetComputeRunningProcesses.side_effect = busy.get
+    driver.nvmlDeviceGetCurrentClocksEventReasons.side_effect = lambda handle: (
+        pynvml.nvmlClocksEventReasonSwPowerCap if handle == "gpu 0" else 0
+    )
+    assert guard.read(os.getpid(), "GPU-1abc").gpus.foreign == 0
+    assert guard.read(os.getpid(), "GPU-0abc").gpus.foreign == 1
+    assert nvidia.throttled("GPU-1abc") == []
+    assert nvidia.throttled("GPU-0abc") == ["power cap"]
+    assert len(nvidia.clocks("GPU-1abc")) == 1
+    spent = {"gpu1": 5.0, "package-0 (intel-rapl:0)": 3.0}
+    assert (energy.of_gpus(spent), energy.of_processors(spent)) == (5.0, 3.0)
+    assert energy.of_gpus(None) is energy.of_processors({"gpu0": 1.0}) is None
+
+
+def test_torch_says_which_gpu_is_in_use(monkeypatch):
+    import torch
+
+    assert nvidia.in_use() is None
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"{index}abc"))
+    assert nvidia.in_use() == "GPU-1abc"
 
 
 def test_energy_is_counted_in_joules(driver, tmp_path):
-    before = energy.read(tmp_path)
+    before = energy.read(rapl=tmp_path)
     driver.nvmlDeviceGetTotalEnergyConsumption.side_effect = lambda handle: 5000 + 250_000
-    spent = energy.between(before, energy.read(tmp_path))
+    spent = energy.between(before, energy.read(rapl=tmp_path))
     assert spent["gpu0"] == pytest.approx(250.0)
     assert set(spent) == {"gpu0", "gpu1"}
 

@@ -18,7 +18,7 @@ from bakeoff.components.component import CAPTURE_SIZES
 from bakeoff.components.low_bit import move
 from bakeoff.errors import RecipeError, UnavailableError, UsageError
 from bakeoff.models import fullsize
-from bakeoff.models.drawn import quantize
+from bakeoff.models.drawn import draw
 from bakeoff.pictures import psnr
 from bakeoff.recipe import Placement, parse
 from bakeoff.runtimes.acceleration import GRAPHS_KEPT, ChosenAttention, Graphs, compile_module, record_graph
@@ -398,6 +398,6 @@ def test_regional_finds_the_blocks_of_full_size_denoisers(model, module, count):
 def test_codes_go_to_a_device_with_their_scales(precision):
     pytest.importorskip("bitsandbytes")
     layer = torch.nn.Sequential(torch.nn.Linear(64, 64)).to(torch.bfloat16)
-    moved = move(quantize(layer, precision), torch.device("meta"))[0].weight
+    moved = move(draw(layer, "cpu", precision), torch.device("meta"))[0].weight
     beside = (moved.CB, moved.SCB) if precision == "int8" else (moved.quant_state.absmax, moved.quant_state.code)
     assert {each.device.type for each in (moved, *beside)} == {"meta"}

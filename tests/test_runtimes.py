@@ -178,3 +178,22 @@ def test_static_shapes_give_the_same_pictures(baked):
 def test_static_is_refused_where_it_does_nothing(baked):
     with pytest.raises(UsageError, match="static does nothing here"):
         load(baked("torch:fp32"), static=True)
+
+
+@pytest.mark.parametrize("recipe", ["torch:fp32", "torch:bf16"])
+def test_torch_multiplies_float32_as_float32_and_leaves_the_flags_as_they_were(baked, recipe):
+    flags = [torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before, seen = [flag.fp32_precision for flag in flags], []
+    assert before[0] == "tf32"  # torch's own choice
+    folder = read_folder(baked(recipe))
+    part = folder.family.part("unet")
+    with open_part(folder.folders["unet"], part, folder.parts["unet"], Placement(device="cpu", threads=1)) as runtime:
+        module = runtime.module()
+        module.register_forward_hook(lambda *_: seen.append([flag.fp32_precision for flag in flags]))
+        runtime.run(feed(runtime, 0))
+        assert runtime.configuration["float32"] == "ieee"
+        module.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            runtime.run(feed(runtime, 0))
+    assert seen == [["ieee"] * 3] * 2
+    assert [flag.fp32_precision for flag in flags] == before

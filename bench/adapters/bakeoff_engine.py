@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import bakeoff
+from bakeoff import nvidia
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +36,9 @@ class Adapter:
         import torch
 
         return {"allocator_peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
+
+    def gpu(self) -> str | None:
+        return nvidia.in_use()
 
     def _make(self, prompts: list[str], latents: NDArray[np.float32], work: dict[str, Any], **options: Any) -> Any:  # noqa: ANN401 - a Result
         import torch

@@ -22,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from bakeoff import hardware
+from bakeoff.bench import energy
 from bakeoff.errors import BakeoffError
 
 ITEMS_SCRIPT = Path(__file__).with_name("gpu_items.py")
 SCHEMA = 1
+_UNDONE = {"failed", "not_run", "unfinished"}
+_WITHOUT_FIGURES = {"failed", "not_run", "skipped"}
 _LEAST_S = 15.0
 """Less than this isn't worth starting a process for."""
 _BUDGETS = {None: 60.0, "regional": 120.0, "full": 180.0}
@@ -33,16 +36,9 @@ _BUDGETS = {None: 60.0, "regional": 120.0, "full": 180.0}
 _GRACE_S = 20.0
 """What an item may take beyond its budget before its process is ended."""
 PACKAGES = (
-    "bakeoff",
-    "torch",
-    "diffusers",
-    "transformers",
-    "bitsandbytes",
-    "torchao",
-    "onnxruntime-gpu",
-    "onnxruntime",
-    "tensorrt-cu13",
-)
+    "bakeoff", "torch", "triton", "diffusers", "transformers", "bitsandbytes", "torchao", "onnx", "onnxscript",
+    "onnxruntime-gpu", "onnxruntime", "tensorrt-cu13", "nvidia-ml-py",
+)  # fmt: skip
 ANCHORS = {
     "model": "FLUX.1-dev, 28 steps, 1024×1024, bfloat16, one H200",
     "seconds": {"Diffusers": 5.58, "Diffusers, compiled": 4.32, "Diffusers, compiled, FlashAttention 3": 3.73},
@@ -56,6 +52,10 @@ SHAPES_ARMS = (
 """Those whose backend isn't here are left out, with the reason in the record."""
 TRIED_ARMS = ("torch:fp32", "torch:bf16", "torch:bf16+cuda_graphs", "torch:nf4", "tensorrt:fp16")
 """With `--tiny`."""
+
+_OWN_TABLES = {"shapes", "features"}
+_SAID_APART = {"outcome", "seconds"}
+_MEMORY = ("allocator_peak_bytes", "reserved_peak_bytes", "process_bytes")
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,10 @@ def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
     return [
         *first[:2],
         Item("shapes", "shapes", 240, {**common, **judged}),
-        *first[2:],
-        Item("sdxl, one step, ONNX Runtime", "onnx_step", 240, step),
+        *first[2:4],
+        Item("features", "features", 180, common),
+        *first[4:],
+        Item("sdxl, one step, ONNX Runtime, fp16 weights, float32 products", "onnx_step", 240, step),
         *rest,
     ]
 
@@ -144,8 +146,7 @@ def _picture(model: Model, arm: str, common: dict[str, Any], *, tiny: bool) -> I
 
 def run(item: Item, seconds: float, logs: Path) -> dict[str, Any]:
     """Run an item in a process of its own that ends when its time is over."""
-    arguments = item.arguments | ({} if item.kind == "shapes" else {"budget_s": seconds})
-    command = [sys.executable, "-P", str(ITEMS_SCRIPT), item.kind, json.dumps(arguments)]
+    command = [sys.executable, "-P", str(ITEMS_SCRIPT), item.kind, json.dumps({**item.arguments, "budget_s": seconds})]
     started = time.monotonic()
     log = logs / f"{''.join(c if c.isalnum() else '-' for c in item.name)}.txt"
     with (
@@ -168,9 +169,20 @@ def run(item: Item, seconds: float, logs: Path) -> dict[str, Any]:
     return {**json.loads(lines[-1]), **wall}
 
 
-def is_done(outcome: dict[str, Any] | None) -> bool:
-    """Say whether an item needn't run again: it has figures, or can't run here."""
-    return outcome is not None and "failed" not in outcome and "not_run" not in outcome
+def is_done(outcome: dict[str, Any] | None, versions: dict[str, str]) -> bool:
+    """Say whether an item needn't run again: it has all its figures, or still lacks what it lacked.
+
+    What was skipped or left out may run once another package is installed, or another version.
+    """
+    if outcome is None or _UNDONE & set(outcome):
+        return False
+    return not (outcome.get("skipped") or outcome.get("left_out")) or outcome.get("tried_with") == versions
+
+
+def kept(before: dict[str, Any] | None, outcome: dict[str, Any]) -> dict[str, Any]:
+    """Return what the record keeps: figures that it has aren't given for a try that came to nothing."""
+    has_figures = before is not None and not _WITHOUT_FIGURES & set(before)
+    return before if before is not None and has_figures and _WITHOUT_FIGURES & set(outcome) else outcome
 
 
 def open_record(file: Path, device: str, *, tiny: bool) -> dict[str, Any]:
@@ -184,12 +196,22 @@ def open_record(file: Path, device: str, *, tiny: bool) -> dict[str, Any]:
     if not file.exists():
         return {**fresh, "anchors": ANCHORS, "items": {}}
     found: dict[str, Any] = json.loads(file.read_text())
-    for name, value in (("device", device), ("tiny", tiny), ("cpu", machine["cpu"]), ("gpus", machine["gpus"])):
-        had = found[name] if name in found else found["machine"][name]
+    gpus = _gpu_names(machine)
+    for name, had, value in (
+        ("device", found["device"], device),
+        ("tiny", found["tiny"], tiny),
+        ("cpu", found["machine"]["cpu"], machine["cpu"]),
+        ("gpus", _gpu_names(found["machine"]) or gpus, gpus or _gpu_names(found["machine"])),
+    ):
         if had != value:
             message = f"{file} was recorded with {name} = {had}, here it is {value}"
             raise BakeoffError(message, fix="choose another file, or remove this one")
     return {**found, "versions": fresh["versions"]}
+
+
+def _gpu_names(machine: dict[str, Any]) -> list[str]:
+    """Return the names of GPUs, which need NVML to be told; drivers may change between two runs."""
+    return [gpu["name"] for gpu in machine["gpus"]]
 
 
 def _versions() -> dict[str, str]:
@@ -218,28 +240,44 @@ def page(record: dict[str, Any]) -> str:
     if record["tiny"] or record["device"] != "cuda":
         lines += [f"**Tiny models on {record['device']}: the script was tried, no figure here means anything.**", ""]
     lines += ["Weights of full-size models are random: seconds, memory and energy are theirs, pictures are noise.", ""]
-    lines += ["| model, arm | a picture, s | a step, ms | first picture, s | memory, GB | energy, J | |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
-    lines += [_row(name, outcome) for name, outcome in record["items"].items() if name != "shapes"]
+    lines += ["Memory in GB: what torch's tensors took at most, what its allocator reserved, what the process has.", ""]
+    lines += [
+        "| model, arm | a picture, s | a step, ms | first picture, s | tensors | reserved | process | GPU, J | processor, J | |"
+    ]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines += [_row(name, outcome) for name, outcome in record["items"].items() if name not in _OWN_TABLES]
     anchors = record["anchors"]
     lines += ["", f"Anchors: {anchors['model']}: "]
     lines[-1] += ", ".join(f"{name} {each} s" for name, each in anchors["seconds"].items()) + f" ({anchors['label']})."
     judged = record["items"].get("shapes", {})
-    lines += ["", "## The embedded model", "", judged.get("markdown") or _remark(judged) or "not run"]
+    lines += ["", "## The embedded model", ""]
+    lines += [text for text in (_remark(judged), judged.get("markdown")) if text] or ["not run"]
     for arm, reason in judged.get("left_out", {}).items():
         lines.append(f"- left out: `{arm}`: {reason}")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_features(record["items"].get("features", {}))]) + "\n"
+
+
+def _features(outcome: dict[str, Any]) -> list[str]:
+    """Return the table of features, each passed, failed or skipped with the reason."""
+    lines = ["", "## Features", "", *(text for text in [_remark(outcome)] if text), ""]
+    lines += ["| feature | | seconds | |", "| --- | --- | --- | --- |"]
+    for name, told in outcome.get("features", {}).items():
+        said = told.get("reason") or ", ".join(f"{key} {told[key]}" for key in told if key not in _SAID_APART)
+        text = " ".join(said.split())[-300:].replace("|", "/")
+        lines.append(f"| {name} | {told['outcome']} | {told.get('seconds', '–')} | {text} |")
+    return lines
 
 
 def _row(name: str, outcome: dict[str, Any]) -> str:
-    memory = (outcome.get("memory") or {}).values()
+    memory = outcome.get("memory") or {}
     joules = outcome.get("energy_j_per_picture") or outcome.get("energy_j_per_step")
     cells = [
         _figure(outcome.get("median_picture_s"), "{:.3f}"),
         _figure(outcome.get("step_s"), "{:.2f}", 1e3),
         _figure(outcome.get("first_picture_s"), "{:.1f}"),
-        _figure(max((each for each in memory if each), default=None), "{:.2f}", 1e-9),
-        _figure(sum(joules.values()) if joules else None, "{:.0f}"),
+        *(_figure(memory.get(kind), "{:.2f}", 1e-9) for kind in _MEMORY),
+        _figure(energy.of_gpus(joules), "{:.0f}"),
+        _figure(energy.of_processors(joules), "{:.0f}"),
         _remark(outcome),
     ]
     return f"| {name} | {' | '.join(cells)} |"
@@ -250,7 +288,7 @@ def _figure(value: float | None, text: str, times: float = 1.0) -> str:
 
 
 def _remark(outcome: dict[str, Any]) -> str:
-    for word in ("skipped", "failed", "not_run"):
+    for word in ("skipped", "failed", "not_run", "unfinished"):
         if word in outcome:
             said = " ".join(str(outcome[word]).split())[-200:]
             return f"{word.replace('_', ' ')}: {said}".replace("|", "/")
@@ -280,8 +318,9 @@ def main() -> int:
     record = open_record(options.record, options.device, tiny=options.tiny)
     record["command"] = " ".join(["python", "docs/benchmarks/gpu.py", *sys.argv[1:]])
     for item in items(options.device, work, tiny=options.tiny):
+        before = record["items"].get(item.name)
         if (options.only and not any(word in item.name for word in options.only)) or is_done(
-            record["items"].get(item.name)
+            before, record["versions"]
         ):
             continue
         left = ends - time.monotonic() - _GRACE_S
@@ -290,7 +329,8 @@ def main() -> int:
             if left >= _LEAST_S
             else {"not_run": f"{max(left, 0):.0f} s were left of {options.minutes:g} minutes; run it again"}
         )
-        record["items"][item.name] = {**outcome, "arguments": asdict(item)["arguments"]}
+        outcome |= {"arguments": asdict(item)["arguments"], "tried_with": record["versions"]}
+        record["items"][item.name] = kept(before, outcome)
         print(
             f"{item.name}: {_remark(outcome) or _figure(outcome.get('median_picture_s'), '{:.3f} s a picture')}",
             file=sys.stderr,

@@ -5,8 +5,10 @@ An item that can't run here returns `skipped` with the reason; one that fails re
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import runpy
 import statistics
 import sys
 import time
@@ -64,7 +66,7 @@ def picture(
     deadline = Deadline(time.monotonic() + budget_s)
     dtype = "float16" if precision == "fp16" else "bfloat16"
     folder = Path(work) / f"{model}-{dtype}{'-tiny' if tiny else ''}"
-    if not (folder / "model_index.json").exists():
+    if not folder.exists():
         fullsize.build(model, folder, dtype=dtype, hollow=True, small=tiny)
     weights = _weight_bytes(folder, precision)
     placement = {**placement, **_room(weights, device)}
@@ -77,11 +79,13 @@ def picture(
         first = engine.generate(PROMPT, **asked)
         first_s = time.perf_counter() - started
         _reset_peak()
-        before, counted, timed = guard.read(os.getpid()), energy.read(), []
-        while len(timed) < pictures and (not timed or deadline.left_s > 1.3 * timed[-1].seconds["total"]):
-            timed.append(engine.generate(PROMPT, **asked))
-        spent, after = energy.between(counted, energy.read()), guard.read(os.getpid())
-        told = engine.configuration
+        gpu, timed = nvidia.in_use(), []
+        with guard.Watch(os.getpid(), gpu) as watch:
+            counted = energy.read(gpu)
+            while len(timed) < pictures and (not timed or deadline.left_s > 1.3 * timed[-1].seconds["total"]):
+                timed.append(engine.generate(PROMPT, **asked))
+            spent = energy.between(counted, energy.read(gpu))
+        told, memory = engine.configuration, device_memory()
     denoiser = next(name for name in first.seconds if name in DENOISERS)
     seconds = [result.seconds["total"] for result in timed]
     return {
@@ -92,9 +96,9 @@ def picture(
         "stages_s": {name: round(value, 4) for name, value in timed[-1].seconds.items()},
         "pixels_std": round(float(timed[-1].images.std()), 3),
         "weight_bytes": sum(weights.values()),
-        "memory": device_memory(),
+        "memory": memory,
         "energy_j_per_picture": {name: round(each / len(timed), 2) for name, each in (spent or {}).items()} or None,
-        "guard": guard.between(before, after),
+        "guard": watch.told(),
         "offload": placement.get("offload", "none"),
         "configuration": told[denoiser],
         "notes": list(timed[-1].notes),
@@ -137,14 +141,17 @@ def _room(weights: dict[str, int], device: str) -> dict[str, Any]:
 
 
 def _reset_peak() -> None:
+    """Forget what opening took: blocks that torch keeps, which count as reserved and as the process's, and the peaks."""
     import torch
 
+    gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 def device_memory() -> dict[str, int | None]:
-    """Return what torch's allocator took of the device at most, and what the driver says of this process, in bytes."""
+    """Return what torch's tensors and its allocator took at most, and what the driver says of this process, in bytes."""
     import torch
 
     if not torch.cuda.is_available():
@@ -199,12 +206,13 @@ def onnx_step(
         }
         runtime.run(inputs)
         first_s = time.perf_counter() - started
-        counted = energy.read()
+        gpu = nvidia.in_use()
+        counted = energy.read(gpu)
         while len(seconds) < 10 and deadline.left_s > 2 * (seconds[-1] if seconds else 1):  # noqa: PLR2004 - enough
             begun = time.perf_counter()
             runtime.run(inputs)
             seconds.append(time.perf_counter() - begun)
-        spent = energy.between(counted, energy.read())
+        spent = energy.between(counted, energy.read(gpu))
         told = runtime.configuration
         held = nvidia.process_bytes(os.getpid())
     return {
@@ -230,82 +238,18 @@ def _plain(text: str) -> str:
     return "".join(each if each.isalnum() else "-" for each in text)
 
 
-def shapes(work: str, device: str, arms: list[str], blocks: int, prompts: int, steps: int) -> dict[str, Any]:
-    """Run an experiment on the embedded model: every arm, timed in turn and judged by its gates."""
-    from bakeoff.bench.experiment import from_dict
-    from bakeoff.bench.runner import run
-    from bakeoff.reports.summary import summarize
-    from bakeoff.reports.tables import as_json, markdown
-
-    found, left_out = _possible(arms, device)
-    declared = from_dict(
-        {
-            "model": "shapes",
-            "arms": found,
-            "baseline": found[0],
-            "reference": arms[0],
-            "blocks": blocks,
-            "repetitions": 3,
-            "quality_prompts": prompts,
-            "timed_prompts": min(8, prompts),
-            "steps": steps,
-            "guidance_scale": 3.0,
-            "resident": True,
-        }
-    )
-    folder = Path(work) / "shapes"
-    record = run(
-        declared, folder, lambda text, done, total: print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
-    )
-    summary = summarize(record)
-    return {
-        "arms": json.loads(as_json(summary)),
-        "markdown": markdown(summary),
-        "left_out": left_out,
-        "bench_record": str(folder / "record.json"),
-    }
+KINDS = {"picture": picture, "onnx_step": onnx_step}
+"""Other kinds have files of their own: `shapes` is the function of that name in `gpu_shapes.py`."""
 
 
-def _possible(arms: list[str], device: str) -> tuple[list[str], dict[str, str]]:
-    """Return the arms whose backend can run on the device, and why others can't."""
-    from bakeoff.recipe import parse
-
-    found, left_out = [], {}
-    for arm in arms:
-        recipe, placement = parse(arm)
-        backend = recipe.default.backend
-        if backend not in plugins.names("runtimes"):
-            left_out[arm] = f"no backend {backend} is installed"
-            continue
-        runtime = plugins.runtime(backend)
-        available = runtime.probe()
-        reason = available.reason if not available.ok else _elsewhere(runtime, placement, device)
-        for option in ("compile", "cuda_graphs"):
-            if reason is None and getattr(placement, option):
-                obstacle = runtime.option_obstacle(option, placement)
-                reason = obstacle[0] if obstacle else None
-                reason = reason if option in runtime.options else f"{backend} has no {option}"
-        if recipe.default.precision not in plugins.exporter(backend).precisions:
-            reason = f"{backend} doesn't bake {recipe.default.precision}"
-        if reason is None:
-            found.append(arm)
-        else:
-            left_out[arm] = reason
-    return found, left_out
-
-
-def _elsewhere(runtime: Any, placement: Placement, device: str) -> str | None:  # noqa: ANN401 - a Runtime's class
-    chosen = runtime.device_for(placement)
-    return None if chosen == device else f"it would run on {chosen}, not on {device}"
-
-
-KINDS = {"picture": picture, "onnx_step": onnx_step, "shapes": shapes}
+def _function(kind: str) -> Any:  # noqa: ANN401 - a function
+    return KINDS.get(kind) or runpy.run_path(str(Path(__file__).with_name(f"gpu_{kind}.py")))[kind]
 
 
 def main() -> None:
     kind, arguments = sys.argv[1], json.loads(sys.argv[2])
     try:
-        result = KINDS[kind](**arguments)  # type: ignore[operator]
+        result = _function(kind)(**arguments)
     except BakeoffError as error:
         result = {"skipped": error.message, "fix": error.fix}
     sys.stdout.write(f"\n{json.dumps(result, default=str)}\n")

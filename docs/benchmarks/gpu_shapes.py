@@ -1,0 +1,212 @@
+"""`make gpu`'s experiment on the embedded model: every arm that can run, timed in turn and judged by its gates.
+
+It takes as many prompts and blocks as fit its time. What is there when the time is up is summed up, and run again it
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bakeoff import plugins
+from bakeoff.errors import BakeoffError
+from bakeoff.exporters.exporter import BoundExporter
+from bakeoff.recipe import parse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bakeoff.bench.experiment import Experiment
+    from bakeoff.recipe import PartRecipe, Placement, Recipe
+
+PROMPT = "a large red circle on a white background"
+_REPETITIONS = 3
+_ARM_S = 8.0
+"""A guess of what an arm takes besides pictures: its export, and two processes that open it."""
+_SMALLER = ((3, 128), (3, 64), (3, 32), (2, 32), (2, 16), (2, 8))
+"""Blocks and judged prompts that are tried, largest first."""
+_HUNG_S = 150.0
+_CALIBRATION = {"count": 16, "steps": 10}
+
+
+class _TimeUpError(BaseException):
+    """Nobody's to catch but `shapes`'s."""
+
+
+def shapes(
+    work: str, device: str, arms: list[str], blocks: int, prompts: int, steps: int, budget_s: float
+) -> dict[str, Any]:
+    """Run an experiment on the embedded model, or go on with it, as far as the seconds reach."""
+    from bakeoff.bench.runner import run
+    from bakeoff.reports.record import FILE
+
+    found, left_out = _possible(arms, device)
+    folder = Path(work) / f"shapes-{hashlib.sha256(' '.join(found).encode()).hexdigest()[:8]}"
+    told: dict[str, Any] = {"left_out": left_out}
+    try:
+        with _alarm(budget_s):
+            declared = _again(folder / FILE) or _declared(
+                Path(work), found, arms[0], device, budget_s, blocks=blocks, prompts=prompts, steps=steps
+            )
+            run(declared, folder, _say)
+    except _TimeUpError:
+        told["unfinished"] = f"{budget_s:.0f} s were too few; run it again, and it goes on"
+    return told | _summed_up(folder / FILE)
+
+
+def _say(text: str, done: int, total: int) -> None:
+    print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Raise `_TimeUpError` in the main thread after so many seconds."""
+
+    def ring(*_: object) -> None:
+        raise _TimeUpError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _again(record: Path) -> Experiment | None:
+    """Return the experiment that a record is of, so that it can go on."""
+    from bakeoff.bench.experiment import from_dict
+
+    return from_dict(json.loads(record.read_text())["experiment"]) if record.is_file() else None
+
+
+def _declared(
+    work: Path, found: list[str], reference: str, device: str, seconds: float, *, blocks: int, prompts: int, steps: int
+) -> Experiment:
+    from bakeoff.bench.experiment import from_dict
+
+    started = time.monotonic()
+    calibration = _calibration(work, found)
+    pace = _pace(device, steps)
+    blocks, prompts = fitting(blocks, prompts, len(found), pace, seconds - (time.monotonic() - started))
+    return from_dict(
+        {
+            "model": "shapes",
+            "arms": found,
+            "baseline": found[0],
+            "reference": reference,
+            "calibration": calibration,
+            "blocks": blocks,
+            "repetitions": _REPETITIONS,
+            "quality_prompts": prompts,
+            "timed_prompts": min(8, prompts),
+            "steps": steps,
+            "guidance_scale": 3.0,
+            "timeout_s": _HUNG_S,
+            "resident": True,
+        }
+    )
+
+
+def fitting(blocks: int, prompts: int, arms: int, pace_s: float, seconds: float) -> tuple[int, int]:
+    """Return the most blocks and prompts, up to those asked for, that fit the seconds; the fewest if none do."""
+    possible = [(blocks, prompts), *(each for each in _SMALLER if each[0] <= blocks and each[1] < prompts)]
+    fits = [
+        (some, many)
+        for some, many in possible
+        if arms * (_ARM_S + pace_s * (many + some * (_REPETITIONS + 1) + _REPETITIONS)) <= seconds
+    ]
+    return (fits or possible[-1:])[0]
+
+
+def _pace(device: str, steps: int) -> float:
+    """Return the seconds of a picture of torch's float32, once it is open."""
+    from bakeoff.runtimes.engine import load
+    from bakeoff.sources.source import Source
+
+    with load(Source.open("shapes").folder, device=device) as engine:
+        engine.generate(PROMPT, seeds=1, steps=steps)
+        started = time.perf_counter()
+        engine.generate(PROMPT, seeds=2, steps=steps)
+        return time.perf_counter() - started
+
+
+def _calibration(work: Path, arms: list[str]) -> str | None:
+    """Calibrate the model once, if a recipe takes that; return the file."""
+    from bakeoff.plan import is_calibrated
+
+    if not any(is_calibrated(parse(arm)[0].default) for arm in arms):
+        return None
+    from bakeoff.models.prompts import default_prompts, read_prompts
+    from bakeoff.tuning.calibrate import calibrate
+
+    file = work / "shapes-calibration.safetensors"
+    if not file.exists():
+        chosen = read_prompts(default_prompts("shapes"), _CALIBRATION["count"])
+        calibrate("shapes", chosen, steps=_CALIBRATION["steps"]).save(file)
+    return str(file)
+
+
+def _summed_up(file: Path) -> dict[str, Any]:
+    """Sum up what a record holds; nothing before there is an arm in one."""
+    from bakeoff.reports.summary import summarize
+    from bakeoff.reports.tables import as_json, markdown
+
+    record = json.loads(file.read_text()) if file.is_file() else {"arms": {}}
+    if not record["arms"]:
+        return {}
+    summary = summarize(record)
+    return {"arms": json.loads(as_json(summary)), "markdown": markdown(summary), "bench_record": str(file)}
+
+
+def _possible(arms: list[str], device: str) -> tuple[list[str], dict[str, str]]:
+    """Return the arms that can run on the device, and why others can't."""
+    reasons = {arm: obstacle(*parse(arm), device) for arm in arms}
+    return [arm for arm in arms if reasons[arm] is None], {arm: reason for arm, reason in reasons.items() if reason}
+
+
+def obstacle(recipe: Recipe, placement: Placement, device: str) -> str | None:
+    """Say why a recipe can't be baked, or run on the device as it is placed; None if it can."""
+    reasons = (_part_obstacle(part, placement, device) for part in (recipe.default, *recipe.parts.values()))
+    return next((reason for reason in reasons if reason), None)
+
+
+def _part_obstacle(recipe: PartRecipe, placement: Placement, device: str) -> str | None:
+    backend = recipe.backend
+    if backend not in plugins.names("runtimes"):
+        return f"no backend {backend} is installed"
+    runtime, exporter = plugins.runtime(backend), plugins.exporter(backend)
+    available = runtime.probe()
+    if not available.ok:
+        return f"{available.reason}: {available.fix}"
+    chosen = runtime.device_for(placement)
+    if chosen != device:
+        return f"it would run on {chosen}, not on {device}"
+    if recipe.precision not in exporter.precisions:
+        return f"{backend} doesn't bake {recipe.precision}"
+    try:
+        if isinstance(exporter, BoundExporter):
+            exporter.check(recipe.precision, recipe.options)
+    except BakeoffError as error:
+        return f"{error.message}: {error.fix}"
+    return _option_obstacle(runtime, backend, placement)
+
+
+def _option_obstacle(runtime: Any, backend: str, placement: Placement) -> str | None:  # noqa: ANN401 - a Runtime's class
+    asked = [option for option in ("compile", "cuda_graphs", "attention") if getattr(placement, option)]
+    asked += ["blocks"] if placement.offload == "blocks" else []
+    for option in asked:
+        found = runtime.option_obstacle(option, placement)
+        if option not in runtime.options:
+            return f"{backend} has no {option}"
+        if found:
+            return f"{found[0]}: {found[1]}"
+    return None
