@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .. import plugins
 from ..artifact import ACTIVATIONS, INPUTS
 from ..components.component import PROOF_SIZES, WRAPPER
+from ..errors import ParityError, SourceError
 from ..quantize.grid import grids_from_json
 from ..quantize.inputs import read_inputs
 from ..weights import layer_names
@@ -23,7 +24,7 @@ from .budget import tolerance
 from .drawing import Case, sit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -53,10 +54,10 @@ class Measured:
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Return the relative root-mean-square error; infinite if `got` isn't finite or has another shape."""
+    """Return the relative root-mean-square error; infinite if either isn't finite, or `got` has another shape."""
     import torch
 
-    if got.shape != expected.shape or not bool(torch.isfinite(got).all()):
+    if got.shape != expected.shape or not all(bool(torch.isfinite(each).all()) for each in (got, expected)):
         return math.inf
     difference = (got.double() - expected.double()).norm()
     return float(difference / expected.double().norm().clamp_min(1e-30))
@@ -130,6 +131,10 @@ def record(part: Part, entry: PartEntry, source: Source, folder: Path, given: Se
         source: the model.
         folder: the artifact's `proof`.
         given: what it was given in real drawings; made up at three shapes and three timesteps where there is nothing.
+
+    Raises:
+        SourceError: eager float32 itself gives NaN or infinity.
+        ParityError: so does eager in the recipe's precision.
     """
     import torch
     from safetensors.torch import save_file
@@ -141,6 +146,7 @@ def record(part: Part, entry: PartEntry, source: Source, folder: Path, given: Se
     f0 = Floor()
     for index, case in enumerate(cases):
         expected = eager(part.component, flat, config, case.inputs)
+        _check_finite(expected, f"{part.name} in case {index}, {_origin_of(case)},")
         f0 = f0.and_of(_split(part.component, flat, config, case.inputs), expected)
         tensors |= {f"{index}.in.{name}": value for name, value in case.inputs.items()}
         tensors |= {f"{index}.out.{name}": value.contiguous() for name, value in expected.items()}
@@ -149,12 +155,43 @@ def record(part: Part, entry: PartEntry, source: Source, folder: Path, given: Se
         _round(flat, mixture, source.checkpoint(part.module), folder.parent / part.name)
         dtypes = [torch.float16, torch.bfloat16] if mixture.precision == "fp16" else [torch.bfloat16]
         low = (_rounded_floor(part, flat, config, tensors, dtype) for dtype in dtypes)
-        floors["f1"] = next(floor for floor in low if math.isfinite(floor.error))
+        floors["f1"] = _first_finite(low, part.name, mixture.precision)
     folder.mkdir(exist_ok=True)
     file = folder / f"{part.name}.safetensors"
     file.unlink(missing_ok=True)  # it may be a link that shares its bytes
     calls = json.dumps([case.call for case in cases])
     save_file(tensors, file, metadata={"calls": calls, **{name: floor.to_json() for name, floor in floors.items()}})
+
+
+def _check_finite(expected: Tensors, what: str) -> None:
+    """Refuse to prove anything against NaN.
+
+    Raises:
+        SourceError: naming the part, the case and the outputs.
+    """
+    broken = [name for name, tensor in expected.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        message = (
+            f"eager float32 gives NaN or infinity for {what} as {', '.join(broken)}: there is nothing to prove it by"
+        )
+        raise SourceError(message, fix="look for NaN in the model's weights; --no-prove exports it as it is")
+
+
+def _origin_of(case: Case) -> str:
+    return "of made-up inputs" if case.call is None else f"call {case.call} of its drawing"
+
+
+def _first_finite(floors: Iterable[Floor], part: str, precision: str) -> Floor:
+    """Return the first floor that is one.
+
+    Raises:
+        ParityError: there is none.
+    """
+    found = next((floor for floor in floors if math.isfinite(floor.error)), None)
+    if found is None:
+        message = f"eager torch gives NaN or infinity for {part} as well, once it is rounded to {precision} as the recipe says"
+        raise ParityError(message, fix=f"give it a wider precision, such as --recipe …,{part}=BACKEND:fp32")
+    return found
 
 
 def _made_up(component: Component, config: Mapping[str, Any]) -> list[Case]:

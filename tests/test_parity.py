@@ -1,14 +1,17 @@
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from bakeoff.artifact import Artifact
 from bakeoff.cli import main
-from bakeoff.errors import LoweringError, ParityError
+from bakeoff.errors import LoweringError, ParityError, SourceError
 from bakeoff.parity import proof, prover
 from bakeoff.parity.budget import upper_bound
 from bakeoff.sources.source import Source
@@ -20,6 +23,7 @@ def test_relative_error():
     assert proof.relative_error(expected, expected) == 0
     assert math.isinf(proof.relative_error(torch.tensor([3.0, math.nan]), expected))
     assert math.isinf(proof.relative_error(torch.zeros(3), expected))
+    assert math.isinf(proof.relative_error(expected, torch.tensor([3.0, math.nan])))
 
 
 def test_sqnr_is_minus_twenty_log10():
@@ -118,6 +122,35 @@ def test_the_proof_is_skipped_where_it_would_not_fit(baked, monkeypatch):
     proved = prover.prove(artifact, Source.open("shapes"))
     assert proved["status"] == "unproved"
     assert "GB" in proved["reason"]
+
+
+def test_a_model_that_is_nan_in_eager_float32_is_not_proved(baked, shapes, tmp_path):
+    """Of NaN against NaN all floors are infinite, and so would be what the part is granted."""
+    model = Path(shutil.copytree(shapes, tmp_path / "model"))
+    file = model / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.conv_in.weight"] = torch.full_like(tensors["decoder.conv_in.weight"], math.nan)
+    save_file(tensors, file)
+    artifact = Artifact.open(baked("torch:fp32", proved=True))
+    part, entry = proof.family_part(artifact, "vae_decoder"), artifact.manifest.parts["vae_decoder"]
+    with pytest.raises(SourceError, match="vae_decoder in case 0, of made-up inputs"):
+        proof.record(part, entry, Source.open(str(model)), tmp_path / "proof")
+    assert not (tmp_path / "proof").exists()
+
+
+def test_floors_that_are_infinite_in_each_dtype_are_an_error():
+    floors = [proof.Floor(math.inf), proof.Floor(0.25)]
+    assert proof._first_finite(floors, "unet", "fp16").error == 0.25
+    with pytest.raises(ParityError, match="for unet as well, once it is rounded to fp16"):
+        proof._first_finite(floors[:1], "unet", "fp16")
+
+
+def test_an_infinite_tolerance_lets_nothing_pass():
+    infinite = proof.Measured({}, math.inf, -math.inf, 0.0, math.inf)
+    assert "granted inf" in prover._problem("unet", [infinite], math.inf, math.inf)
+    exact = proof.Measured({}, 1e-7, 140.0, 1.0, 1e-7)
+    assert prover._problem("unet", [exact], 1e-7, 1e-6) is None
+    assert "95 % confidence" in prover._problem("unet", [exact], math.nan, 1e-6)
 
 
 @pytest.mark.slow
