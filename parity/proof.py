@@ -118,8 +118,14 @@ def family_part(artifact: Artifact, name: str) -> Part:
 
 
 def mixture_of(entry: PartEntry) -> Mixture:
-    """Return the precisions that a part was baked with."""
-    return plugins.mixture(entry.precision, entry.key_fields["recipe"].get("layers"))
+    """Return the precisions that a part was baked with; what its backend left as floats is among them."""
+    mixture = plugins.mixture(entry.precision, entry.key_fields["recipe"].get("layers"))
+    return replace(mixture, kept=frozenset(entry.kept))
+
+
+def as_baked(entry: PartEntry, folder: Path) -> Mixture:
+    """Return the precisions of a part with what its layers were given, where its folder keeps that."""
+    return replace(mixture_of(entry), known=read_inputs(folder / INPUTS))
 
 
 def record(part: Part, entry: PartEntry, source: Source, folder: Path, given: Sequence[Case] = ()) -> None:
@@ -139,7 +145,7 @@ def record(part: Part, entry: PartEntry, source: Source, folder: Path, given: Se
     import torch
     from safetensors.torch import save_file
 
-    config, mixture = source.config(part.module), mixture_of(entry)
+    config, mixture = source.config(part.module), as_baked(entry, folder.parent / part.name)
     flat = part.component.flat(part.component.load(source.path(part.module), torch.float32))
     cases = [_as_taken(case, entry) for case in given or _made_up(part.component, config)]
     tensors: Tensors = {}
@@ -225,8 +231,8 @@ def _rounded_floor(
 
 def _round(flat: Any, mixture: Mixture, checkpoint: Checkpoint, folder: Path) -> None:  # noqa: ANN401 - a torch module
     """Let a module compute with the weights, and the calibrated activations, that the artifact has."""
-    known = replace(mixture, known=read_inputs(folder / INPUTS))
-    known.round_module(flat, names_in(flat, checkpoint), scales_of(folder))
+    own = {path: f"{path}.".removeprefix(WRAPPER).removesuffix(".") for path, _ in flat.named_modules()}
+    mixture.round_module(flat, own | names_in(flat, checkpoint), scales_of(folder))
 
 
 def names_in(flat: Any, checkpoint: Checkpoint) -> dict[str, str]:  # noqa: ANN401 - a torch module

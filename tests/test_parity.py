@@ -1,5 +1,6 @@
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bakeoff.artifact import Artifact
@@ -136,6 +138,19 @@ def test_a_model_that_is_nan_in_eager_float32_is_not_proved(baked, shapes, tmp_p
     with pytest.raises(SourceError, match="vae_decoder in case 0, of made-up inputs"):
         proof.record(part, entry, Source.open(str(model)), tmp_path / "proof")
     assert not (tmp_path / "proof").exists()
+
+
+def test_the_floor_keeps_the_weights_that_the_artifact_keeps(baked, tmp_path):
+    """The table of tokens, which torch has no codes for, stays as it is: rounded, it would be half of the floor."""
+    artifact = Artifact.open(baked("torch:fp32,text_encoder=torch:nf4"))
+    part, entry = proof.family_part(artifact, "text_encoder"), artifact.manifest.parts["text_encoder"]
+    assert "text_model.embeddings.token_embedding.weight" in entry.kept
+    floors = {}
+    for name, kept in (("kept", entry.kept), ("rounded", {})):
+        proof.record(part, replace(entry, kept=kept), Source.open("shapes"), tmp_path / name)
+        with safe_open(tmp_path / name / "text_encoder.safetensors", "pt") as stream:
+            floors[name] = proof.Floor.read(stream.metadata()["f1"]).error
+    assert floors["kept"] < 0.9 * floors["rounded"]
 
 
 def test_floors_that_are_infinite_in_each_dtype_are_an_error():
