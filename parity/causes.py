@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .traces import Attended
 
 LARGEST_FLOAT16 = 65504.0
+CANNOT_RUN = "can't run at these shapes"
 OVERFLOW = "overflow in float16"
 NOT_FINITE = "not finite"
 SATURATED = "saturated activations"

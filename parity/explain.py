@@ -13,13 +13,13 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnavailableError, UsageError
+from ..errors import ParityError, UnavailableError, UsageError
 from ..recipe import Placement
 from ..runtimes.opening import open_part, read_folder
 from .anatomy import Anatomy
-from .causes import GRIDS, HARMLESS, UNKNOWN, Cause, Evidence, Rounding, find_cause, principal
+from .causes import CANNOT_RUN, GRIDS, HARMLESS, UNKNOWN, Cause, Evidence, Rounding, find_cause, principal
 from .drawing import sit
-from .proof import as_baked, fed, measure, recorded, relative_error, scales_of
+from .proof import as_baked, axes_of, fed, measure, recorded, relative_error, run_case, scales_of
 from .traces import Eager, Seen
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class CaseError:
     sizes: Mapping[str, int]
     timestep: float | None
     error: float
+    """Infinite where the part couldn't run."""
     call: int | None = None
     """Which call of the part in its drawing it was, from 0; None where inputs are made up."""
 
@@ -116,17 +117,24 @@ def explain(artifact: Artifact, source: Source) -> list[Explanation]:
         raise UnavailableError(message, fix="explain an artifact of another backend")
     explained.sort(key=lambda item: -item[0].error / item[0].tolerance)
     chosen = [item for item in explained if item[0].departs] or explained[:1]
-    return [_explain_part(artifact, source, *item) for item in chosen]
+    return [item[0] if item[0].cause == CANNOT_RUN else _explain_part(artifact, source, *item) for item in chosen]
 
 
 def _survey(runtime: Runtime, name: str, record: Recorded) -> Explanation:
-    """Run the recorded cases, and choose the one that is to be looked into."""
-    cases = []
+    """Run the recorded cases, and choose the one that is to be looked into: the first that can't run, if there is one."""
+    cases: list[CaseError] = []
+    failed: dict[int, str] = {}
     for (inputs, expected), call in zip(record.cases, record.calls, strict=True):
-        sizes = {f"{key}.{axis}": size for key, tensor in inputs.items() for axis, size in enumerate(tensor.shape)}
         time = inputs.get("timestep")
-        error = measure(runtime.run(fed(runtime, inputs)), expected, {}).error
-        cases.append(CaseError(sizes, None if time is None else float(time.flatten()[0]), error, call))
+        try:
+            error = measure(run_case(runtime, name, inputs), expected, {}).error
+        except ParityError as problem:
+            error = math.inf
+            failed[len(cases)] = problem.message
+        cases.append(CaseError(axes_of(inputs), None if time is None else float(time.flatten()[0]), error, call))
+    if failed:
+        index, figures = min(failed), {"backend": failed[min(failed)]}
+        return Explanation(name, record.tolerance, tuple(cases), index, cause=CANNOT_RUN, figures=figures)
     return Explanation(name, record.tolerance, tuple(cases), _chosen(cases, record.tolerance))
 
 

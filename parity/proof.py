@@ -303,6 +303,20 @@ def _to_port(tensor: Tensor, port: Any) -> Tensor:  # noqa: ANN401
     return tensor.to(getattr(torch, port.dtype)).reshape((1,) * port.rank) if tensor.ndim == 0 else tensor
 
 
+def run_case(runtime: Runtime, name: str, inputs: Tensors) -> Tensors:
+    """Give a part recorded inputs.
+
+    Raises:
+        ParityError: it can't run at their shapes.
+    """
+    try:
+        return runtime.run(fed(runtime, inputs))
+    except Exception as error:
+        shapes = {key: list(tensor.shape) for key, tensor in inputs.items()}
+        message = f"{name} can't run at the shapes {shapes}: is one baked into its graph? {error}"
+        raise ParityError(message) from error
+
+
 def axes_of(inputs: Tensors) -> dict[str, int]:
     """Return the size of each axis of each input, as `name.axis`."""
     return {f"{name}.{axis}": size for name, tensor in inputs.items() for axis, size in enumerate(tensor.shape)}

@@ -17,14 +17,13 @@ from ..sources.source import Source
 from . import meaning, trajectory
 from .budget import Budget, Gate, decibels, granted, upper_bound
 from .drawing import sit
-from .proof import axes_of, family_part, fed, justified, measure, record, recorded, row_errors, row_tolerances
+from .proof import axes_of, family_part, justified, measure, record, recorded, row_errors, row_tolerances, run_case
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ..components.family import Part
-    from ..runtimes.runtime import Runtime
-    from .proof import Measured, Tensors
+    from .proof import Measured
 
 PROVED, FAILING, UNPROVED = "proved", "failing", "unproved"
 """What a proof comes to. A failing artifact was let pass; it stays failing until it is exported again."""
@@ -246,7 +245,7 @@ def _prove_part(artifact: Artifact, part: Part, precision: str, budget: Budget |
         vouched = artifact.vouched(part.name)
         with open_part(artifact.folder / part.name, part, entry, placement, vouched=vouched) as runtime:
             for inputs, expected in found.cases:
-                got = _run_case(runtime, part.name, inputs)
+                got = run_case(runtime, part.name, inputs)
                 cases.append(measure(got, expected, axes_of(inputs)))
                 rows += row_errors(got, expected)
         problem = _problem(part.name, cases, _upper(rows, by_row, allowed), allowed)
@@ -261,14 +260,6 @@ def _prove_part(artifact: Artifact, part: Part, precision: str, budget: Budget |
         "problem": problem,
         "cases": [asdict(case) for case in cases],
     }
-
-
-def _run_case(runtime: Runtime, name: str, inputs: Tensors) -> Tensors:
-    try:
-        return runtime.run(fed(runtime, inputs))
-    except Exception as error:
-        message = f"{name} can't run at the shapes {_shapes(inputs)}: is one baked into its graph? {error}"
-        raise ParityError(message) from error
 
 
 def _upper(rows: Sequence[float], by_row: Sequence[float], allowed: float) -> float:
@@ -290,7 +281,3 @@ def _problem(part: str, cases: list[Measured], upper: float, allowed: float) -> 
     if not upper <= allowed:
         return f"{part} differs from eager fp32 by up to {upper:.2e} with 95 % confidence (granted {allowed:.2e})"
     return None
-
-
-def _shapes(inputs: Tensors) -> dict[str, list[int]]:
-    return {key: list(tensor.shape) for key, tensor in inputs.items()}

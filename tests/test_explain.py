@@ -122,6 +122,19 @@ def test_a_wrong_scale_in_a_convolution(baked, planted):
     assert found.figures["factor"] == pytest.approx(2, rel=1e-3)
 
 
+def test_a_shape_that_is_baked_into_the_graph(baked, planted):
+    import onnx_ir
+
+    def fix(graph):
+        graph.inputs[0].shape = onnx_ir.Shape([2, 4, 8, 16])
+
+    found = only(planted(baked("onnx:fp32", proved=True), "vae_decoder", edit_onnx(fix)))
+    assert (found.part, found.layer, found.cause) == ("vae_decoder", None, causes.CANNOT_RUN)
+    sizes = list(found.cases[found.case].sizes.values())
+    assert sizes != [2, 4, 8, 16]
+    assert found.figures["backend"].startswith(f"vae_decoder can't run at the shapes {{'latent_sample': {sizes}}}")
+
+
 def test_a_transposed_weight(baked, planted):
     layer = f"{ATTENTION}.to_q"
     artifact = planted(baked("onnx:fp32", proved=True), "unet", edit_onnx(set_weight(f"{layer}.weight", np.transpose)))
