@@ -157,16 +157,24 @@ def record(part: Part, entry: PartEntry, source: Source, folder: Path, given: Se
         tensors |= {f"{index}.in.{name}": value for name, value in case.inputs.items()}
         tensors |= {f"{index}.out.{name}": value.contiguous() for name, value in expected.items()}
     floors = {"f0": f0}
-    if mixture.precision != "fp32":
+    if dtypes := _floor_dtypes(mixture):
         _round(flat, mixture, source.checkpoint(part.module), folder.parent / part.name)
-        dtypes = [torch.float16, torch.bfloat16] if mixture.precision == "fp16" else [torch.bfloat16]
-        low = (_rounded_floor(part, flat, config, tensors, dtype) for dtype in dtypes)
+        low = (_rounded_floor(part, flat, config, tensors, getattr(torch, dtype)) for dtype in dtypes)
         floors["f1"] = _first_finite(low, part.name, mixture.precision)
     folder.mkdir(exist_ok=True)
     file = folder / f"{part.name}.safetensors"
     file.unlink(missing_ok=True)  # it may be a link that shares its bytes
     calls = json.dumps([case.call for case in cases])
     save_file(tensors, file, metadata={"calls": calls, **{name: floor.to_json() for name, floor in floors.items()}})
+
+
+def _floor_dtypes(mixture: Mixture) -> list[str]:
+    """Return the torch dtypes that F1 may be measured in, best first: the widest tolerance's; none where all is in float32."""
+    kinds = {mixture.precision, *mixture.layers.values()}
+    if kinds == {"fp32"}:
+        return []
+    narrowest = mixture.precision == "fp16" or kinds == {"fp32", "fp16"}
+    return ["float16", "bfloat16"] if narrowest and "bf16" not in kinds else ["bfloat16"]
 
 
 def _check_finite(expected: Tensors, what: str) -> None:
@@ -358,15 +366,15 @@ def recorded(artifact: Artifact, name: str, source: Source | None = None, sessio
     entry = artifact.manifest.parts[name]
     known = artifact.manifest.proof.get("parts", {}).get(name, {})
     if file.is_file() or source is None:
-        return _read_recorded(file, entry.precision, known.get("tolerance"))
+        return _read_recorded(file, known.get("tolerance"))
     with TemporaryDirectory() as folder:
         part = family_part(artifact, name)
         session = session or sit(source, artifact.manifest.source["id"])
         record(part, entry, source, Path(folder), session.cases.get(name, ()))
-        return _read_recorded(Path(folder) / file.name, entry.precision, known.get("tolerance"))
+        return _read_recorded(Path(folder) / file.name, known.get("tolerance"))
 
 
-def _read_recorded(file: Path, precision: str, known: float | None) -> Recorded:
+def _read_recorded(file: Path, known: float | None) -> Recorded:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as stream:
@@ -375,16 +383,16 @@ def _read_recorded(file: Path, precision: str, known: float | None) -> Recorded:
     cases = _cases(tensors)
     calls = tuple(json.loads(about.pop("calls", "[]"))) or (None,) * len(cases)
     floors = {key: Floor.read(value) for key, value in about.items()}
-    return Recorded(cases, floors, known or justified(precision, floors), calls)
+    return Recorded(cases, floors, known or justified(floors), calls)
 
 
-def justified(precision: str, floors: Mapping[str, Floor]) -> float:
-    """Return the relative error that a part's floors justify in this precision."""
-    return tolerance(precision, floors["f0"].error, floors["f1"].error if "f1" in floors else None)
+def justified(floors: Mapping[str, Floor]) -> float:
+    """Return the relative error that a part's floors justify."""
+    return tolerance(floors["f0"].error, floors["f1"].error if "f1" in floors else None)
 
 
-def row_tolerances(precision: str, floors: Mapping[str, Floor]) -> list[float]:
+def row_tolerances(floors: Mapping[str, Floor]) -> list[float]:
     """Return what each row's own floors justify; nothing of artifacts that don't have them."""
     own = floors["f0"].rows
     narrow = floors["f1"].rows if "f1" in floors else (None,) * len(own)
-    return [tolerance(precision, *both) for both in zip(own, narrow, strict=True)]
+    return [tolerance(*both) for both in zip(own, narrow, strict=True)]

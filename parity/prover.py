@@ -197,7 +197,7 @@ def prove_here(
     for name, entry in artifact.manifest.parts.items():
         if entry.backend != "null":
             budget = Budget(**budgets[name]) if name in budgets else None
-            found = _prove_part(artifact, family_part(artifact, name), entry.precision, budget)
+            found = _prove_part(artifact, family_part(artifact, name), budget)
             results[name] = found | ({"why": made_up[name]} if name in made_up else {})
             gc.collect()
     return {"parts": results, "trajectory": trajectory.prove(artifact)}
@@ -233,12 +233,12 @@ def _record(artifact: Artifact, source: Source) -> dict[str, str]:
     return made_up
 
 
-def _prove_part(artifact: Artifact, part: Part, precision: str, budget: Budget | None) -> dict[str, Any]:
+def _prove_part(artifact: Artifact, part: Part, budget: Budget | None) -> dict[str, Any]:
     from ..runtimes.opening import open_part
 
     found = recorded(artifact, part.name)
-    allowed = granted(part.name, justified(precision, found.floors), budget)
-    by_row = [] if budget else row_tolerances(precision, found.floors)
+    allowed = granted(part.name, justified(found.floors), budget)
+    by_row = [] if budget else row_tolerances(found.floors)
     entry, placement = artifact.manifest.parts[part.name], Placement(device="cpu")
     cases, rows, problem = [], [], None
     try:

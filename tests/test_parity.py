@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from bakeoff import plugins
 from bakeoff.artifact import Artifact
+from bakeoff.bake import export
 from bakeoff.cli import main
 from bakeoff.errors import LoweringError, ParityError, SourceError
 from bakeoff.parity import proof, prover
 from bakeoff.parity.budget import upper_bound
+from bakeoff.recipe import PartRecipe, Recipe
 from bakeoff.sources.source import Source
 
 
@@ -151,6 +154,37 @@ def test_the_floor_keeps_the_weights_that_the_artifact_keeps(baked, tmp_path):
         with safe_open(tmp_path / name / "text_encoder.safetensors", "pt") as stream:
             floors[name] = proof.Floor.read(stream.metadata()["f1"]).error
     assert floors["kept"] < 0.9 * floors["rounded"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "layers", "dtypes"),
+    [
+        ("fp32", (), []),
+        ("fp32", ("fp32",), []),
+        ("fp32", ("fp16",), ["float16", "bfloat16"]),
+        ("fp32", ("int8",), ["bfloat16"]),
+        ("fp16", (), ["float16", "bfloat16"]),
+        ("fp16", ("int8",), ["float16", "bfloat16"]),
+        ("fp16", ("bf16",), ["bfloat16"]),
+        ("bf16", ("fp32",), ["bfloat16"]),
+        ("int8", ("fp16",), ["bfloat16"]),
+    ],
+)
+def test_the_floor_is_in_the_widest_dtype_of_a_part_and_its_layers(precision, layers, dtypes):
+    mixture = plugins.mixture(precision, {str(number): each for number, each in enumerate(layers)})
+    assert proof._floor_dtypes(mixture) == dtypes
+
+
+def test_a_part_of_fp32_passes_with_layers_of_low_bits(tmp_path):
+    recipe = PartRecipe("onnx", "fp32", layers={"text_model.encoder.layers.0.mlp.*": "int8"})
+    export("shapes", tmp_path / "out", Recipe(PartRecipe("null", "fp32"), {"text_encoder": recipe}), prove=False)
+    artifact = Artifact.open(tmp_path / "out")
+    part, entry = proof.family_part(artifact, "text_encoder"), artifact.manifest.parts["text_encoder"]
+    assert entry.weight_shares["int8"] > 0.1
+    proof.record(part, entry, Source.open("shapes"), tmp_path / "out" / "proof")
+    found = prover._prove_part(artifact, part, None)
+    assert found["problem"] is None
+    assert found["tolerance"] == pytest.approx(2 * found["f1"])
 
 
 def test_floors_that_are_infinite_in_each_dtype_are_an_error():
