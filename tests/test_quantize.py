@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import onnx
+import onnx_ir
 import pytest
 import torch
 from diffusers import ModelMixin, TorchAoConfig, UNet2DConditionModel
@@ -33,6 +34,7 @@ from bakeoff.errors import InputError, RecipeError, UnavailableError
 from bakeoff.exporters.capture import module_on_hollow, on_hollow
 from bakeoff.exporters.corrected import lower_corrected
 from bakeoff.exporters.exporter import Subject
+from bakeoff.exporters.onnx_codes import Encoder
 from bakeoff.parity.proof import names_in, relative_error, scales_of
 from bakeoff.precisions import cells, markdown
 from bakeoff.quantize.calibration import Calibration
@@ -267,6 +269,32 @@ def test_activations_are_rounded_as_they_come(source, tmp_path, backend):
             assert relative_error(got[key], rounded) < 1e-5
     assert "int8" in ran or "i8" in ran
     assert backend != "torch" or ran == {"int8": 2, "bfloat16": 1}
+
+
+@pytest.mark.parametrize("fed", ["input", "node"])
+@pytest.mark.parametrize("precision", ["w8a8", "w8a8-dynamic"])
+def test_an_activation_is_rounded_before_all_that_take_it(tmp_path, precision, fed):
+    """Parameters come in the order of their registration, `key` first; `query` runs first."""
+    save_file({name: torch.randn(64, 64) for name in ("key.weight", "query.weight")}, tmp_path / "model.safetensors")
+    taken = onnx_ir.Value(name="x", shape=onnx_ir.Shape([2, 64]), type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT))
+    nodes = [onnx_ir.node("Tanh", [taken], name="before")] if fed == "node" else []
+    weights = {name: onnx_ir.Value(name=name, shape=onnx_ir.Shape([64, 64])) for name in ("key.weight", "query.weight")}
+    for name in ("query", "key"):
+        turned = onnx_ir.node("Transpose", [weights[f"{name}.weight"]], {"perm": [1, 0]}, name=f"{name}.turned")
+        given = nodes[0].outputs[0] if fed == "node" else taken
+        nodes += [turned, onnx_ir.node("MatMul", [given, turned.outputs[0]], name=name)]
+    outputs = [node.outputs[0] for node in nodes if node.op_type == "MatMul"]
+    graph = onnx_ir.Graph([taken], outputs, nodes=nodes, initializers=[*weights.values()], opset_imports={"": 20})
+    grids = {name: (Grid((0.01,)), None) for name in ("key", "query")}
+    encoder = Encoder(onnx_ir.Model(graph, ir_version=10), plugins.mixture(precision), precision, grids)
+    entries = Checkpoint.open(tmp_path).entries
+    for name in ("key.weight", "query.weight"):
+        assert isinstance(encoder.encode(weights[name], entries[name]), list)
+    made = {taken, *graph.initializers.values()}
+    for node in graph:
+        assert made.issuperset(node.inputs), node.name
+        made |= {*node.outputs}
+    assert sum("QuantizeLinear" in node.op_type for node in graph) == 1
 
 
 def even(scales):
