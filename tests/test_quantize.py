@@ -35,6 +35,7 @@ from bakeoff.exporters.capture import module_on_hollow, on_hollow
 from bakeoff.exporters.corrected import lower_corrected
 from bakeoff.exporters.exporter import Subject
 from bakeoff.exporters.onnx_codes import Encoder
+from bakeoff.exporters.torch import _LAYOUTS
 from bakeoff.parity.proof import names_in, relative_error, scales_of
 from bakeoff.precisions import cells, markdown
 from bakeoff.quantize.calibration import Calibration
@@ -46,6 +47,7 @@ from bakeoff.runtimes.engine import load
 from bakeoff.runtimes.opening import open_part, read_folder
 from bakeoff.runtimes.runtime import PartFiles
 from bakeoff.sources.lora import Delta
+from bakeoff.sources.source import Source
 from bakeoff.weights import Checkpoint
 
 SHAPES = Path(bakeoff.__file__).parent / "models" / "shapes"
@@ -653,6 +655,30 @@ def test_torchs_own_codes_open_in_bakeoff_and_nowhere_else(tmp_path):
         opened.shapes("text_encoder")
     with pytest.raises((ValueError, RuntimeError)):
         CLIPTextModel.from_pretrained(folder, local_files_only=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "precision"),
+    [
+        ("pixart-sigma", "text_encoder", "nf4"),
+        ("pixart-sigma", "transformer", "int4"),
+        ("stable-diffusion", "text_encoder", "int8"),
+        ("stable-diffusion", "unet", "w8a8"),
+    ],
+)
+def test_what_torch_will_write_is_known_before(tiny, tmp_path, family, part, precision):
+    """Tables of tokens have no codes in torch, though formats take them; nor has what isn't a layer's."""
+    source = Source.open(str(tiny(family)))
+    checkpoint, mixture = source.checkpoint(part), plugins.mixture(precision)
+    made = next(each.component for each in source.parts if each.module == part)
+    shutil.copy(source.path(part) / "config.json", tmp_path)
+    layout = _LAYOUTS[precision](mixture)
+    layout.write(checkpoint, made.load(source.path(part), torch.float32), tmp_path)
+    written = layout.weight_bytes(Checkpoint.open(tmp_path))
+    predicted = plugins.exporter("torch").cost(checkpoint, mixture, operations=0, shared=False).weight_bytes
+    assert predicted[layout.label] > 0
+    for label in ("bfloat16", layout.label):
+        assert predicted[label] == written[label], label
 
 
 def test_codes_take_no_loras(baked, tmp_path):
