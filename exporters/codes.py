@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 _WIDE = "bfloat16"
 """dtype of what has no codes."""
+
+
+_TABLES = re.compile(r"(^|\.)(shared|embed_\w+|\w*embeddings?|relative_attention_bias)\.weight$")
+"""Tables that rows are looked up in, as Transformers names them; its and Diffusers' Linear layers have other names."""
 
 
 class Layout(ABC):
@@ -89,11 +94,16 @@ class Layout(ABC):
         """Return what bytes count as -> how many will be written, from headers alone."""
         totals: dict[str, int] = defaultdict(int)
         for entry in checkpoint.entries.values():
-            left = (len(entry.shape) > 2 and not self.convolutions) or self.obstacle(entry)  # noqa: PLR2004 - a convolution
+            left = not self._is_layer(entry) or self.obstacle(entry)
             stored = {_WIDE: entry.bytes_in(_WIDE)} if left else self.stored_bytes(entry)
             for label, size in stored.items():
                 totals[label] += size
         return dict(totals)
+
+    def _is_layer(self, entry: Entry) -> bool:
+        """Say whether a tensor is a layer's that can hold codes, by its name and shape: there is no module yet to ask."""
+        dims = (2, 4) if self.convolutions else (2,)
+        return entry.name.endswith(".weight") and len(entry.shape) in dims and not _TABLES.search(entry.name)
 
     def write(self, checkpoint: Checkpoint, module: nn.Module, folder: Path) -> dict[str, str]:
         """Write a module's checkpoint with codes for its layers, and say so in its `config.json`.

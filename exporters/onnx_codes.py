@@ -123,7 +123,7 @@ class Encoder:
         rounding = next((user for user, _ in taken.uses() if user.op_type == "DynamicQuantizeLinear"), None)
         if rounding is None:
             rounding = make_node("DynamicQuantizeLinear", [taken], name=f"{taken.name}.rounded", outputs=3)
-            self._edit.graph.insert_before(node, rounding)
+            self._edit.put_behind(taken, rounding)
         values, scale, zero = rounding.outputs
         product = make_node("MatMulInteger", [values, turned, zero], like=node)
         wide = make_node("Cast", product.outputs, {"to": FLOAT}, name=f"{node.name}.float32")

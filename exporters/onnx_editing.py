@@ -40,16 +40,24 @@ class Editor:
         """Put a node before all others: one that takes constants alone."""
         self.graph.insert_before(self.graph[0], node)
 
-    def rounded(self, value: onnx_ir.Value, grid: Grid, before: onnx_ir.Node) -> onnx_ir.Value:
-        """Return an activation's codes: rounded once for all that take it on this grid."""
+    def put_behind(self, value: onnx_ir.Value, node: onnx_ir.Node) -> None:
+        """Put a node right behind what makes a value, before all that takes it, whichever of these is edited first."""
+        producer = value.producer()
+        if producer is None:
+            self.begin_with(node)
+        else:
+            self.graph.insert_after(producer, node)
+
+    def rounded(self, value: onnx_ir.Value, grid: Grid, taker: onnx_ir.Node) -> onnx_ir.Value:
+        """Return an activation's codes: rounded once for all that take it on this grid, named after the first that is edited."""
         key = (value, grid)
         if key not in self._codes:
             zeros = grid.zeros * len(grid.steps) if len(grid.zeros) == 1 else grid.zeros
             inputs = [value, self.numbers(grid.steps), self.codes_of(zeros)]
             node = make_node(
-                "QuantizeLinear", inputs, {"axis": 1} if grid.by_channel else {}, name=f"{before.name}.taken"
+                "QuantizeLinear", inputs, {"axis": 1} if grid.by_channel else {}, name=f"{taker.name}.taken"
             )
-            self.graph.insert_before(before, node)
+            self.put_behind(value, node)
             self._codes[key] = node.outputs[0]
         return self._codes[key]
 

@@ -17,7 +17,7 @@ FP32_FLOORS = 32
 FP32_LEAST = 2e-5
 """F0 can be nearly nothing; 2e-5 (94 dB) is the least that an fp32 part is granted."""
 LOW_PRECISION_FLOORS = 2.0
-"""A part in less than fp32 may lie this many F1 from eager fp32."""
+"""A part of which anything is in less than fp32 may lie this many F1 from eager fp32."""
 _T_95 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
 """Two-sided 95 % quantiles of Student's t for 1, 2, 3… degrees of freedom."""
 
@@ -47,9 +47,9 @@ class Gate:
     """Keep an artifact that doesn't pass; its manifest says so for good."""
 
 
-def tolerance(precision: str, f0: float, f1: float | None) -> float:
-    """Return the relative error that the floors justify for a part in this precision."""
-    if precision == "fp32" or f1 is None:
+def tolerance(f0: float, f1: float | None) -> float:
+    """Return the relative error that a part's floors justify; F1 is there if any of its layers is in less than fp32."""
+    if f1 is None:
         return max(FP32_FLOORS * f0, FP32_LEAST)
     return LOW_PRECISION_FLOORS * f1
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .traces import Attended
 
 LARGEST_FLOAT16 = 65504.0
+CANNOT_RUN = "can't run at these shapes"
 OVERFLOW = "overflow in float16"
 NOT_FINITE = "not finite"
 SATURATED = "saturated activations"
@@ -33,6 +34,9 @@ UNKNOWN = "not recognised"
 HARMLESS = frozenset({LOW_PRECISION, ROUNDED})
 """What a recipe asks for: no faults."""
 
+GRIDS = frozenset({"FakeQuantize", "QuantizeLinear"})
+"""Operations that round activations to numbers that were calibrated."""
+
 _EXPLAINED = 0.1
 """A cause explains an error of which it leaves at most this share."""
 _LIKE = (0.3, 3.0)
@@ -41,10 +45,49 @@ _LEAST_CHANGE = 0.01
 """A factor is this far from 1, at least, to be a wrong one."""
 _CLIPPED = 0.01
 """A scale that was calibrated for the least error clips less of its activations than this."""
+_MOST_OF = 0.5
+"""Rounding, or clipping, is to blame if an error is at most this share of itself beside it."""
 _ONE_HOT = 0.99
 _LEAST_VALUES = 8
 """A factor of its own for each channel says nothing about fewer values than this in each."""
+_STEPS = 255
+"""From the first code of a byte to its last."""
 _PRODUCTS = ("Conv", "MatMul", "Gemm", "Linear", "Gather", "Embedding", "Norm", "ScaledDotProductAttention")
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What an operation that rounds to a grid was given, and the ends of that grid, which broadcast to it."""
+
+    operation: Operation
+    given: Tensor
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def of(cls, operation: Operation, taken: Sequence[Tensor], made: Tensor) -> Rounding:
+        """Read the ends from a QuantizeLinear's scale and zero point, or a FakeQuantize's limits.
+
+        Args:
+            operation: one of these.
+            taken: its inputs, in their order.
+            made: its output.
+        """
+        import torch
+
+        given, first, second, *_ = (each.float() for each in taken)
+        if operation.kind == "FakeQuantize":
+            return cls(operation, given, first, second)
+        limits = torch.iinfo(made.dtype)
+        shape = [1, -1, *[1] * (given.ndim - 2)] if first.numel() > 1 else []
+        step, zero = first.reshape(shape), second.reshape(shape if second.numel() > 1 else [])
+        return cls(operation, given, (limits.min - zero) * step, (limits.max - zero) * step)
+
+    @property
+    def clipped(self) -> Tensor:
+        """What lies farther than half a step beyond the grid."""
+        beyond = (self.high - self.low) / (2 * _STEPS)
+        return (self.given < self.low - beyond) | (self.given > self.high + beyond)
 
 
 @dataclass(frozen=True)
@@ -63,6 +106,8 @@ class Evidence:
     """What eager makes of it with weights that are rounded as the recipe says."""
     attended: Sequence[Attended] = ()
     """Attentions of eager among it."""
+    roundings: Sequence[Rounding] = ()
+    """Of activations among it, to grids that were calibrated."""
 
     @property
     def error(self) -> float:
@@ -81,7 +126,7 @@ def find_cause(evidence: Evidence) -> Cause:
     """Name the first cause that the evidence bears out; `UNKNOWN`, with figures, where none is."""
     if not bool(evidence.made.isfinite().all()):
         return _not_finite(evidence)
-    rules = (_overflow, _rounded, _saturated, _attention, _transposed, _scale, _offset, _low_precision)
+    rules = (_overflow, _saturated, _rounded, _attention, _transposed, _scale, _offset, _low_precision)
     for rule in rules:
         cause = rule(evidence)
         if cause:
@@ -118,30 +163,30 @@ def _rounded(evidence: Evidence) -> Cause | None:
     if evidence.rounded is None:
         return None
     left = relative_error(evidence.made, evidence.rounded)
-    if left > 0.5 * evidence.error:
+    if left > _MOST_OF * evidence.error:
         return None
     return Cause(ROUNDED, principal(evidence.inner), {"error beside the rounding": left})
 
 
 def _saturated(evidence: Evidence) -> Cause | None:
-    """Recognise codes at the ends of what their integers, or their levels, can hold."""
-    for operation, tensor in evidence.inner:
-        if operation.kind not in {"QuantizeLinear", "FakeQuantize"}:
-            continue
-        low, high = _ends(tensor)
-        share = _share((tensor == low) | (tensor == high))
-        if share > _CLIPPED:
-            return Cause(SATURATED, operation, {"at the ends of the range": share})
+    """Recognise grids that don't reach as far as what they round, where most of the error comes of that."""
+    for rounding in evidence.roundings:
+        share = _share(rounding.clipped)
+        if share > _CLIPPED and _left_by_clipping(evidence, rounding) <= _MOST_OF * evidence.error:
+            return Cause(SATURATED, rounding.operation, {"beyond the range": share})
     return None
 
 
-def _ends(tensor: Tensor) -> tuple[float, float]:
+def _left_by_clipping(evidence: Evidence, rounding: Rounding) -> float:
+    """Return the relative error that is left if eager clips as well; where an output is clipped, that of what isn't."""
     import torch
 
-    if tensor.is_floating_point():
-        return float(tensor.min()), float(tensor.max())
-    limits = torch.iinfo(tensor.dtype)
-    return limits.min, limits.max
+    if evidence.module is not None and evidence.given is not None and torch.equal(rounding.given, evidence.given):
+        with torch.no_grad():
+            return relative_error(evidence.made, evidence.module(evidence.given.clamp(rounding.low, rounding.high)))
+    if rounding.given.shape != evidence.made.shape:
+        return math.inf
+    return relative_error(evidence.made.where(~rounding.clipped, evidence.expected), evidence.expected)
 
 
 def _attention(evidence: Evidence) -> Cause | None:

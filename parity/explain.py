@@ -8,16 +8,17 @@ the very input that the backend gave it, makes something else of it; so what cam
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnavailableError, UsageError
+from ..errors import ParityError, UnavailableError, UsageError
 from ..runtimes.opening import judged_on, open_part, read_folder
 from .anatomy import Anatomy
-from .causes import HARMLESS, UNKNOWN, Cause, Evidence, find_cause, principal, run_with
+from .causes import CANNOT_RUN, GRIDS, HARMLESS, UNKNOWN, Cause, Evidence, Rounding, find_cause, principal
 from .drawing import sit
-from .proof import fed, measure, mixture_of, recorded, relative_error
+from .proof import as_baked, axes_of, fed, measure, recorded, relative_error, run_case, scales_of
 from .traces import Eager, Seen
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from ..artifact import Artifact
     from ..components.family import Part
+    from ..quantize.grid import Grids
     from ..quantize.mixture import Mixture
     from ..runtimes.runtime import Operation, Runtime
     from ..sources.source import Source
@@ -49,6 +51,7 @@ class CaseError:
     sizes: Mapping[str, int]
     timestep: float | None
     error: float
+    """Infinite where the part couldn't run."""
     call: int | None = None
     """Which call of the part in its drawing it was, from 0; None where inputs are made up."""
 
@@ -113,17 +116,24 @@ def explain(artifact: Artifact, source: Source) -> list[Explanation]:
         raise UnavailableError(message, fix="explain an artifact of another backend")
     explained.sort(key=lambda item: -item[0].error / item[0].tolerance)
     chosen = [item for item in explained if item[0].departs] or explained[:1]
-    return [_explain_part(artifact, source, *item) for item in chosen]
+    return [item[0] if item[0].cause == CANNOT_RUN else _explain_part(artifact, source, *item) for item in chosen]
 
 
 def _survey(runtime: Runtime, name: str, record: Recorded) -> Explanation:
-    """Run the recorded cases, and choose the one that is to be looked into."""
-    cases = []
+    """Run the recorded cases, and choose the one that is to be looked into: the first that can't run, if there is one."""
+    cases: list[CaseError] = []
+    failed: dict[int, str] = {}
     for (inputs, expected), call in zip(record.cases, record.calls, strict=True):
-        sizes = {f"{key}.{axis}": size for key, tensor in inputs.items() for axis, size in enumerate(tensor.shape)}
         time = inputs.get("timestep")
-        error = measure(runtime.run(fed(runtime, inputs)), expected, {}).error
-        cases.append(CaseError(sizes, None if time is None else float(time.flatten()[0]), error, call))
+        try:
+            error = measure(run_case(runtime, name, inputs), expected, {}).error
+        except ParityError as problem:
+            error = math.inf
+            failed[len(cases)] = problem.message
+        cases.append(CaseError(axes_of(inputs), None if time is None else float(time.flatten()[0]), error, call))
+    if failed:
+        index, figures = min(failed), {"backend": failed[min(failed)]}
+        return Explanation(name, record.tolerance, tuple(cases), index, cause=CANNOT_RUN, figures=figures)
     return Explanation(name, record.tolerance, tuple(cases), _chosen(cases, record.tolerance))
 
 
@@ -139,12 +149,13 @@ def _explain_part(
     artifact: Artifact, source: Source, surveyed: Explanation, part: Part, record: Recorded
 ) -> Explanation:
     entry = artifact.manifest.parts[part.name]
-    eager = Eager(part, source)
+    eager, folder = Eager(part, source), artifact.folder / part.name
     inputs, expected = record.cases[surveyed.case]
+    mixture, scales = as_baked(entry, folder), scales_of(folder)
     vouched, placement = artifact.vouched(part.name), judged_on(artifact).of(part.name)
-    with open_part(artifact.folder / part.name, part, entry, placement, vouched=vouched) as runtime:
+    with open_part(folder, part, entry, placement, vouched=vouched) as runtime:
         try:
-            search = _Search(runtime, eager, inputs, record.tolerance, mixture_of(entry))
+            search = _Search(runtime, eager, inputs, record.tolerance, mixture, scales)
         except UsageError:
             return replace(surveyed, figures={"not looked into": f"{entry.backend} can't look inside its parts"})
         suspect = search.first() or search.outputs(expected) or search.largest
@@ -192,11 +203,19 @@ class _View:
 class _Search:
     """The search in one case of one part."""
 
-    def __init__(self, runtime: Runtime, eager: Eager, inputs: Tensors, limit: float, mixture: Mixture) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        eager: Eager,
+        inputs: Tensors,
+        limit: float,
+        mixture: Mixture,
+        scales: Mapping[str, Grids],
+    ) -> None:
         self._runtime, self._eager, self._inputs, self._limit = runtime, eager, inputs, limit
         self._anatomy = Anatomy(runtime.operations(), [port.name for port in runtime.inputs])
         self._fed = fed(runtime, inputs)
-        self._mixture = mixture
+        self._mixture, self._scales = mixture, scales
         self._order = [name for name in eager.order(inputs) if self._anatomy.operations(name)]
         self._errors: dict[str, float] = {}
         """Layer -> error of what it made."""
@@ -277,12 +296,12 @@ class _Search:
         return (min(errors) if finite else 0.0), expected, rounded
 
     def _rounded(self, name: str, layer: nn.Module, given: Tensor) -> Tensor | None:
+        """Run a copy that is rounded as the artifact's layer is: weights for what they are given, biases, activations."""
         weight: Tensor | None = getattr(layer, "weight", None)
         weight_format = self._mixture.format_of(name)
         if weight is None or weight_format is None or weight_format.obstacle(weight.shape) is not None:
             return None
-        rows = weight.detach().float().flatten(1)
-        return run_with(layer, given, weight_format.unpack(*weight_format.pack(rows)).reshape(weight.shape))
+        return _run(self._mixture.round_module(copy.deepcopy(layer), {"": name}, self._scales), given)
 
     def _suspect(self, view: _View, expected: Tensor, rounded: Tensor | None) -> _Suspect:
         operations = [*self._anatomy.roundings(view.name), *self._anatomy.operations(view.name)]
@@ -290,6 +309,7 @@ class _Search:
             made=view.got.made.float(),
             expected=expected,
             inner=self._tapped(operations),
+            roundings=self._roundings(operations),
             precision=self._runtime.part.precision,
             module=self._eager.layers[view.name],
             given=view.got.given.float() if view.got.given.is_floating_point() else view.got.given,
@@ -313,8 +333,8 @@ class _Search:
         got = next((each for operation, each in inner if tensor in operation.outputs), None)
         if got is None or got.shape != expected.shape:
             return None
-        evidence = Evidence(got.float(), expected, inner, self._runtime.part.precision, attended=attended)
-        cause = find_cause(evidence)
+        precision, roundings = self._runtime.part.precision, self._roundings(operations)
+        cause = find_cause(Evidence(got.float(), expected, inner, precision, attended=attended, roundings=roundings))
         return _Suspect(_place_of(cause, inner, layer), before, error, cause)
 
     def _place(self) -> None:
@@ -325,6 +345,13 @@ class _Search:
     def _tapped(self, operations: Sequence[Operation]) -> list[tuple[Operation, Tensor]]:
         got = self._runtime.tap(self._fed, [operation.outputs[0] for operation in operations])
         return [(each, got[each.outputs[0]]) for each in operations if each.outputs[0] in got]
+
+    def _roundings(self, operations: Sequence[Operation]) -> list[Rounding]:
+        """Return those that round activations to a grid, with what they were given and the grid's ends."""
+        found = [each for each in operations if each.kind in GRIDS]
+        names = dict.fromkeys(name for each in found for name in (*each.inputs, each.outputs[0]))
+        got = self._runtime.tap(self._fed, [*names]) if found else {}
+        return [Rounding.of(each, [got[name] for name in each.inputs], got[each.outputs[0]]) for each in found]
 
 
 def _place_of(cause: Cause, inner: Sequence[tuple[Operation, Tensor]], following: str) -> str:

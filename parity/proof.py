@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .. import plugins
 from ..artifact import ACTIVATIONS, INPUTS
 from ..components.component import PROOF_SIZES, WRAPPER
+from ..errors import ParityError, SourceError
 from ..quantize.grid import grids_from_json
 from ..quantize.inputs import read_inputs
 from ..weights import layer_names
@@ -23,7 +24,7 @@ from .budget import tolerance
 from .drawing import Case, sit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -53,10 +54,10 @@ class Measured:
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Return the relative root-mean-square error; infinite if `got` isn't finite or has another shape."""
+    """Return the relative root-mean-square error; infinite if either isn't finite, or `got` has another shape."""
     import torch
 
-    if got.shape != expected.shape or not bool(torch.isfinite(got).all()):
+    if got.shape != expected.shape or not all(bool(torch.isfinite(each).all()) for each in (got, expected)):
         return math.inf
     difference = (got.double() - expected.double()).norm()
     return float(difference / expected.double().norm().clamp_min(1e-30))
@@ -117,8 +118,14 @@ def family_part(artifact: Artifact, name: str) -> Part:
 
 
 def mixture_of(entry: PartEntry) -> Mixture:
-    """Return the precisions that a part was baked with."""
-    return plugins.mixture(entry.precision, entry.key_fields["recipe"].get("layers"))
+    """Return the precisions that a part was baked with; what its backend left as floats is among them."""
+    mixture = plugins.mixture(entry.precision, entry.key_fields["recipe"].get("layers"))
+    return replace(mixture, kept=frozenset(entry.kept))
+
+
+def as_baked(entry: PartEntry, folder: Path) -> Mixture:
+    """Return the precisions of a part with what its layers were given, where its folder keeps that."""
+    return replace(mixture_of(entry), known=read_inputs(folder / INPUTS))
 
 
 def record(part: Part, entry: PartEntry, source: Source, folder: Path, given: Sequence[Case] = ()) -> None:
@@ -130,31 +137,75 @@ def record(part: Part, entry: PartEntry, source: Source, folder: Path, given: Se
         source: the model.
         folder: the artifact's `proof`.
         given: what it was given in real drawings; made up at three shapes and three timesteps where there is nothing.
+
+    Raises:
+        SourceError: eager float32 itself gives NaN or infinity.
+        ParityError: so does eager in the recipe's precision.
     """
     import torch
     from safetensors.torch import save_file
 
-    config, mixture = source.config(part.module), mixture_of(entry)
+    config, mixture = source.config(part.module), as_baked(entry, folder.parent / part.name)
     flat = part.component.flat(part.component.load(source.path(part.module), torch.float32))
     cases = [_as_taken(case, entry) for case in given or _made_up(part.component, config)]
     tensors: Tensors = {}
     f0 = Floor()
     for index, case in enumerate(cases):
         expected = eager(part.component, flat, config, case.inputs)
+        _check_finite(expected, f"{part.name} in case {index}, {_origin_of(case)},")
         f0 = f0.and_of(_split(part.component, flat, config, case.inputs), expected)
         tensors |= {f"{index}.in.{name}": value for name, value in case.inputs.items()}
         tensors |= {f"{index}.out.{name}": value.contiguous() for name, value in expected.items()}
     floors = {"f0": f0}
-    if mixture.precision != "fp32":
+    if dtypes := _floor_dtypes(mixture):
         _round(flat, mixture, source.checkpoint(part.module), folder.parent / part.name)
-        dtypes = [torch.float16, torch.bfloat16] if mixture.precision == "fp16" else [torch.bfloat16]
-        low = (_rounded_floor(part, flat, config, tensors, dtype) for dtype in dtypes)
-        floors["f1"] = next(floor for floor in low if math.isfinite(floor.error))
+        low = (_rounded_floor(part, flat, config, tensors, getattr(torch, dtype)) for dtype in dtypes)
+        floors["f1"] = _first_finite(low, part.name, mixture.precision)
     folder.mkdir(exist_ok=True)
     file = folder / f"{part.name}.safetensors"
     file.unlink(missing_ok=True)  # it may be a link that shares its bytes
     calls = json.dumps([case.call for case in cases])
     save_file(tensors, file, metadata={"calls": calls, **{name: floor.to_json() for name, floor in floors.items()}})
+
+
+def _floor_dtypes(mixture: Mixture) -> list[str]:
+    """Return the torch dtypes that F1 may be measured in, best first: the widest tolerance's; none where all is in float32."""
+    kinds = {mixture.precision, *mixture.layers.values()}
+    if kinds == {"fp32"}:
+        return []
+    narrowest = mixture.precision == "fp16" or kinds == {"fp32", "fp16"}
+    return ["float16", "bfloat16"] if narrowest and "bf16" not in kinds else ["bfloat16"]
+
+
+def _check_finite(expected: Tensors, what: str) -> None:
+    """Refuse to prove anything against NaN.
+
+    Raises:
+        SourceError: naming the part, the case and the outputs.
+    """
+    broken = [name for name, tensor in expected.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        message = (
+            f"eager float32 gives NaN or infinity for {what} as {', '.join(broken)}: there is nothing to prove it by"
+        )
+        raise SourceError(message, fix="look for NaN in the model's weights; --no-prove exports it as it is")
+
+
+def _origin_of(case: Case) -> str:
+    return "of made-up inputs" if case.call is None else f"call {case.call} of its drawing"
+
+
+def _first_finite(floors: Iterable[Floor], part: str, precision: str) -> Floor:
+    """Return the first floor that is one.
+
+    Raises:
+        ParityError: there is none.
+    """
+    found = next((floor for floor in floors if math.isfinite(floor.error)), None)
+    if found is None:
+        message = f"eager torch gives NaN or infinity for {part} as well, once it is rounded to {precision} as the recipe says"
+        raise ParityError(message, fix=f"give it a wider precision, such as --recipe …,{part}=BACKEND:fp32")
+    return found
 
 
 def _made_up(component: Component, config: Mapping[str, Any]) -> list[Case]:
@@ -188,8 +239,8 @@ def _rounded_floor(
 
 def _round(flat: Any, mixture: Mixture, checkpoint: Checkpoint, folder: Path) -> None:  # noqa: ANN401 - a torch module
     """Let a module compute with the weights, and the calibrated activations, that the artifact has."""
-    known = replace(mixture, known=read_inputs(folder / INPUTS))
-    known.round_module(flat, names_in(flat, checkpoint), scales_of(folder))
+    own = {path: f"{path}.".removeprefix(WRAPPER).removesuffix(".") for path, _ in flat.named_modules()}
+    mixture.round_module(flat, own | names_in(flat, checkpoint), scales_of(folder))
 
 
 def names_in(flat: Any, checkpoint: Checkpoint) -> dict[str, str]:  # noqa: ANN401 - a torch module
@@ -260,6 +311,20 @@ def _to_port(tensor: Tensor, port: Any) -> Tensor:  # noqa: ANN401
     return tensor.to(getattr(torch, port.dtype)).reshape((1,) * port.rank) if tensor.ndim == 0 else tensor
 
 
+def run_case(runtime: Runtime, name: str, inputs: Tensors) -> Tensors:
+    """Give a part recorded inputs.
+
+    Raises:
+        ParityError: it can't run at their shapes.
+    """
+    try:
+        return runtime.run(fed(runtime, inputs))
+    except Exception as error:
+        shapes = {key: list(tensor.shape) for key, tensor in inputs.items()}
+        message = f"{name} can't run at the shapes {shapes}: is one baked into its graph? {error}"
+        raise ParityError(message) from error
+
+
 def axes_of(inputs: Tensors) -> dict[str, int]:
     """Return the size of each axis of each input, as `name.axis`."""
     return {f"{name}.{axis}": size for name, tensor in inputs.items() for axis, size in enumerate(tensor.shape)}
@@ -301,15 +366,15 @@ def recorded(artifact: Artifact, name: str, source: Source | None = None, sessio
     entry = artifact.manifest.parts[name]
     known = artifact.manifest.proof.get("parts", {}).get(name, {})
     if file.is_file() or source is None:
-        return _read_recorded(file, entry.precision, known.get("tolerance"))
+        return _read_recorded(file, known.get("tolerance"))
     with TemporaryDirectory() as folder:
         part = family_part(artifact, name)
         session = session or sit(source, artifact.manifest.source["id"])
         record(part, entry, source, Path(folder), session.cases.get(name, ()))
-        return _read_recorded(Path(folder) / file.name, entry.precision, known.get("tolerance"))
+        return _read_recorded(Path(folder) / file.name, known.get("tolerance"))
 
 
-def _read_recorded(file: Path, precision: str, known: float | None) -> Recorded:
+def _read_recorded(file: Path, known: float | None) -> Recorded:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as stream:
@@ -318,16 +383,16 @@ def _read_recorded(file: Path, precision: str, known: float | None) -> Recorded:
     cases = _cases(tensors)
     calls = tuple(json.loads(about.pop("calls", "[]"))) or (None,) * len(cases)
     floors = {key: Floor.read(value) for key, value in about.items()}
-    return Recorded(cases, floors, known or justified(precision, floors), calls)
+    return Recorded(cases, floors, known or justified(floors), calls)
 
 
-def justified(precision: str, floors: Mapping[str, Floor]) -> float:
-    """Return the relative error that a part's floors justify in this precision."""
-    return tolerance(precision, floors["f0"].error, floors["f1"].error if "f1" in floors else None)
+def justified(floors: Mapping[str, Floor]) -> float:
+    """Return the relative error that a part's floors justify."""
+    return tolerance(floors["f0"].error, floors["f1"].error if "f1" in floors else None)
 
 
-def row_tolerances(precision: str, floors: Mapping[str, Floor]) -> list[float]:
+def row_tolerances(floors: Mapping[str, Floor]) -> list[float]:
     """Return what each row's own floors justify; nothing of artifacts that don't have them."""
     own = floors["f0"].rows
     narrow = floors["f1"].rows if "f1" in floors else (None,) * len(own)
-    return [tolerance(precision, *both) for both in zip(own, narrow, strict=True)]
+    return [tolerance(*both) for both in zip(own, narrow, strict=True)]

@@ -16,14 +16,13 @@ from ..sources.source import Source
 from . import meaning, trajectory
 from .budget import Budget, Gate, decibels, granted, upper_bound
 from .drawing import sit
-from .proof import axes_of, family_part, fed, justified, measure, record, recorded, row_errors, row_tolerances
+from .proof import axes_of, family_part, justified, measure, record, recorded, row_errors, row_tolerances, run_case
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ..components.family import Part
-    from ..runtimes.runtime import Runtime
-    from .proof import Measured, Tensors
+    from .proof import Measured
 
 PROVED, FAILING, UNPROVED = "proved", "failing", "unproved"
 """What a proof comes to. A failing artifact was let pass; it stays failing until it is exported again."""
@@ -201,7 +200,7 @@ def prove_here(
     for name, entry in artifact.manifest.parts.items():
         if entry.backend != "null":
             budget = Budget(**budgets[name]) if name in budgets else None
-            found = _prove_part(artifact, family_part(artifact, name), entry.precision, budget)
+            found = _prove_part(artifact, family_part(artifact, name), budget)
             results[name] = found | ({"why": made_up[name]} if name in made_up else {})
             gc.collect()
     return {"parts": results, "trajectory": trajectory.prove(artifact)}
@@ -237,19 +236,19 @@ def _record(artifact: Artifact, source: Source) -> dict[str, str]:
     return made_up
 
 
-def _prove_part(artifact: Artifact, part: Part, precision: str, budget: Budget | None) -> dict[str, Any]:
+def _prove_part(artifact: Artifact, part: Part, budget: Budget | None) -> dict[str, Any]:
     from ..runtimes.opening import judged_on, open_part
 
     found = recorded(artifact, part.name)
-    allowed = granted(part.name, justified(precision, found.floors), budget)
-    by_row = [] if budget else row_tolerances(precision, found.floors)
+    allowed = granted(part.name, justified(found.floors), budget)
+    by_row = [] if budget else row_tolerances(found.floors)
     entry, placement = artifact.manifest.parts[part.name], judged_on(artifact).of(part.name)
     cases, rows, problem = [], [], None
     try:
         vouched = artifact.vouched(part.name)
         with open_part(artifact.folder / part.name, part, entry, placement, vouched=vouched) as runtime:
             for inputs, expected in found.cases:
-                got = _run_case(runtime, part.name, inputs)
+                got = run_case(runtime, part.name, inputs)
                 cases.append(measure(got, expected, axes_of(inputs)))
                 rows += row_errors(got, expected)
         problem = _problem(part.name, cases, _upper(rows, by_row, allowed), allowed)
@@ -266,14 +265,6 @@ def _prove_part(artifact: Artifact, part: Part, precision: str, budget: Budget |
     }
 
 
-def _run_case(runtime: Runtime, name: str, inputs: Tensors) -> Tensors:
-    try:
-        return runtime.run(fed(runtime, inputs))
-    except Exception as error:
-        message = f"{name} can't run at the shapes {_shapes(inputs)}: is one baked into its graph? {error}"
-        raise ParityError(message) from error
-
-
 def _upper(rows: Sequence[float], by_row: Sequence[float], allowed: float) -> float:
     """Return the upper end of the 95 % interval of rows' errors: each against its own tolerance, in terms of the part's."""
     if not rows:
@@ -285,15 +276,11 @@ def _upper(rows: Sequence[float], by_row: Sequence[float], allowed: float) -> fl
 def _problem(part: str, cases: list[Measured], upper: float, allowed: float) -> str | None:
     """Say what is beyond the tolerance: a case, or the upper end of the interval of all rows' errors."""
     worst = max(cases, key=lambda case: case.error)
-    if not worst.error <= allowed:
+    if not worst.error <= allowed < math.inf:
         return (
             f"{part} differs from eager fp32 by {worst.error:.2e}, {worst.sqnr_db:.1f} dB (granted {allowed:.2e}, "
             f"{decibels(allowed):.1f} dB) at {worst.sizes}"
         )
-    if upper > allowed:
+    if not upper <= allowed:
         return f"{part} differs from eager fp32 by up to {upper:.2e} with 95 % confidence (granted {allowed:.2e})"
     return None
-
-
-def _shapes(inputs: Tensors) -> dict[str, list[int]]:
-    return {key: list(tensor.shape) for key, tensor in inputs.items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -29,6 +29,8 @@ class Mixture:
 
     known: Mapping[str, Channels] = field(default_factory=dict)
     """Layer -> what the channels of its input took on, where that was calibrated: weights are rounded for it."""
+    kept: Collection[str] = frozenset()
+    """Weights, as the checkpoint names them, that a backend left as floats after all."""
 
     def importance(self, weight: str) -> Tensor | None:
         """Return the mean squares of the inputs of a layer, by its weight's name in the checkpoint, if they are known."""
@@ -52,7 +54,9 @@ class Mixture:
         return self.layers.get(weight.removesuffix(".weight").removesuffix(".bias"), self.precision)
 
     def format_of(self, weight: str) -> Format | None:
-        """Return what a weight is rounded to, by its name in the checkpoint; None where it stays a float."""
+        """Return what a weight is rounded to, by its or its layer's name in the checkpoint; None where it stays a float."""
+        if weight in self.kept or f"{weight}.weight" in self.kept:
+            return None
         return self.formats.get(self.precision_of(weight))
 
     def calibrated(self, layer: str, shape: Sequence[int], grids: Grids) -> Grids | None:
@@ -79,7 +83,7 @@ class Mixture:
         """
         import torch
 
-        done: set[int] = set()
+        done = self._kept_in(module, names)
         for path, layer in module.named_modules():
             name = names.get(path, path)
             weight_format = self.format_of(name)
@@ -99,6 +103,15 @@ class Mixture:
                     )
             weight_format.watch(layer, grids)
         return module
+
+    def _kept_in(self, module: nn.Module, names: Mapping[str, str]) -> set[int]:
+        """Return the ids of a module's parameters that stay floats; tied ones under whichever name they are kept."""
+        return {
+            id(parameter)
+            for path, layer in (module.named_modules(remove_duplicate=False) if self.kept else ())
+            for own, parameter in layer.named_parameters(recurse=False)
+            if f"{names.get(path, path)}.{own}".removeprefix(".") in self.kept
+        }
 
     def _correct_bias(self, layer: Any, name: str) -> None:  # noqa: ANN401 - a layer with a weight
         """Let a layer's bias make up for what its weight will lose."""

@@ -8,19 +8,26 @@ import numpy as np
 import pytest
 import torch
 
-from bakeoff.artifact import Artifact, describe_files
+from bakeoff.artifact import INPUTS, Artifact, describe_files
 from bakeoff.bake import export
+from bakeoff.components.component import Sizes
 from bakeoff.parity import causes
 from bakeoff.parity.anatomy import Anatomy
-from bakeoff.parity.causes import Evidence, find_cause
-from bakeoff.parity.explain import NOWHERE, explain
-from bakeoff.recipe import parse
+from bakeoff.parity.causes import Evidence, Rounding, find_cause
+from bakeoff.parity.explain import NOWHERE, _Search, explain
+from bakeoff.parity.proof import as_baked, scales_of
+from bakeoff.parity.traces import Eager
+from bakeoff.quantize.calibration import Calibration
+from bakeoff.recipe import Placement, parse
+from bakeoff.runtimes.opening import open_part
 from bakeoff.runtimes.runtime import Operation
 from bakeoff.sources.source import Source
+from bakeoff.tuning.calibrate import watch
 from bakeoff.weights import Checkpoint, as_bytes, read_tensor
 
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
 CONVOLUTION = "decoder.up_blocks.1.resnets.0.conv1"
+SIZES = Sizes(2, 8, 16, 12)
 
 
 @pytest.fixture
@@ -113,6 +120,19 @@ def test_a_wrong_scale_in_a_convolution(baked, planted):
     found = only(artifact)
     assert (found.part, found.layer, found.operator, found.cause) == ("unet", layer, "Conv", causes.SCALE)
     assert found.figures["factor"] == pytest.approx(2, rel=1e-3)
+
+
+def test_a_shape_that_is_baked_into_the_graph(baked, planted):
+    import onnx_ir
+
+    def fix(graph):
+        graph.inputs[0].shape = onnx_ir.Shape([2, 4, 8, 16])
+
+    found = only(planted(baked("onnx:fp32", proved=True), "vae_decoder", edit_onnx(fix)))
+    assert (found.part, found.layer, found.cause) == ("vae_decoder", None, causes.CANNOT_RUN)
+    sizes = list(found.cases[found.case].sizes.values())
+    assert sizes != [2, 4, 8, 16]
+    assert found.figures["backend"].startswith(f"vae_decoder can't run at the shapes {{'latent_sample': {sizes}}}")
 
 
 def test_a_transposed_weight(baked, planted):
@@ -251,6 +271,96 @@ def test_the_command_names_it(baked, planted, run_cli):
     assert found["figures"]["largest difference"] == pytest.approx(3, rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """One part alone, calibrated on made-up inputs: `calibrated("vae_decoder", "onnx:w8a8")` is the artifact's folder."""
+    source, root = Source.open("shapes"), tmp_path_factory.mktemp("calibrated")
+
+    def bake(name, recipe):
+        folder = root / recipe.replace(":", "-")
+        if folder.exists():
+            return folder
+        part, seen = source.family.part(name), Calibration({"model": "shapes"})
+        flat = part.component.flat(part.component.load(source.path(part.module), torch.float32))
+        watch(seen, name, flat)
+        for seed in range(3):
+            with torch.no_grad():
+                flat(*part.component.example(source.config(part.module), SIZES, seed).values())
+        seen.save(root / "calibration.safetensors")
+        recipes = parse(f"null:fp32,{name}={recipe}")[0]
+        export("shapes", folder, recipes, prove=False, calibration=root / "calibration.safetensors")
+        return folder
+
+    return bake
+
+
+def search(folder, name, check):
+    """Return what `check` finds in a search of one part that may err by a fiftieth."""
+    artifact, source = Artifact.open(folder), Source.open("shapes")
+    part, entry = source.family.part(name), artifact.manifest.parts[name]
+    inputs = part.component.example(source.config(part.module), SIZES, 2)
+    mixture, scales = as_baked(entry, folder / name), scales_of(folder / name)
+    with open_part(folder / name, part, entry, Placement(device="cpu"), vouched=artifact.vouched(name)) as runtime:
+        return check(_Search(runtime, Eager(part, source), inputs, 0.02, mixture, scales))
+
+
+def own_errors(found):
+    """Return layer -> the error that it makes by itself, of those that became codes."""
+    errors = {view.name: found._own_error(view) for view in found._views(found._order)}
+    return {name: error for name, (error, _, rounded) in errors.items() if rounded is not None}
+
+
+def test_layers_are_compared_with_ones_that_are_rounded_as_they_are(calibrated):
+    """By what they are given, their biases corrected: rounded by their weights alone they'd differ by some percent."""
+    folder = calibrated("text_encoder", "onnx:int4")
+    assert (folder / "text_encoder" / INPUTS).is_file()
+    errors = search(folder, "text_encoder", own_errors)
+    assert len(errors) == 20
+    assert max(errors.values()) < 1e-3
+
+
+@pytest.mark.slow
+class TestRoundedActivations:
+    """The decoder in w8a8, whose activations come of SiLU: many lie at its least value, the end of the grid."""
+
+    LAYER = "decoder.up_blocks.1.resnets.0.conv2"
+
+    def test_sound_ones_are_no_fault(self, calibrated):
+        folder = calibrated("vae_decoder", "onnx:w8a8")
+        assert max(search(folder, "vae_decoder", own_errors).values()) < 1e-3
+
+        def check(found):
+            return found.first(), found.largest.cause.name
+
+        assert search(folder, "vae_decoder", check) == (None, causes.ROUNDED)
+
+    def test_a_wrong_scale_among_them(self, calibrated, planted):
+        edit = edit_safetensors(f"{self.LAYER}.weight.scales", lambda scales: scales * 2)
+        artifact = planted(calibrated("vae_decoder", "onnx:w8a8"), "vae_decoder", edit)
+        found = search(artifact.folder, "vae_decoder", lambda found: found.first())
+        assert (found.layer, found.cause.name) == (self.LAYER, causes.SCALE)
+        assert found.cause.figures["factor"] == pytest.approx(2, rel=0.05)
+
+    def test_a_grid_that_is_too_narrow(self, calibrated, planted):
+        folder = calibrated("vae_decoder", "onnx:w8a8")
+
+        def narrow(graph):
+            node = node_of(graph, conv_of(folder / "vae_decoder", self.LAYER))
+            steps = node.inputs[0].producer().inputs[1]
+            steps.const_value = onnx_ir.tensor(steps.const_value.numpy() / 8, name=steps.name)
+
+        def edit(part):
+            edit_onnx(narrow)(part)
+            edit_safetensors(f"{self.LAYER}.weight.scales", lambda scales: scales / 8)(part)
+
+        import onnx_ir
+
+        artifact = planted(folder, "vae_decoder", edit)
+        found = search(artifact.folder, "vae_decoder", lambda found: found.first())
+        assert (found.layer, found.cause.name) == (self.LAYER, causes.SATURATED)
+        assert found.cause.figures["beyond the range"] > 0.01
+
+
 class TestCauses:
     """Causes that the embedded model, whose recipes are sound, gives no occasion for."""
 
@@ -269,17 +379,46 @@ class TestCauses:
         assert cause.name == causes.NORM
         assert cause.figures["mean over deviation"] > 100
 
-    def test_activations_that_a_scale_clips(self):
+    def rounded(self, kind, step, times=1.0):
+        """Return the evidence of a convolution behind SiLU, whose input is rounded to unsigned bytes of a step a channel."""
+        layer = torch.nn.Conv2d(8, 8, 3, padding=1)
+        given = torch.nn.functional.silu(torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0)))
+        given[:, :, :4] = given.min()  # at the end of the grid, not beyond
+        steps = (given.amax((0, 2, 3)) - given.amin()) / 255 * step
+        zeros = (-given.min() / steps).round().clamp(0, 255)
+        codes = ((given / steps[:, None, None]).round() + zeros[:, None, None]).clamp(0, 255)
+        low, high = (-zeros * steps)[:, None, None], ((255 - zeros) * steps)[:, None, None]
+        with torch.no_grad():
+            rounded = layer((codes - zeros[:, None, None]) * steps[:, None, None])
+        operation = Operation("node.taken", kind, ("x", "scale", "zero"), ("codes",), "layer")
+        taken = (given, low, high) if kind == "FakeQuantize" else (given, steps, zeros.to(torch.uint8))
+        found = Rounding.of(operation, taken, codes.to(torch.uint8))
+        torch.testing.assert_close((found.low + 0 * given, found.high + 0 * given), (low + 0 * given, high + 0 * given))
+        return replace(self.evidence(layer, given, rounded * times), roundings=[found], rounded=rounded)
+
+    @pytest.mark.parametrize("kind", ["FakeQuantize", "QuantizeLinear"])
+    def test_activations_that_a_scale_clips(self, kind):
+        cause = find_cause(self.rounded(kind, 1 / 8))
+        assert (cause.name, cause.operation.kind) == (causes.SATURATED, kind)
+        assert cause.figures["beyond the range"] > 0.1
+
+    @pytest.mark.parametrize("kind", ["FakeQuantize", "QuantizeLinear"])
+    def test_activations_at_the_end_of_their_range_are_not_clipped(self, kind):
+        assert find_cause(self.rounded(kind, 1.05)).name == causes.ROUNDED
+        assert find_cause(self.rounded(kind, 1.05, times=2)).name == causes.SCALE
+
+    def test_clipping_that_explains_nothing_is_not_blamed(self):
+        assert find_cause(self.rounded("QuantizeLinear", 1 / 1.5, times=2)).name != causes.SATURATED
+
+    def test_outputs_that_are_clipped(self):
         layer = torch.nn.Linear(64, 64)
         given = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
-        codes = (given / 0.005).round().clamp(-128, 127)
         with torch.no_grad():
-            made = layer(codes * 0.005)
-        evidence = self.evidence(layer, given, made)
-        rounding = Operation("node.taken", "QuantizeLinear", ("x", "scale"), ("codes",), "layer")
-        cause = find_cause(replace(evidence, inner=[(rounding, codes.to(torch.int8)), *evidence.inner]))
-        assert (cause.name, cause.operation.kind) == (causes.SATURATED, "QuantizeLinear")
-        assert cause.figures["at the ends of the range"] > 0.3
+            expected = layer(given)
+        operation = Operation("node.rounded", "QuantizeLinear", ("y", "scale", "zero"), ("codes",), "layer")
+        found = Rounding(operation, expected, torch.tensor(-0.3), torch.tensor(0.3))
+        evidence = replace(self.evidence(layer, given, expected.clamp(-0.3, 0.3)), roundings=[found])
+        assert find_cause(evidence).name == causes.SATURATED
 
     def test_a_scale_of_some_channels(self):
         layer = torch.nn.Conv2d(4, 8, 3)

@@ -1,5 +1,7 @@
 """Calibrated rounding: steps for single channels, weights rounded for what layers are given, corrected biases."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -147,6 +149,26 @@ class TestKnownInputs:
         assert changed.entries["few.bias"] == checkpoint.entries["few.bias"]
         left = corrected(checkpoint, known, folder / "biases.safetensors", {"matrix.weight", "take.weight"})
         assert left is checkpoint
+
+    def test_what_a_backend_keeps_is_neither_rounded_nor_corrected(self, layers):
+        folder, module = layers
+        found = calibration(module, uneven(channels=64))
+        known = with_inputs(plugins.mixture("int8"), found, "unet", Checkpoint.open(folder))
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        replace(known, kept={"matrix.weight"}).round_module(module, {})
+        changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+        assert changed == {"take.weight", "take.bias", "few.weight"}
+        mixture, given = replace(plugins.mixture("w8a8-dynamic"), kept={"matrix.weight"}), torch.rand(4, 64)
+        expected = module["matrix"](given)
+        assert torch.equal(mixture.round_module(module, {})["matrix"](given), expected), "nor is what it is given"
+
+    def test_a_tied_table_is_kept_under_either_name(self):
+        module = nn.ModuleDict({"shared": nn.Embedding(64, 128), "tokens": nn.Embedding(64, 128)})
+        module["tokens"].weight = module["shared"].weight
+        before = module["shared"].weight.clone()
+        for name in ("shared", "tokens"):
+            replace(plugins.mixture("int8"), kept={f"{name}.weight"}).round_module(module, {})
+            assert torch.equal(module["shared"].weight, before)
 
     def test_they_come_back_from_a_file(self, layers):
         folder, module = layers

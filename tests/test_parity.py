@@ -1,16 +1,24 @@
 import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from bakeoff import plugins
 from bakeoff.artifact import Artifact
+from bakeoff.bake import export
 from bakeoff.cli import main
-from bakeoff.errors import LoweringError, ParityError
+from bakeoff.errors import LoweringError, ParityError, SourceError
 from bakeoff.parity import proof, prover
 from bakeoff.parity.budget import upper_bound
+from bakeoff.recipe import PartRecipe, Recipe
 from bakeoff.sources.source import Source
 
 
@@ -20,6 +28,7 @@ def test_relative_error():
     assert proof.relative_error(expected, expected) == 0
     assert math.isinf(proof.relative_error(torch.tensor([3.0, math.nan]), expected))
     assert math.isinf(proof.relative_error(torch.zeros(3), expected))
+    assert math.isinf(proof.relative_error(expected, torch.tensor([3.0, math.nan])))
 
 
 def test_sqnr_is_minus_twenty_log10():
@@ -118,6 +127,79 @@ def test_the_proof_is_skipped_where_it_would_not_fit(baked, monkeypatch):
     proved = prover.prove(artifact, Source.open("shapes"))
     assert proved["status"] == "unproved"
     assert "GB" in proved["reason"]
+
+
+def test_a_model_that_is_nan_in_eager_float32_is_not_proved(baked, shapes, tmp_path):
+    """Of NaN against NaN all floors are infinite, and so would be what the part is granted."""
+    model = Path(shutil.copytree(shapes, tmp_path / "model"))
+    file = model / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.conv_in.weight"] = torch.full_like(tensors["decoder.conv_in.weight"], math.nan)
+    save_file(tensors, file)
+    artifact = Artifact.open(baked("torch:fp32", proved=True))
+    part, entry = proof.family_part(artifact, "vae_decoder"), artifact.manifest.parts["vae_decoder"]
+    with pytest.raises(SourceError, match="vae_decoder in case 0, of made-up inputs"):
+        proof.record(part, entry, Source.open(str(model)), tmp_path / "proof")
+    assert not (tmp_path / "proof").exists()
+
+
+def test_the_floor_keeps_the_weights_that_the_artifact_keeps(baked, tmp_path):
+    """The table of tokens, which torch has no codes for, stays as it is: rounded, it would be half of the floor."""
+    artifact = Artifact.open(baked("torch:fp32,text_encoder=torch:nf4"))
+    part, entry = proof.family_part(artifact, "text_encoder"), artifact.manifest.parts["text_encoder"]
+    assert "text_model.embeddings.token_embedding.weight" in entry.kept
+    floors = {}
+    for name, kept in (("kept", entry.kept), ("rounded", {})):
+        proof.record(part, replace(entry, kept=kept), Source.open("shapes"), tmp_path / name)
+        with safe_open(tmp_path / name / "text_encoder.safetensors", "pt") as stream:
+            floors[name] = proof.Floor.read(stream.metadata()["f1"]).error
+    assert floors["kept"] < 0.9 * floors["rounded"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "layers", "dtypes"),
+    [
+        ("fp32", (), []),
+        ("fp32", ("fp32",), []),
+        ("fp32", ("fp16",), ["float16", "bfloat16"]),
+        ("fp32", ("int8",), ["bfloat16"]),
+        ("fp16", (), ["float16", "bfloat16"]),
+        ("fp16", ("int8",), ["float16", "bfloat16"]),
+        ("fp16", ("bf16",), ["bfloat16"]),
+        ("bf16", ("fp32",), ["bfloat16"]),
+        ("int8", ("fp16",), ["bfloat16"]),
+    ],
+)
+def test_the_floor_is_in_the_widest_dtype_of_a_part_and_its_layers(precision, layers, dtypes):
+    mixture = plugins.mixture(precision, {str(number): each for number, each in enumerate(layers)})
+    assert proof._floor_dtypes(mixture) == dtypes
+
+
+def test_a_part_of_fp32_passes_with_layers_of_low_bits(tmp_path):
+    recipe = PartRecipe("onnx", "fp32", layers={"text_model.encoder.layers.0.mlp.*": "int8"})
+    export("shapes", tmp_path / "out", Recipe(PartRecipe("null", "fp32"), {"text_encoder": recipe}), prove=False)
+    artifact = Artifact.open(tmp_path / "out")
+    part, entry = proof.family_part(artifact, "text_encoder"), artifact.manifest.parts["text_encoder"]
+    assert entry.weight_shares["int8"] > 0.1
+    proof.record(part, entry, Source.open("shapes"), tmp_path / "out" / "proof")
+    found = prover._prove_part(artifact, part, None)
+    assert found["problem"] is None
+    assert found["tolerance"] == pytest.approx(2 * found["f1"])
+
+
+def test_floors_that_are_infinite_in_each_dtype_are_an_error():
+    floors = [proof.Floor(math.inf), proof.Floor(0.25)]
+    assert proof._first_finite(floors, "unet", "fp16").error == 0.25
+    with pytest.raises(ParityError, match="for unet as well, once it is rounded to fp16"):
+        proof._first_finite(floors[:1], "unet", "fp16")
+
+
+def test_an_infinite_tolerance_lets_nothing_pass():
+    infinite = proof.Measured({}, math.inf, -math.inf, 0.0, math.inf)
+    assert "granted inf" in prover._problem("unet", [infinite], math.inf, math.inf)
+    exact = proof.Measured({}, 1e-7, 140.0, 1.0, 1e-7)
+    assert prover._problem("unet", [exact], 1e-7, 1e-6) is None
+    assert "95 % confidence" in prover._problem("unet", [exact], math.nan, 1e-6)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import onnx
+import onnx_ir
 import pytest
 import torch
 from diffusers import ModelMixin, TorchAoConfig, UNet2DConditionModel
@@ -34,6 +35,8 @@ from bakeoff.errors import InputError, RecipeError, UnavailableError
 from bakeoff.exporters.capture import module_on_hollow, on_hollow
 from bakeoff.exporters.corrected import lower_corrected
 from bakeoff.exporters.exporter import Subject
+from bakeoff.exporters.onnx_codes import Encoder
+from bakeoff.exporters.torch import _LAYOUTS
 from bakeoff.parity.proof import names_in, relative_error, scales_of
 from bakeoff.precisions import cells, markdown
 from bakeoff.quantize.calibration import Calibration
@@ -45,6 +48,7 @@ from bakeoff.runtimes.engine import load
 from bakeoff.runtimes.opening import open_part, read_folder
 from bakeoff.runtimes.runtime import PartFiles
 from bakeoff.sources.lora import Delta
+from bakeoff.sources.source import Source
 from bakeoff.weights import Checkpoint
 
 SHAPES = Path(bakeoff.__file__).parent / "models" / "shapes"
@@ -268,6 +272,32 @@ def test_activations_are_rounded_as_they_come(source, tmp_path, backend):
             assert relative_error(got[key], rounded) < 1e-5
     assert "int8" in ran or "i8" in ran
     assert backend != "torch" or ran == {"int8": 2, "bfloat16": 1}
+
+
+@pytest.mark.parametrize("fed", ["input", "node"])
+@pytest.mark.parametrize("precision", ["w8a8", "w8a8-dynamic"])
+def test_an_activation_is_rounded_before_all_that_take_it(tmp_path, precision, fed):
+    """Parameters come in the order of their registration, `key` first; `query` runs first."""
+    save_file({name: torch.randn(64, 64) for name in ("key.weight", "query.weight")}, tmp_path / "model.safetensors")
+    taken = onnx_ir.Value(name="x", shape=onnx_ir.Shape([2, 64]), type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT))
+    nodes = [onnx_ir.node("Tanh", [taken], name="before")] if fed == "node" else []
+    weights = {name: onnx_ir.Value(name=name, shape=onnx_ir.Shape([64, 64])) for name in ("key.weight", "query.weight")}
+    for name in ("query", "key"):
+        turned = onnx_ir.node("Transpose", [weights[f"{name}.weight"]], {"perm": [1, 0]}, name=f"{name}.turned")
+        given = nodes[0].outputs[0] if fed == "node" else taken
+        nodes += [turned, onnx_ir.node("MatMul", [given, turned.outputs[0]], name=name)]
+    outputs = [node.outputs[0] for node in nodes if node.op_type == "MatMul"]
+    graph = onnx_ir.Graph([taken], outputs, nodes=nodes, initializers=[*weights.values()], opset_imports={"": 20})
+    grids = {name: (Grid((0.01,)), None) for name in ("key", "query")}
+    encoder = Encoder(onnx_ir.Model(graph, ir_version=10), plugins.mixture(precision), precision, grids)
+    entries = Checkpoint.open(tmp_path).entries
+    for name in ("key.weight", "query.weight"):
+        assert isinstance(encoder.encode(weights[name], entries[name]), list)
+    made = {taken, *graph.initializers.values()}
+    for node in graph:
+        assert made.issuperset(node.inputs), node.name
+        made |= {*node.outputs}
+    assert sum("QuantizeLinear" in node.op_type for node in graph) == 1
 
 
 def even(scales):
@@ -644,6 +674,30 @@ def test_torchs_own_codes_open_in_bakeoff_and_nowhere_else(tmp_path):
         opened.shapes("text_encoder")
     with pytest.raises((ValueError, RuntimeError)):
         CLIPTextModel.from_pretrained(folder, local_files_only=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "precision"),
+    [
+        ("pixart-sigma", "text_encoder", "nf4"),
+        ("pixart-sigma", "transformer", "int4"),
+        ("stable-diffusion", "text_encoder", "int8"),
+        ("stable-diffusion", "unet", "w8a8"),
+    ],
+)
+def test_what_torch_will_write_is_known_before(tiny, tmp_path, family, part, precision):
+    """Tables of tokens have no codes in torch, though formats take them; nor has what isn't a layer's."""
+    source = Source.open(str(tiny(family)))
+    checkpoint, mixture = source.checkpoint(part), plugins.mixture(precision)
+    made = next(each.component for each in source.parts if each.module == part)
+    shutil.copy(source.path(part) / "config.json", tmp_path)
+    layout = _LAYOUTS[precision](mixture)
+    layout.write(checkpoint, made.load(source.path(part), torch.float32), tmp_path)
+    written = layout.weight_bytes(Checkpoint.open(tmp_path))
+    predicted = plugins.exporter("torch").cost(checkpoint, mixture, operations=0, shared=False).weight_bytes
+    assert predicted[layout.label] > 0
+    for label in ("bfloat16", layout.label):
+        assert predicted[label] == written[label], label
 
 
 def test_codes_take_no_loras(baked, tmp_path):

@@ -49,7 +49,6 @@ from bakeoff.exporters.tensorrt_settings import DEFAULTS, Settings
 from bakeoff.hardware import Availability
 from bakeoff.quantize.grid import Grid
 from bakeoff.recipe import Placement, parse
-from bakeoff.runtimes.comparison import compare
 from bakeoff.runtimes.crossing import Crossing
 from bakeoff.runtimes.runtime import PartFiles
 from bakeoff.runtimes.tensorrt import TensorRTRuntime
@@ -883,21 +882,6 @@ def test_weights_that_a_failed_exchange_may_have_changed_go_back(lower, captured
         simulation.refit_fails_after = None
         refit.change({})
         assert close(runtime.run(inputs), eager(captured[0], inputs))
-
-
-def test_a_refittable_engine_is_compared_with_a_plain_one(lower):
-    plain, _ = lower("fp32", name="plain")
-    refittable, _ = lower("fp32", name="refittable", refit=True)
-    with opened(plain) as first, opened(refittable) as second:
-        found = compare(first, second, example(), rounds=4)
-        assert found.differences == {"hidden": 0.0, "taken": 0.0}
-        assert min(found.seconds) > 0
-        assert found.ratio > 0
-        assert json.loads(json.dumps(found.as_dict()))["ratio"] == found.ratio
-        second.adapt({"first.weight": [delta(1)]})
-        changed = compare(first, second, example(), rounds=1).differences
-    assert changed["hidden"] > 0.01
-    assert changed["taken"] == 0.0
 
 
 def test_engines_that_take_no_loras_say_so(lower):

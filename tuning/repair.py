@@ -10,16 +10,15 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import INPUTS, Artifact, scratch
+from ..artifact import Artifact, scratch
 from ..bake import export
 from ..errors import ParityError, UsageError
 from ..memory import in_child
 from ..parity.budget import Gate
 from ..parity.explain import explain
-from ..parity.proof import eager, family_part, fed, measure, mixture_of, names_in, recorded, scales_of
+from ..parity.proof import as_baked, eager, family_part, fed, measure, mixture_of, names_in, recorded, scales_of
 from ..parity.prover import UNPROVED, origin_of, source_of
 from ..parity.trajectory import NO_PICTURE
-from ..quantize.inputs import read_inputs
 from ..quantize.mixture import replaced, rounded_layers
 from ..recipe import PartRecipe, Placement, Recipe
 from ..runtimes.opening import open_part
@@ -225,9 +224,9 @@ def rank_here(folder: str, source: str, part: str, elsewhere: Mapping[str, str])
     origin = origin_of(artifact, source, elsewhere)
     found = family_part(artifact, part)
     flat = found.component.flat(found.component.load(origin.path(found.module), torch.float32))
-    config, known = origin.config(found.module), read_inputs(artifact.folder / part / INPUTS)
-    mixture = replace(mixture_of(artifact.manifest.parts[part]), known=known)
-    scales, cases = scales_of(artifact.folder / part), recorded(artifact, part).cases
+    config, folder = origin.config(found.module), artifact.folder / part
+    mixture, scales = as_baked(artifact.manifest.parts[part], folder), scales_of(folder)
+    cases = recorded(artifact, part).cases
     errors = {}
     for path, name in names_in(flat, origin.checkpoint(found.module)).items():
         alone = _alone(flat, path, name, mixture, scales)
