@@ -171,7 +171,7 @@ def source_of(artifact: Artifact, model: str, config: str | None = None) -> Sour
     """
     made_from, variant = artifact.manifest.source, artifact.manifest.variant
     revision = made_from["revision"] if model == made_from["id"] else None
-    module = made_from.get(variant) or {"id": "", "revision": None}
+    module = made_from.get(variant or "") or {"id": "", "revision": None}
     with_revision = f"{module['id']}@{module['revision']}" if module["revision"] else module["id"]
     source = Source.open(model, revision, variant, with_revision, config)
     for name, entry in artifact.manifest.parts.items():

@@ -20,8 +20,7 @@ from ..parity.proof import as_baked, eager, family_part, fed, measure, mixture_o
 from ..parity.prover import UNPROVED, origin_of, source_of
 from ..parity.trajectory import NO_PICTURE
 from ..quantize.mixture import replaced, rounded_layers
-from ..recipe import PartRecipe, Placement, Recipe
-from ..runtimes.opening import open_part
+from ..runtimes.opening import judged_on, open_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from ..parity.explain import Explanation
     from ..quantize.grid import Grids
     from ..quantize.mixture import Mixture
+    from ..recipe import PartRecipe, Recipe
     from ..sources.source import Source
 
 _MOST_ROUNDS = 8
@@ -224,8 +224,8 @@ def rank_here(folder: str, source: str, part: str, elsewhere: Mapping[str, str])
     origin = origin_of(artifact, source, elsewhere)
     found = family_part(artifact, part)
     flat = found.component.flat(found.component.load(origin.path(found.module), torch.float32))
-    config, folder = origin.config(found.module), artifact.folder / part
-    mixture, scales = as_baked(artifact.manifest.parts[part], folder), scales_of(folder)
+    config, baked = origin.config(found.module), artifact.folder / part
+    mixture, scales = as_baked(artifact.manifest.parts[part], baked), scales_of(baked)
     cases = recorded(artifact, part).cases
     errors = {}
     for path, name in names_in(flat, origin.checkpoint(found.module)).items():
@@ -294,7 +294,11 @@ def _time_ratio(before: Artifact, after: Artifact, part: str) -> float:
     found = family_part(after, part)
     opened = [
         open_part(
-            each.folder / part, found, each.manifest.parts[part], Placement(device="cpu"), vouched=each.vouched(part)
+            each.folder / part,
+            found,
+            each.manifest.parts[part],
+            judged_on(each).of(part),
+            vouched=each.vouched(part),
         )
         for each in (before, after)
     ]
