@@ -111,11 +111,14 @@ def sit(source: Source, model: str) -> Session:
 
 
 def _shots(engine: Engine, source: Source, model: str) -> tuple[Shot, ...]:
-    """Return three, of the batches and shapes of `PROOF_SIZES`, each with prompts of its own."""
+    """Return three, of the batches and shapes of `PROOF_SIZES`, each with prompts of its own: the last ones of the set.
+
+    A calibration takes the first ones: proved by these, steps of activations would be judged by what they were fitted to.
+    """
     configs = {module: source.config(module) for module in source.modules}
     multiple, largest = engine.family.size_multiple(configs), engine.family.largest_size(configs)
     each = _pixels_of_a_latent(source)
-    texts = iter(prompt_set(default_prompts(model)))
+    texts = reversed(prompt_set(default_prompts(model)))
     scale = engine.default_guidance(*_start(engine, multiple, multiple))
     shots: list[Shot] = []
     for sizes in PROOF_SIZES:

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from bakeoff.components.component import PROOF_SIZES, solve_sizes
+from bakeoff.models.prompts import default_prompts, read_prompts
 from bakeoff.models.tiny import build
 from bakeoff.parity import drawing
 from bakeoff.sources.source import Source
+from bakeoff.tuning.calibrate import DEFAULT_PROMPTS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,6 +30,8 @@ def test_parts_are_recorded_at_three_shapes_and_steps(shapes):
     source, session = sit(shapes)
     assert session.obstacle is None
     assert [len(shot.prompts) for shot in session.shots] == [sizes.batch for sizes in PROOF_SIZES]
+    taken = {prompt.text for prompt in read_prompts(default_prompts(str(shapes)), DEFAULT_PROMPTS)}
+    assert taken.isdisjoint(text for shot in session.shots for text in shot.prompts), "a calibration's"
     assert all(shot.guidance_scale > source.family.unguided_at_most for shot in session.shots)
     for drawn, shot in zip(session.drawn, session.shots, strict=True):
         assert drawn.pictures.shape == (len(shot.prompts), shot.height, shot.width, 3)

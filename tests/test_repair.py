@@ -1,10 +1,13 @@
 """Exports that fail their gate, healed by as few layers in higher precision as it takes."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from bakeoff import plugins
 from bakeoff.artifact import Artifact
 from bakeoff.bake import export
 from bakeoff.cli import main
@@ -12,7 +15,7 @@ from bakeoff.errors import ParityError, UsageError
 from bakeoff.parity.budget import Budget, Gate
 from bakeoff.recipe import parse
 from bakeoff.sources.source import Source
-from bakeoff.tuning.repair import _failing, _wider_layers, _worst, export_repaired
+from bakeoff.tuning.repair import _alone, _failing, _wider_layers, _worst, export_repaired
 
 CONVOLUTION = "decoder.up_blocks.1.resnets.0.conv1"
 
@@ -25,6 +28,15 @@ def test_as_few_layers_as_are_predicted_to_be_needed():
     assert _worst(errors, measured, 0.0005) == ["a", "c", "b", "d"]
     assert _worst(errors, 2 * measured, 0.03) == ["a", "c"], "what all err together counts, not the sum"
     assert _worst({**errors, "b": float("inf")}, float("inf"), 0.03) == ["b"], "it breaks the part by itself"
+
+
+def test_what_the_backend_kept_wide_is_nothing_to_put_back():
+    module = torch.nn.ModuleDict({"coded": torch.nn.Linear(64, 64), "kept": torch.nn.Linear(64, 64)})
+    mixture = replace(plugins.mixture("int8"), kept={"kept.weight"})
+    assert _alone(module, "kept", "kept", mixture, {}) is None
+    given, before = torch.rand(4, 64), module["coded"]
+    with _alone(module, "coded", "coded", mixture, {}):
+        assert not torch.equal(module["coded"](given), before(given))
 
 
 def test_loras_are_refused(tmp_path):
