@@ -119,7 +119,7 @@ def test_whoever_judges_places_code_on_the_device_that_it_was_made_for(baked, sh
     monkeypatch.setattr(meaning, "_right", lambda *_: [True])
     part = opening.of_artifact(artifact).family.part("text_encoder")
     for judge in (
-        lambda: prover._prove_part(artifact, part, "fp32", None),
+        lambda: prover._prove_part(artifact, part, None),
         lambda: explain.explain(artifact, Source.open(str(shapes))),
         lambda: trajectory.prove(artifact),
         lambda: meaning.judge_here(str(artifact.folder), str(shapes), 2),
