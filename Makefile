@@ -17,10 +17,10 @@ demo: $(READY)  ## Export the embedded model for each backend, generate, compare
 	$(BIN)/bakeoff demo -o demo
 
 test: $(READY)  ## The tests that a change should pass: under 10 minutes on 2 cores.
-	$(BIN)/python -P -m pytest -n auto --dist loadfile
+	$(BIN)/python -P -m pytest -n auto --dist loadfile --max-worker-restart 0
 
 test-all: $(READY)  ## All tests but those that need other environments.
-	$(BIN)/python -P -m pytest -n auto --dist loadfile -m 'not interop'
+	$(BIN)/python -P -m pytest -n auto --dist loadfile --max-worker-restart 0 -m 'not interop'
 
 test-interop: $(READY) $(INTEROP_READY) $(GENAI_READY) $(ORT_OPENVINO_READY)  ## Open our artifacts with Optimum, OpenVINO GenAI and ONNX Runtime's OpenVINO provider.
 	INTEROP_PYTHON=$(INTEROP_BIN)/python GENAI_PYTHON=$(GENAI_BIN)/python ORT_OPENVINO_PYTHON=$(ORT_OPENVINO_BIN)/python $(BIN)/python -P -m pytest -m interop
