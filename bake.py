@@ -251,7 +251,7 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
     lowered = lower_corrected(exporter, subject, recapture, work / f"{name}.biases.safetensors", folder)
     _refuse_unchanged(subject, lowered)
     shares, weight_format = shares_of(lowered.weight_bytes), subject.mixture.formats.get(recipe.precision)
-    uncalibrated = _uncalibrated(subject, lowered)
+    uncalibrated = _uncalibrated(planned, part, subject, lowered)
     missed = sum(math.prod(checkpoint.entries[each].shape) for each in uncalibrated)
     share_missed = missed / sum(math.prod(each.shape) for each in checkpoint.entries.values())
     return PartEntry(
@@ -315,12 +315,21 @@ def _refuse_unchanged(subject: Subject, lowered: Lowered) -> None:
         raise RecipeError(message, fix=f"give it another precision, such as --recipe …,{subject.part}=BACKEND:bf16")
 
 
-def _uncalibrated(subject: Subject, lowered: Lowered) -> list[str]:
-    """Return the weights that became codes, of layers whose activations should be rounded and were never seen."""
+def _uncalibrated(planned: Plan, part: Part, subject: Subject, lowered: Lowered) -> list[str]:
+    """Return the weights that became codes, of layers whose activations should be rounded and were never seen.
+
+    Parts may share a module, as a VAE's do: what none of them reached counts, and nothing if one wasn't calibrated at all.
+    """
     from torch import nn
 
-    if not subject.activations:
+    seen = [
+        planned.calibration.parts.get(each.name, {}) if planned.calibration else {}
+        for each in planned.source.parts
+        if each.module == part.module
+    ]
+    if not subject.activations or not all(seen):
         return []
+    reached = {name for layers in seen for name in layer_names(layers, subject.checkpoint).values()}
     entries, mixture = subject.checkpoint.entries, subject.mixture
     paths = [path for path, layer in subject.module().named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     names = {name: f"{name}.weight" for name in layer_names(paths, subject.checkpoint).values()}
@@ -328,7 +337,7 @@ def _uncalibrated(subject: Subject, lowered: Lowered) -> list[str]:
         weight
         for name, weight in names.items()
         if (found := mixture.format_of(name)) and found.calibrated and not found.obstacle(entries[weight].shape)
-        if name not in subject.activations and weight not in lowered.kept
+        if name not in reached and weight not in lowered.kept
     )
 
 

@@ -656,6 +656,23 @@ def test_layers_that_no_drawing_reached_are_told(tmp_path, capsys):
     assert "1 with weights alone rounded: no drawing reached them" in capsys.readouterr().out
 
 
+def test_parts_of_one_module_reach_its_layers_together(tmp_path):
+    entries = Checkpoint.open(SHAPES / "vae").entries
+    seen = Calibration({"model": "shapes"})
+    for name, entry in entries.items():
+        if len(entry.shape) > 1:
+            part = "vae_encoder" if name.startswith(("encoder.", "quant_conv.")) else "vae_decoder"
+            sizes = (1, entry.shape[1], 4, 4) if len(entry.shape) == 4 else (2, entry.shape[1])
+            axis = 1 if len(entry.shape) == 4 else -1
+            made = torch.rand(1, entry.shape[0], 4, 4) if axis == 1 else torch.rand(2, entry.shape[0])
+            seen.see(part, name.removesuffix(".weight"), torch.rand(sizes), made, axis)
+    seen.save(tmp_path / "seen.safetensors")
+    recipe = parse("null:fp32,vae_decoder=torch:w8a8")[0]
+    made = export("shapes", tmp_path / "out", recipe, prove=False, calibration=tmp_path / "seen.safetensors")
+    assert made.manifest.parts["vae_decoder"].uncalibrated == []
+    assert made.manifest.parts["vae_decoder"].stated_share > 0.9
+
+
 def test_torchs_own_codes_open_in_bakeoff_and_nowhere_else(tmp_path):
     calibrated_text_encoder(tmp_path)
     opened = read_folder(tmp_path / "out")
