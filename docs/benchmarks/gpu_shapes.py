@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +19,7 @@ from bakeoff.exporters.exporter import BoundExporter
 from bakeoff.recipe import parse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     from bakeoff.bench.experiment import Experiment
     from bakeoff.recipe import PartRecipe, Placement, Recipe
@@ -50,35 +48,26 @@ def shapes(
     found, left_out = _possible(arms, device)
     folder = Path(work) / f"shapes-{hashlib.sha256(' '.join(found).encode()).hexdigest()[:8]}"
     told: dict[str, Any] = {"left_out": left_out}
+    ends = time.monotonic() + budget_s
     try:
-        with _alarm(budget_s):
-            declared = _again(folder / FILE) or _declared(
-                Path(work), found, arms[0], device, budget_s, blocks=blocks, prompts=prompts, steps=steps
-            )
-            run(declared, folder, _say)
+        declared = _again(folder / FILE) or _declared(
+            Path(work), found, arms[0], device, budget_s, blocks=blocks, prompts=prompts, steps=steps
+        )
+        run(declared, folder, _until(ends))
     except _TimeUpError:
         told["unfinished"] = f"{budget_s:.0f} s were too few; run it again, and it goes on"
     return told | _summed_up(folder / FILE)
 
 
-def _say(text: str, done: int, total: int) -> None:
-    print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
+def _until(ends: float) -> Callable[[str, int, int], None]:
+    """Return what tells of progress, and raises `_TimeUpError` once the time is up: between steps, where nothing is half done."""
 
+    def say(text: str, done: int, total: int) -> None:
+        print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
+        if time.monotonic() > ends:
+            raise _TimeUpError
 
-@contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    """Raise `_TimeUpError` in the main thread after so many seconds."""
-
-    def ring(*_: object) -> None:
-        raise _TimeUpError
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    return say
 
 
 def _again(record: Path) -> Experiment | None:
