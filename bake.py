@@ -336,7 +336,7 @@ def _uncalibrated(planned: Plan, part: Part, subject: Subject, lowered: Lowered)
     return sorted(
         weight
         for name, weight in names.items()
-        if (found := mixture.format_of(name)) and found.calibrated and not found.obstacle(entries[weight].shape)
+        if mixture.rounds_activations(name, entries[weight].shape)
         if name not in reached and weight not in lowered.kept
     )
 

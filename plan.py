@@ -186,12 +186,17 @@ def open_calibration(file: str | Path | None, source: Source, what: str) -> Cali
     return found
 
 
+def module_keys(source: Source) -> dict[str, str]:
+    """Return module -> what tells its config and weights from any others, for calibrations."""
+    return {module: key_of(source.hashes(module)) for module in source.modules}
+
+
 def _differs(found: Calibration, source: Source) -> str | None:
     """Say in what a model differs from the one that was calibrated; None where it is the same, wherever it lies."""
     known = found.info.get("modules")
     if known is None:  # an older version's
         return None if found.info.get("model") == source.id else f"not on {source.id}"
-    others = [name for name in source.modules if name in known and known[name] != key_of(source.hashes(name))]
+    others = [name for name, key in module_keys(source).items() if known.get(name, key) != key]
     return f"which has another {' and another '.join(others)} than {source.id}" if others else None
 
 

@@ -54,8 +54,7 @@ def prove(
     started = time.perf_counter()
     arguments = {
         "folder": str(artifact.folder),
-        "source": str(source.folder) if source else None,
-        "elsewhere": {module: str(path) for module, path in source.elsewhere.items()} if source else {},
+        **(folders_of(source) if source else {"source": None, "elsewhere": {}}),
         "budgets": {name: asdict(budget) for name, budget in gate.budgets.items()},
     }
     found, peak = in_child("bakeoff.parity.prover:prove_here", arguments)
@@ -204,6 +203,12 @@ def prove_here(
             results[name] = found | ({"why": made_up[name]} if name in made_up else {})
             gc.collect()
     return {"parts": results, "trajectory": trajectory.prove(artifact)}
+
+
+def folders_of(source: Source) -> dict[str, Any]:
+    """Return what a child process is told of a source, which `origin_of` reads."""
+    elsewhere = {module: str(path) for module, path in source.elsewhere.items()}
+    return {"source": str(source.folder), "elsewhere": elsewhere}
 
 
 def origin_of(artifact: Artifact, source: str, elsewhere: Mapping[str, str]) -> Source:

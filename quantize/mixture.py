@@ -61,8 +61,12 @@ class Mixture:
 
     def calibrated(self, layer: str, shape: Sequence[int], grids: Grids) -> Grids | None:
         """Return what a layer's activations are rounded to, if they are: where its weight (of that shape) becomes codes."""
+        return grids if self.rounds_activations(layer, shape) else None
+
+    def rounds_activations(self, layer: str, shape: Sequence[int]) -> bool:
+        """Say whether a layer with a weight of that shape is to round its activations as they were calibrated."""
         weight_format = self.format_of(layer)
-        return grids if weight_format and weight_format.calibrated and not weight_format.obstacle(shape) else None
+        return bool(weight_format and weight_format.calibrated and not weight_format.obstacle(shape))
 
     def obstacle(self, weight: str, shape: Sequence[int]) -> str | None:
         """Say why a weight, by its name in the checkpoint, stays a float where the part's format would have codes of it."""

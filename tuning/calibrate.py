@@ -7,10 +7,10 @@ import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import key_of
 from ..components.component import WRAPPER
 from ..errors import UsageError
 from ..parity.drawing import open_source
+from ..plan import module_keys
 from ..progress import Steps
 from ..quantize.calibration import Calibration
 from ..sources.source import Source
@@ -71,7 +71,7 @@ def calibrate(
         {
             "model": source.id,
             "revision": source.revision,
-            "modules": {module: key_of(source.hashes(module)) for module in source.modules},
+            "modules": module_keys(source),
             "prompts": [prompt.id for prompt in prompts],
             "prompts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
             "steps": steps,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterable, Mapping
 
+    from ..exporters.exporter import Exporter
     from ..quantize.mixture import Mixture
     from ..quantize.sensitivity import Layer
 
@@ -161,9 +162,7 @@ def _options(
     """Return layer -> what it may have, with its cost and error."""
     measured = sorted({precision for layer in layers.values() for precision in layer.errors})
     exporter, runtime = plugins.exporter(backend), plugins.runtime(backend)
-    able = [
-        name for name in measured if name in exporter.precisions and WIDE in exporter.layer_precisions.get(name, ())
-    ]
+    able = [name for name in measured if _bakes(exporter, name)]
     able = [name for name in able if _mix(exporter.layer_precisions, name, able[0])]
     if not able:
         message = f"{backend} bakes none of {', '.join(measured)} for single layers, which were measured for {part}"
@@ -196,10 +195,15 @@ def _first_able(found: Sensitivity) -> str:
     measured = {name for layers in found.parts.values() for layer in layers.values() for name in layer.errors}
     for backend in _USUAL_BACKENDS:
         exporter = plugins.exporter(backend)
-        if all(name in exporter.precisions and WIDE in exporter.layer_precisions.get(name, ()) for name in measured):
+        if all(_bakes(exporter, name) for name in measured):
             return backend
     message = f"none of {', '.join(_USUAL_BACKENDS)} bakes all of {', '.join(sorted(measured))} for single layers"
     raise UsageError(message, fix="name one with --backend: it takes those that it has")
+
+
+def _bakes(exporter: Exporter, precision: str) -> bool:
+    """Say whether a backend bakes a precision among layers that stay wide."""
+    return precision in exporter.precisions and WIDE in exporter.layer_precisions.get(precision, ())
 
 
 def _mix(possible: Mapping[str, Iterable[str]], one: str, other: str) -> bool:

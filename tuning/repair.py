@@ -17,7 +17,7 @@ from ..memory import in_child
 from ..parity.budget import Gate
 from ..parity.explain import explain
 from ..parity.proof import as_baked, eager, family_part, fed, measure, mixture_of, names_in, recorded, scales_of
-from ..parity.prover import UNPROVED, origin_of, source_of
+from ..parity.prover import UNPROVED, folders_of, origin_of, source_of
 from ..parity.trajectory import NO_PICTURE
 from ..quantize.mixture import replaced, rounded_layers
 from ..runtimes.opening import judged_on, open_part
@@ -175,8 +175,7 @@ def _wider_layers(artifact: Artifact, part: str, source: Source, allowed: float)
     wide = _WIDER.get(entry.precision, "bf16")
     chosen = [] if mixture_of(entry).formats or not proof["problem"] else _blamed(artifact, part, source)
     if not chosen and _is_narrow(entry):
-        arguments: dict[str, Any] = {"folder": str(artifact.folder), "source": str(source.folder), "part": part}
-        arguments["elsewhere"] = {module: str(path) for module, path in source.elsewhere.items()}
+        arguments = {"folder": str(artifact.folder), "part": part, **folders_of(source)}
         errors, _ = in_child("bakeoff.tuning.repair:rank_here", arguments)
         chosen = _worst(errors, _largest_error(proof), allowed)
     fresh = [layer for layer in chosen if _layers(artifact, part).get(layer) != wide]
