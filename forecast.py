@@ -57,6 +57,7 @@ class Forecast:
             parts[name] = plugins.exporter(recipe.backend).cost(
                 checkpoints[name],
                 plugins.mixture(recipe.precision, recipe.layers),
+                options=recipe.options,
                 operations=operations,
                 shared=shared,
             )

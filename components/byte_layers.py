@@ -1,6 +1,6 @@
 """Layers of w8a8 in torch: codes of weights and of activations, multiplied as what they are, integers.
 
-Every integer up to 256 is a bfloat16, so products of codes in floats are exact: they are rounded once, behind the sum. Where
+Weights of int8, whose activations stay floats, are widened as they run. Every integer up to 256 is a bfloat16, so products of codes in floats are exact: they are rounded once, behind the sum. Where
 the CPU multiplies bytes exactly, torch's oneDNN does it.
 """
 

@@ -102,6 +102,7 @@ class Exporter(Protocol):
         checkpoint: Checkpoint,
         mixture: Mixture,
         *,
+        options: Mapping[str, str],
         operations: int,
         shared: bool,
     ) -> Cost:
@@ -110,6 +111,7 @@ class Exporter(Protocol):
         Args:
             checkpoint: of the part's module.
             mixture: the precision of its weights.
+            options: of the recipe.
             operations: of the captured graph, about.
             shared: whether bytes that needn't change come into the folder without being copied.
         """

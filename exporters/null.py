@@ -31,6 +31,7 @@ class NullExporter:
         checkpoint: Checkpoint,  # noqa: ARG002
         mixture: Mixture,  # noqa: ARG002
         *,
+        options: Mapping[str, str],  # noqa: ARG002
         operations: int,  # noqa: ARG002
         shared: bool,  # noqa: ARG002
     ) -> Cost:

@@ -61,6 +61,7 @@ class OnnxExporter:
         checkpoint: Checkpoint,
         mixture: Mixture,
         *,
+        options: Mapping[str, str],  # noqa: ARG002 - the same for all
         operations: int,
         shared: bool,
     ) -> Cost:

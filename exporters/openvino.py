@@ -63,6 +63,7 @@ class OpenVINOExporter:
         checkpoint: Checkpoint,
         mixture: Mixture,
         *,
+        options: Mapping[str, str],  # noqa: ARG002 - the same for all
         operations: int,
         shared: bool,  # noqa: ARG002
     ) -> Cost:

@@ -93,6 +93,7 @@ class TensorRTExporter:
         checkpoint: Checkpoint,
         mixture: Mixture,
         *,
+        options: Mapping[str, str],  # noqa: ARG002 - the same for all
         operations: int,
         shared: bool,  # noqa: ARG002 - a plan has its own weights
     ) -> Cost:

@@ -36,6 +36,8 @@ _LAYOUTS: dict[str, type[Layout]] = {
     "w8a8": Bytes,
     "fp8": Float8,
 }
+CODES = "codes"
+"""Option of int8: whose layers run its codes. bitsandbytes' are Linear layers, which libraries open by themselves."""
 
 
 class TorchExporter:
@@ -49,12 +51,19 @@ class TorchExporter:
         "fp16": ("fp32", "fp16"),
         **dict.fromkeys(_LAYOUTS, ("bf16",)),
     }
-    options: ClassVar[Mapping[str, tuple[str, ...]]] = {aoti.OPTION: ("",), "activations": EVEN}
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        aoti.OPTION: ("",),
+        "activations": EVEN,
+        CODES: (Bitsandbytes.library, Bytes.library),
+    }
 
     def probe(self) -> Availability:
         return Availability(ok=True, reason="torch is there")
 
     def check(self, precision: str, options: Mapping[str, str]) -> None:
+        if CODES in options and precision != "int8":
+            message = f"torch has {CODES} of two kinds for int8 alone, got {precision}"
+            raise RecipeError(message, fix=f"--recipe torch:int8+{CODES}={options[CODES]}, or leave {CODES} out")
         if aoti.OPTION not in options:
             return
         if precision not in aoti.PRECISIONS:
@@ -75,11 +84,12 @@ class TorchExporter:
         checkpoint: Checkpoint,
         mixture: Mixture,
         *,
+        options: Mapping[str, str],
         operations: int,  # noqa: ARG002
         shared: bool,
     ) -> Cost:
         if mixture.formats:
-            weights = _LAYOUTS[mixture.precision](mixture).predict(checkpoint)
+            weights = layout_of(mixture, options)(mixture).predict(checkpoint)
             written = sum(weights.values())
             return Cost(_PACKING_BYTES, written, written / BYTES_PER_S * PACKED_TIMES, weights)
         weights = stored_bytes(checkpoint, mixture)
@@ -96,9 +106,14 @@ class TorchExporter:
             for entry in Checkpoint.open(folder).entries.values():
                 totals[TORCH_DTYPES.get(entry.dtype, entry.dtype.lower())] += entry.length
             return Lowered(how, dict(totals))
-        layout = _LAYOUTS[subject.mixture.precision](subject.mixture, subject.activations)
+        layout = layout_of(subject.mixture, subject.options)(subject.mixture, subject.activations)
         kept = layout.write(subject.checkpoint, subject.module(), folder)
         return Lowered("written", layout.weight_bytes(Checkpoint.open(folder)), kept)
+
+
+def layout_of(mixture: Mixture, options: Mapping[str, str]) -> type[Layout]:
+    """Return how the codes of a part's low-bit precision are stored, by its recipe's options."""
+    return Bytes if options.get(CODES) == Bytes.library else _LAYOUTS[mixture.precision]
 
 
 def _write(subject: Subject, folder: Path) -> str:

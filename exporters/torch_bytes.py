@@ -1,4 +1,7 @@
-"""w8a8 in torch: int8 weights and steps of activations, which `bakeoff.components.byte_layers` multiplies."""
+"""w8a8 in torch, and int8 where it is asked for: int8 weights, and steps of activations where those are rounded.
+
+`bakeoff.components.byte_layers` multiplies them.
+"""
 
 from __future__ import annotations
 

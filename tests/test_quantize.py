@@ -36,8 +36,9 @@ from bakeoff.exporters.capture import module_on_hollow, on_hollow
 from bakeoff.exporters.corrected import lower_corrected
 from bakeoff.exporters.exporter import Subject
 from bakeoff.exporters.onnx_codes import Encoder
-from bakeoff.exporters.torch import _LAYOUTS
+from bakeoff.exporters.torch import layout_of
 from bakeoff.parity.proof import names_in, relative_error, scales_of
+from bakeoff.plan import plan
 from bakeoff.precisions import cells, markdown
 from bakeoff.quantize.calibration import Calibration
 from bakeoff.quantize.channels import Channels
@@ -477,6 +478,31 @@ def test_a_layer_that_was_not_calibrated_keeps_its_activations(source, tmp_path)
     assert lowered.kept == {"table.weight": "bakeoff has codes for Linear layers and convolutions alone"}
 
 
+def test_int8_in_torch_with_convolutions(source, tmp_path):
+    """Weights alone: every activation stays, and no layer's product is of integers."""
+    made = Mixed()
+    files, lowered = lower(made, source, tmp_path, "torch", "int8", options={"codes": "bakeoff"})
+    inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
+    eager = plugins.mixture("int8", {"table": "bf16"}).round_module(made.load(source, torch.float32), {})
+    expected = dict(zip(("tokens", "mixed"), made.flat(eager)(*inputs.values()), strict=True))
+    with plugins.runtime("torch")(files, Placement(device="cpu", threads=1)) as runtime:
+        layers = [layer for layer in runtime.module().modules() if isinstance(layer, ByteLayer)]
+        got = runtime.run(inputs)
+        assert runtime.configuration["precision"] == "bfloat16"
+        assert runtime.configuration["fallback"] is None
+    assert [layer.rounds for layer in layers] == [False] * 3
+    for key, tensor in expected.items():
+        assert relative_error(got[key], tensor.detach()) < 5e-3, key
+    assert lowered.weight_bytes["int8"] == 192 * 128 + 64 * 128 + 64 * 16 * 9
+    assert set(lowered.kept) == {"table.weight"}
+
+
+def test_whose_codes_is_asked_of_int8_alone():
+    with pytest.raises(RecipeError, match="for int8 alone, got nf4") as caught:
+        plan("shapes", parse("torch:nf4+codes=bakeoff,vae_encoder=torch:bf16,vae_decoder=torch:bf16")[0])
+    assert "leave codes out" in caught.value.fix
+
+
 class Attending(Mixed):
     """One attention of two heads, its queries with a bias, its keys without one."""
 
@@ -583,7 +609,7 @@ def test_layers_of_other_precisions(wide_source, tmp_path, backend):
         assert lowered.kept["vector.weight"] == "the recipe keeps it in fp32"
 
 
-def lower(made, source, folder, backend, precision, activations=None, layers=None, mixture=None):
+def lower(made, source, folder, backend, precision, activations=None, layers=None, mixture=None, options=None):
     (folder / "out").mkdir()
     shutil.copy(source / "config.json", folder / "out")
     subject = Subject(
@@ -597,6 +623,7 @@ def lower(made, source, folder, backend, precision, activations=None, layers=Non
         capture=on_hollow(made.name, made, {}, source, folder / "hollow"),
         module=module_on_hollow(made, source, folder / "hollow"),
         weights="auto",
+        options=options or {},
     )
     recapture = partial(on_hollow, made.name, made, {}, source, folder / "hollow")
     exporter = plugins.exporter(backend)
@@ -700,18 +727,20 @@ def test_torchs_own_codes_open_in_bakeoff_and_nowhere_else(tmp_path):
         ("pixart-sigma", "transformer", "int4"),
         ("stable-diffusion", "text_encoder", "int8"),
         ("stable-diffusion", "unet", "w8a8"),
+        ("stable-diffusion", "unet", "int8+codes=bakeoff"),
     ],
 )
 def test_what_torch_will_write_is_known_before(tiny, tmp_path, family, part, precision):
     """Tables of tokens have no codes in torch, though formats take them; nor has what isn't a layer's."""
-    source = Source.open(str(tiny(family)))
-    checkpoint, mixture = source.checkpoint(part), plugins.mixture(precision)
+    source, recipe = Source.open(str(tiny(family))), parse(f"torch:{precision}")[0].default
+    checkpoint, mixture = source.checkpoint(part), plugins.mixture(recipe.precision)
     made = next(each.component for each in source.parts if each.module == part)
     shutil.copy(source.path(part) / "config.json", tmp_path)
-    layout = _LAYOUTS[precision](mixture)
+    layout = layout_of(mixture, recipe.options)(mixture)
     layout.write(checkpoint, made.load(source.path(part), torch.float32), tmp_path)
     written = layout.weight_bytes(Checkpoint.open(tmp_path))
-    predicted = plugins.exporter("torch").cost(checkpoint, mixture, operations=0, shared=False).weight_bytes
+    exporter = plugins.exporter("torch")
+    predicted = exporter.cost(checkpoint, mixture, options=recipe.options, operations=0, shared=False).weight_bytes
     assert predicted[layout.label] > 0
     for label in ("bfloat16", layout.label):
         assert predicted[label] == written[label], label

@@ -187,6 +187,7 @@ def lower_here(source: str, output: str, arm: dict[str, str], seen: str) -> None
             capture=on_hollow(PART, made, config, folder, Path(work) / "hollow"),
             module=module_on_hollow(made, folder, Path(work) / "hollow"),
             weights="copy",
+            options=recipe.options,
         )
         plugins.exporter(recipe.backend).lower(subject, Path(output))
 

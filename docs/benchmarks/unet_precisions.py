@@ -49,6 +49,7 @@ GROUPS = {
     "onnx, weights alone": ("onnx", ["fp32", "bf16", "int8", "int4", "nf4"]),
     "onnx, attention": ("onnx", ["fp32", "fp32+attention=math"]),
     "torch": ("torch", ["fp32", "bf16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic"]),
+    "torch, whose codes": ("torch", ["fp32", "bf16", "int8", "int8+codes=bakeoff"]),
 }
 PROFILED = ["openvino:bf16", "openvino:w8a8", "openvino:nncf-w8a8", "onnx:fp32", "onnx:w8a8"]
 REFERENCE = Arm("torch", "fp32")
