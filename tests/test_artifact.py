@@ -113,6 +113,7 @@ def test_why_rebuild_names_the_fields(baked):
     assert reasons == ["unet.recipe.precision: fp32 -> bf16"]
 
 
+@pytest.mark.slow
 def test_no_prove_says_unproved_and_verify_proves_it_later(tmp_path):
     from bakeoff.parity import prover
 

@@ -354,6 +354,7 @@ def test_energy_is_the_difference_of_counters(tmp_path):
     assert energy.between(energy.read(tmp_path / "none"), energy.read(tmp_path / "none")) is None
 
 
+@pytest.mark.slow
 def test_host_memory_agrees_with_a_known_allocation(tmp_path):
     """With a parent of 2 GB: a child's figure must not inherit it."""
     held = np.ones(2 * 10**9, np.uint8)

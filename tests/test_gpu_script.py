@@ -301,6 +301,7 @@ def test_a_feature_that_ends_the_process_fails_and_the_others_go_on(trying, tmp_
     assert any(line.startswith("| two | passed |") and "db 60.0" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_exchanged_loras_are_held_against_torchs(trying, tmp_path, monkeypatch):
     """The steps that TensorRT's engines get, on engines of torch."""
     inside, trial = trying["refitted"].__globals__, trying["Trial"](tmp_path, "cpu")

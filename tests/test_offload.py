@@ -15,7 +15,8 @@ from bakeoff.pictures import psnr
 from bakeoff.recipe import Placement, parse
 from bakeoff.runtimes.offload import Decoding, Need, decide
 
-BACKENDS = ["torch:fp32", "onnx:fp32", "openvino:fp32"]
+BACKENDS = ["torch:fp32", "openvino:fp32", "onnx:fp32"]
+"""In another order than those of test_generate.py: two processes bake them meanwhile, and don't wait for each other."""
 PROMPTS = ["a large red circle on a white background", "a small blue star on a gray background"]
 SAME = {"seeds": 3, "steps": 2, "guidance_scale": 3.0}
 LARGE = {"steps": 1, "guidance_scale": 1.0, "size": (96, 128)}
@@ -98,7 +99,7 @@ def test_pictures_are_the_same_when_parts_take_turns(baked, plain, recipe):
     assert "text_encoder was unloaded before unet was opened" in made.notes
 
 
-@pytest.mark.parametrize("recipe", BACKENDS[:2])
+@pytest.mark.parametrize("recipe", ["torch:fp32", "onnx:fp32"])
 def test_pictures_are_the_same_with_mapped_weights(baked, plain, recipe):
     made, configuration = generate(baked(recipe), offload="mapped")
     assert worst(made.images, plain(recipe)) >= 59

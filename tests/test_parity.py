@@ -38,7 +38,11 @@ def test_sqnr_is_minus_twenty_log10():
 
 @pytest.mark.parametrize(
     "recipe",
-    ["onnx:fp32", "openvino:fp32", "torch:bf16", pytest.param("openvino:bf16", marks=pytest.mark.slow)],
+    [
+        "onnx:fp32",
+        "torch:bf16",
+        *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in ("openvino:fp32", "openvino:bf16")),
+    ],
 )
 def test_each_part_is_proved_at_three_shapes(baked, recipe):
     proved = Artifact.open(baked(recipe, proved=True)).manifest.proof
@@ -51,7 +55,7 @@ def test_each_part_is_proved_at_three_shapes(baked, recipe):
         assert part["tolerance"] < 0.05
 
 
-@pytest.mark.parametrize("recipe", ["onnx:fp32", "openvino:fp32"])
+@pytest.mark.parametrize("recipe", ["onnx:fp32", pytest.param("openvino:fp32", marks=pytest.mark.slow)])
 def test_a_damaged_weight_is_named(copied, recipe):
     """Scale some of the UNet's weights by a tenth, and the proof names the UNet."""
     folder = copied(recipe, proved=True)

@@ -47,6 +47,22 @@ def judged(request, shapes):
     return scenes, request.param(np.stack([np.asarray(scene.render(rng)) for scene in scenes]), shapes)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _each_picture_is_read_once():
+    """What is read of a picture doesn't depend on the prompt, and takes nearly all of the time."""
+    readings = {}
+
+    def remembered(picture):
+        key = picture.tobytes()
+        if key not in readings:
+            readings[key] = read(picture)
+        return readings[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bakeoff.models.scorer.read", remembered)
+        yield
+
+
 def test_true_prompts_are_accepted(judged):
     assert np.mean([score(scene, picture).right for scene, picture in zip(*judged, strict=True)]) >= 0.99
 
