@@ -29,6 +29,7 @@ LAYERS = [
     {"bench", "doctor", "precisions"},
     {"tuning"},
     {"demo"},
+    {"commands"},
     {"cli"},
 ]
 SAME_LAYER = {("artifact", "weights"), ("weights", "errors")}

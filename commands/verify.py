@@ -1,0 +1,102 @@
+"""`bakeoff verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArtifactError, ParityError, UsageError
+from .inspect import proof_in_words
+from .source_options import add_config
+from .terminal import print_json, say
+
+if TYPE_CHECKING:
+    import argparse
+
+    from ..artifact import Artifact
+
+
+def add_verify(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
+    command: argparse.ArgumentParser = commands.add_parser(
+        "verify", help="check that an artifact's files are those that were written"
+    )
+    command.add_argument("folder", type=Path)
+    command.add_argument(
+        "--parity", action="store_true", help="prove each part, and what it draws, against what eager fp32 gave, too"
+    )
+    command.add_argument(
+        "--scorer",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --parity, of the embedded model: judge N prompts of shapes-1024 by what pictures show, against "
+        "eager fp32; the gate of low-bit recipes needs 1024 (minutes)",
+    )
+    command.add_argument(
+        "--explain", action="store_true", help="find where it departs from eager fp32, and why: needs --source"
+    )
+    command.add_argument("--source", help="the model, to record what eager fp32 gives if the artifact has no record")
+    add_config(command)
+    command.set_defaults(run=_verify)
+    return command
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from ..artifact import Artifact
+    from ..parity import prover
+
+    if options.scorer and not options.parity:
+        message = "got --scorer without --parity, which it belongs to"
+        raise UsageError(message, fix=f"bakeoff verify {options.folder} --parity --scorer {options.scorer}")
+    artifact = Artifact.open(options.folder)
+    if options.explain:
+        return _explain(artifact, options)
+    problems = _hash_all(artifact)
+    if options.parity and not problems:
+        source = prover.source_of(artifact, options.source, options.config) if options.source else None
+        artifact = prover.prove_in_place(artifact, source, scorer_prompts=options.scorer)
+    if options.json:
+        print_json({"folder": str(options.folder), "problems": problems, "proof": artifact.manifest.proof})
+    elif not problems:
+        print(
+            f"{options.folder}: all {len(artifact.manifest.files)} files are as written; {proof_in_words(artifact.manifest.proof)}"
+        )
+        if options.parity:
+            print(*(f"  {line}" for line in prover.in_words(artifact.manifest.proof)), sep="\n")
+    for problem in problems:
+        say(f"error: {problem}")
+    if problems:
+        say(
+            f"hint: export it again: bakeoff export {artifact.manifest.source['id']} -o {options.folder} --force --recipe …"
+        )
+    return ArtifactError.exit_code if problems else 0
+
+
+def _explain(artifact: Artifact, options: argparse.Namespace) -> int:
+    """Explain it whatever its hashes: what was changed in it may be why."""
+    if not options.source:
+        message = "--explain got no --source: it runs the model in eager fp32 beside the artifact"
+        raise UsageError(message, fix=f"add --source {artifact.manifest.source['id']}")
+    from ..parity.explain import as_json, explain, in_words
+    from ..parity.prover import source_of
+
+    problems = _hash_all(artifact)
+    found = explain(artifact, source_of(artifact, options.source, options.config))
+    for problem in problems:
+        say(f"warning: {problem}")
+    if options.json:
+        parts = [as_json(each) for each in found]
+        print_json({"folder": str(options.folder), "problems": problems, "parts": parts})
+    else:
+        print("\n".join(line for each in found for line in in_words(each)))
+    if any(each.departs for each in found):
+        return ParityError.exit_code
+    return ArtifactError.exit_code if problems else 0
+
+
+def _hash_all(artifact: Artifact) -> list[str]:
+    from tqdm import tqdm
+
+    total = sum(file.size for file in artifact.manifest.files.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", disable=None, leave=False) as bar:
+        return artifact.verify(bar.update)
