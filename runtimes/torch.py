@@ -164,7 +164,7 @@ class TorchRuntime(Runtime):
         if placement.attention_slicing is not None:
             self._slicing = attention.SlicedAttention(placement.attention_slicing)
         if self._channels_last:
-            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            _lay_out(module)
         blocks = Blocks(part.name, module, self._device) if in_blocks else None
         if placement.attention:
             self._slicing = acceleration.ChosenAttention(placement.attention)
@@ -310,6 +310,15 @@ def _channels_last(placement: Placement, precision: str) -> bool:
     if placement.channels_last == "auto":
         return precision != "fp32" and placement.offload != "mapped"
     return placement.channels_last == "on"
+
+
+def _lay_out(module: nn.Module) -> None:
+    """Lay weights of convolutions out channels-last; those over three dimensions stay, which `Module.to` refuses."""
+    import torch
+
+    for parameter in module.parameters():
+        if parameter.ndim == 4:  # noqa: PLR2004 - of two dimensions
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def _adapt(module: nn.Module, deltas: Mapping[str, Sequence[Delta]]) -> None:

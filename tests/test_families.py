@@ -22,6 +22,7 @@ from bakeoff.recipe import parse
 from bakeoff.runtimes.engine import load
 from bakeoff.runtimes.request import row_generator
 from bakeoff.sources.source import Source
+from bakeoff.weights import layer_names
 
 FAMILIES = plugins.names("families")
 OFTEN = {"stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "z-image"}
@@ -464,3 +465,29 @@ def test_sizes_that_do_not_divide_are_refused_with_the_nearest(artifacts, family
         with pytest.raises(InputError, match="multiples of 16") as raised:
             engine.generate("a circle", size=size)
     assert "size=(" in raised.value.fix
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_has_its_name_in_the_checkpoint(tiny, family):
+    """Recipes, calibrations and low-bit weights go by these names."""
+    source = Source.open(str(tiny(family)))
+    for part in source.parts:
+        module = part.component.load(source.path(part.module), torch.float32)
+        layers = (torch.nn.Linear, torch.nn.Conv2d)
+        paths = [path for path, layer in module.named_modules() if isinstance(layer, layers)]
+        names = layer_names(paths, source.checkpoint(part.module))
+        assert set(paths) == set(names), part.name
+        assert len(set(names.values())) == len(paths), part.name
+
+
+@pytest.mark.parametrize(
+    "family", [name if name == "qwen-image" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+def test_two_byte_floats_draw_nearly_the_same(tiny, artifacts, tmp_path, family):
+    export(str(tiny(family)), tmp_path / "narrow", parse("torch:bf16")[0], prove=False)
+    arguments = {"seeds": 1, "steps": max(STEPS, fewest_steps(family)), "size": SIZE}
+    pictures = []
+    for folder in (artifacts(family, "torch"), tmp_path / "narrow"):
+        with load(folder) as engine:
+            pictures.append(engine.generate(PROMPTS[0], **arguments).images)
+    assert psnr(pictures[1], pictures[0] / 255) > 30
