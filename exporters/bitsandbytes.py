@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..weights import Streamed, as_bytes
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from ..quantize.format import Format
     from ..weights import Entry
 
+_KEPT = re.compile(r"\.DenseReluDense\.wo\.weight$")
+"""T5's layers that Transformers keeps in floats whatever a configuration says (`_keep_in_fp32_modules`): float16 overflows there."""
 _ROW_MAJOR = 0
 _INT8_STEPS = 127
 
@@ -27,6 +30,10 @@ class Bitsandbytes(Layout):
     """Of int8 and nf4."""
 
     library: ClassVar[str] = "bitsandbytes"
+
+    def obstacle(self, entry: Entry) -> str | None:
+        reason = super().obstacle(entry)
+        return "Transformers keeps it in floats" if reason is None and _KEPT.search(entry.name) else reason
 
     def encode(self, entry: Entry) -> list[Streamed]:
         return _int8(entry, self.format) if self.format.name == "int8" else _nf4(entry, self.format)

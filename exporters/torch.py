@@ -41,7 +41,7 @@ CODES = "codes"
 
 
 class TorchExporter:
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", *_LAYOUTS)
     reasons: ClassVar[Mapping[str, str]] = {}
     rounds_as_it_runs: ClassVar[tuple[str, ...]] = ("fp8",)

@@ -10,6 +10,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..quantize.fp8 import LEAST_RANGE
 from ..weights import Streamed
 from .codes import Layout
 from .exporter import SCALES
@@ -112,7 +113,7 @@ class Float8(TorchAO):
             "float8_dtype": _dtype("float8_e4m3fn"),
             "granularity": _value("PerRow", {"dim": -1}),
             "mm_config": product,
-            "hp_value_lb": None,
+            "hp_value_lb": LEAST_RANGE,
             "hp_value_ub": None,
             "kernel_preference": kernel,
         }
@@ -141,7 +142,7 @@ def _float8() -> dict[str, Any]:
             "granularity": [rows, rows],
             "packing_format": _value("Float8PackingFormat", "PLAIN"),
             "mm_config": _versioned("Float8MMConfig", _PRODUCT),
-            "activation_value_lb": None,
+            "activation_value_lb": LEAST_RANGE,
             "activation_value_ub": None,
             "kernel_preference": _value("KernelPreference", "AUTO"),
             "set_inductor_config": True,

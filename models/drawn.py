@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..components.component import Component
 from ..errors import UnavailableError, UsageError, unknown
+from ..quantize.fp8 import LEAST_RANGE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -159,7 +160,9 @@ def _torchao(precision: str) -> Any:  # noqa: ANN401 - a torchao configuration
     from torchao import quantization
 
     if precision == "fp8":
-        return quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
+        return quantization.Float8DynamicActivationFloat8WeightConfig(
+            granularity=quantization.PerRow(), activation_value_lb=LEAST_RANGE
+        )
     return quantization.Int8DynamicActivationInt8WeightConfig()
 
 

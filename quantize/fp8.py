@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 MOST = 448.0
 """The largest finite E4M3 number."""
+LEAST_RANGE = 1e-12
+"""What a row of activations is taken to reach at least, where it gets its scale as it comes: a scale of 0 would make a row of
+noughts NaN, and SDXL's empty negative prompts are such rows."""
 _STEPS = 127
 """What calibrated scales are for: the range's end is so many of them."""
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from bakeoff.bake import export
 from bakeoff.components.component import Sizes
 from bakeoff.errors import UnavailableError
+from bakeoff.quantize import fp8
 from bakeoff.recipe import Placement, parse
 from bakeoff.runtimes import torch as runtime_torch
 from bakeoff.runtimes.opening import open_part, read_folder
@@ -36,7 +37,9 @@ def theirs(weight):
     from torchao.quantization.quantize_.workflows.float8 import float8_tensor
 
     product = Float8MMConfig(use_fast_accum=True)
-    given = float8_tensor.QuantizeTensorToFloat8Kwargs(granularity=PerRow(), mm_config=product)
+    given = float8_tensor.QuantizeTensorToFloat8Kwargs(
+        granularity=PerRow(), mm_config=product, hp_value_lb=fp8.LEAST_RANGE
+    )
     return float8_tensor.Float8Tensor.from_hp(weight, granularity=PerRow(), mm_config=product, act_quant_kwargs=given)
 
 
@@ -70,7 +73,7 @@ def test_the_settings_are_diffusers_own(baked):
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
     written = json.loads((baked.folders["unet"] / "config.json").read_text())["quantization_config"]
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), activation_value_lb=fp8.LEAST_RANGE)
     assert written == json.loads(json.dumps(TorchAoConfig(config).to_dict()))
 
 
@@ -90,6 +93,15 @@ def test_it_computes_in_8_bit_floats_near_the_modules_own(baked, part):
     for name in expected:
         error = (got[name] - expected[name]).pow(2).mean().sqrt() / expected[name].pow(2).mean().sqrt()
         assert 1e-4 < error < 0.1, name
+
+
+def test_a_row_of_noughts_has_a_scale(baked):
+    """SDXL's pipeline gives noughts for an empty negative prompt."""
+    made = baked.family.part("unet")
+    inputs = made.component.example(baked.config("unet"), Sizes(2, 8, 8, 12), seed=0)
+    inputs["encoder_hidden_states"].zero_()
+    with open_part(baked.folders["unet"], made, baked.parts["unet"], Placement("cpu", threads=1)) as runtime:
+        assert all(tensor.isfinite().all() for tensor in runtime.run(inputs).values())
 
 
 def test_what_stays_a_float_says_why(baked):
