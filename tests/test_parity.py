@@ -247,6 +247,12 @@ def test_budgets_that_cannot_be_meant(tmp_path, text, capsys):
     assert text.partition("=")[0] in capsys.readouterr().err
 
 
+def test_a_row_of_noughts_is_held_to_the_parts_tolerance():
+    """An empty prompt may leave a text encoder nothing to make: rounding changes none of that."""
+    assert prover._upper([0.0] * 3, [0.02, 0.02, 0.0], 0.02) == 0
+    assert prover._upper([0.01, 0.01, 0.04], [0.02, 0.02, 0.0], 0.02) > 0.02
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(1e-6, 1.0), min_size=2, max_size=12))
 def test_the_upper_bound_is_that_of_students_t(errors):

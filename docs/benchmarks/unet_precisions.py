@@ -41,7 +41,8 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "precisions.md"
 GROUPS = {
     "openvino, activations too": ("openvino", ["fp32", "bf16", "w8a8", "w8a8-dynamic", "nncf-w8a8"]),
-    "openvino, weights alone": ("openvino", ["fp32", "bf16", "int8", "int4", "nf4", "nncf-int8"]),
+    "openvino, weights alone": ("openvino", ["fp32", "bf16", "int8", "nncf-int8"]),
+    "openvino, 4 bits": ("openvino", ["fp32", "bf16", "int4", "nf4"]),
     "onnx, activations too": (
         "onnx",
         ["fp32", "bf16", "w8a8", "w8a8+outputs=rounded", "w8a8-dynamic", "ort-dynamic", "ort-static"],
