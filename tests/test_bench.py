@@ -159,6 +159,7 @@ def test_another_experiment_in_the_same_folder_is_refused(measured):
         runner.run(replace(declared, steps=2), folder)
 
 
+@pytest.mark.slow
 def test_a_sweep_measures_every_point(tmp_path):
     declared = experiment(drawing("one"), drawing("two"), sweep={"steps": [1, 2], "batch": [1, 2]}, repetitions=2)
     record = runner.run(declared, tmp_path)

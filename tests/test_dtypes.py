@@ -74,7 +74,7 @@ def psnr(got, expected):
 def cases():
     """Each kind of source in torch; in ONNX, whose lowering is slow, one part of the worst kind, and all parts of two."""
     for kind in DTYPES:
-        yield pytest.param(kind, "torch:fp32", 45)
+        yield pytest.param(kind, "torch:fp32", 45, marks=pytest.mark.slow if kind in {"fp32", "bf16"} else ())
     for kind in ("fp32", "mixed in each part"):
         yield pytest.param(kind, "torch:bf16", 25)
     yield pytest.param("mixed in each part", "torch:fp32,text_encoder=onnx:fp32", 45)

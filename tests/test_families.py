@@ -25,7 +25,7 @@ from bakeoff.sources.source import Source
 from bakeoff.weights import layer_names
 
 FAMILIES = plugins.names("families")
-OFTEN = {"stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3", "flux", "z-image"}
+OFTEN = {"stable-diffusion", "stable-diffusion-xl", "flux"}
 """Whose every case `make test` runs, in torch; of the others, one picture."""
 PROMPTS = ["a red circle", "two small green squares, left of a star; 一只猫"]
 SIZE = (64, 96)

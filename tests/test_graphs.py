@@ -45,7 +45,7 @@ def _contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+@pytest.mark.parametrize("backend", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_a_kept_graph_makes_the_same_files(home, tiny, tmp_path, monkeypatch, backend):
     source = tiny("stable-diffusion")
     recipe = parse(f"null:fp32,text_encoder={backend}:int8,vae_decoder={backend}:bf16")[0]

@@ -40,8 +40,7 @@ def test_sqnr_is_minus_twenty_log10():
     "recipe",
     [
         "onnx:fp32",
-        "torch:bf16",
-        *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in ("openvino:fp32", "openvino:bf16")),
+        *(pytest.param(recipe, marks=pytest.mark.slow) for recipe in ("torch:bf16", "openvino:fp32", "openvino:bf16")),
     ],
 )
 def test_each_part_is_proved_at_three_shapes(baked, recipe):

@@ -642,7 +642,7 @@ def lower(made, source, folder, backend, precision, activations=None, layers=Non
 
 def test_a_recipe_that_changes_nothing_is_an_error(tiny, tmp_path):
     with pytest.raises(RecipeError, match="int4 changes no weight of vae_encoder: .* not convolutions"):
-        export(str(tiny("flux")), tmp_path / "out", parse("null:fp32,vae_encoder=onnx:int4")[0], prove=False)
+        export(str(tiny("flux")), tmp_path / "out", parse("null:fp32,vae_encoder=torch:int4")[0], prove=False)
     assert not (tmp_path / "out").exists()
 
 

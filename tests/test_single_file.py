@@ -282,7 +282,7 @@ def unprojected(folder, saved):
     return copy
 
 
-@pytest.mark.parametrize("family", ["stable-diffusion", "stable-diffusion-xl"])
+@pytest.mark.parametrize("family", ["stable-diffusion", pytest.param("stable-diffusion-xl", marks=pytest.mark.slow)])
 def test_the_picture_is_the_folders(tiny, saved, tmp_path, family):
     folder = tiny(family)
     file = saved(WHOLE[family](folder))
