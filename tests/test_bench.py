@@ -263,6 +263,7 @@ def test_seeds_come_from_ids():
         prompts("default", 300)
 
 
+@pytest.mark.slow
 def test_a_budget_is_held_by_the_fixture(bakeoff):
     arms = [{"name": name, "adapter": ADAPTER, "options": {"sleep": 0.004}} for name in ("a", "b")]
     fields = {"timed_prompts": 2, "quality_prompts": 2, "steps": 1, "blocks": 2, "repetitions": 3}
@@ -274,6 +275,7 @@ def test_a_budget_is_held_by_the_fixture(bakeoff):
         measured.require("b", peak_anon_bytes=1000)
 
 
+@pytest.mark.slow
 def test_resident_arms_are_opened_once(tmp_path):
     declared = experiment(drawing("one"), drawing("two", at_call=9, kind="crash"), resident=True, blocks=3)
     record = runner.run(declared, tmp_path)

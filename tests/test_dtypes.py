@@ -77,7 +77,7 @@ def cases():
         yield pytest.param(kind, "torch:fp32", 45, marks=pytest.mark.slow if kind in {"fp32", "bf16"} else ())
     for kind in ("fp32", "mixed in each part"):
         yield pytest.param(kind, "torch:bf16", 25)
-    yield pytest.param("mixed in each part", "torch:fp32,text_encoder=onnx:fp32", 45)
+    yield pytest.param("mixed in each part", "torch:fp32,text_encoder=onnx:fp32", 45, marks=pytest.mark.slow)
     for kind in ("fp16", "mixed in each part"):
         yield pytest.param(kind, "onnx:fp32", 45, marks=pytest.mark.slow)
 

@@ -310,6 +310,7 @@ def own_errors(found):
     return {name: error for name, (error, _, rounded) in errors.items() if rounded is not None}
 
 
+@pytest.mark.slow
 def test_layers_are_compared_with_ones_that_are_rounded_as_they_are(calibrated):
     """By what they are given, their biases corrected: rounded by their weights alone they'd differ by some percent."""
     folder = calibrated("text_encoder", "onnx:int4")

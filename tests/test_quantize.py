@@ -416,7 +416,7 @@ def extreme_source(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("offload", ["none", "mapped"])
+@pytest.mark.parametrize("offload", ["none", pytest.param("mapped", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", ["int8", "w8a8", "w8a8-dynamic"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sums_of_large_products_dont_overflow(extreme_source, tmp_path, backend, precision, offload):

@@ -32,7 +32,7 @@ SLOW_RATIOS = [pytest.param(ratio, marks=pytest.mark.slow) for ratio in (1.02, 1
 
 
 @pytest.mark.parametrize("ratio", [1.0, *SLOW_RATIOS, 2.0])
-@pytest.mark.parametrize("stalls", [False, True])
+@pytest.mark.parametrize("stalls", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_intervals_cover_the_planted_truth(ratio, stalls):
     covered = share(judged(ratio, 5, stalls=stalls), lambda v: v.ratio.low <= ratio <= v.ratio.high)
     assert covered >= 0.93
