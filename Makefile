@@ -16,7 +16,7 @@ SDCPP_READY := .venv-sdcpp/.ready
 demo: $(READY)  ## Export the embedded model for each backend, generate, compare.
 	$(BIN)/bakeoff demo -o demo
 
-test: $(READY)  ## The tests that a change should pass: under 10 minutes on 2 cores.
+test: $(READY)  ## The tests that a change should pass: about ten minutes on 2 cores.
 	$(BIN)/python -P -m pytest -n auto --dist loadfile --max-worker-restart 0
 
 test-all: $(READY)  ## All tests but those that need other environments.
