@@ -17,12 +17,12 @@ from .commands.export import add_export
 from .commands.generate import add_generate
 from .commands.inspect import add_inspect
 from .commands.plan import add_plan, add_why_rebuild
-from .commands.terminal import print_json
 from .commands.verify import add_verify
 from .doctor import add_doctor
 from .errors import BakeoffError, ResourceError, UsageError
 from .precisions import add_precisions
 from .reports.command import add_compare, add_report
+from .terminal import print_json
 from .tuning.calibrate import add_calibrate
 from .tuning.choose import add_recipe
 from .tuning.sensitivity import add_sensitivity

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from typing import TYPE_CHECKING, Any
+
+from .terminal import print_json
 
 if TYPE_CHECKING:
     import argparse
@@ -29,7 +30,7 @@ def _doctor(options: argparse.Namespace) -> None:
     if options.json:
         groups = {"devices": devices, "backends": backends, "gpu": gpu}
         told = {key: {name: found.as_dict() for name, found in group.items()} for key, group in groups.items()}
-        print(json.dumps({"machine": machine, **told}, indent=2))
+        print_json({"machine": machine, **told})
         return
     print(f"{machine['cpu']}, {machine['usable_cores']} cores to use, {', '.join(machine['instruction_sets'])}")
     print(f"{machine['memory_bytes'] / 1e9:.1f} GB of memory, {machine['available_bytes'] / 1e9:.1f} GB free")

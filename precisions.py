@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .recipe import PRECISIONS
+from .terminal import print_json
 
 if TYPE_CHECKING:
     import argparse
@@ -90,7 +90,7 @@ def add_precisions(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - 
 def _precisions(options: argparse.Namespace) -> None:
     found = cells()
     if options.json:
-        print(json.dumps([asdict(cell) for cell in found], indent=2))
+        print_json([asdict(cell) for cell in found])
         return
     backends = list(dict.fromkeys(cell.backend for cell in found))
     print(f"{'':14}" + "".join(f"{name:10}" for name in backends).rstrip())

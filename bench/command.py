@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..recipe import read_text
+from ..terminal import say
 from .metrics import known
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _bench(options: argparse.Namespace) -> None:
         record = run(declared, options.output, display)
     summary = summarize(record)
     print(as_json(summary) if options.json else markdown(summary))
-    print(f"report: bakeoff report {options.output}", file=sys.stderr)
+    say(f"report: bakeoff report {options.output}")
 
 
 def _declared(options: argparse.Namespace) -> Experiment:

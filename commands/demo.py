@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .terminal import print_json, say
+from ..terminal import print_json, say
 
 if TYPE_CHECKING:
     import argparse

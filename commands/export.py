@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..progress import Steps
 from ..recipe import LOAD_OPTIONS
+from ..terminal import say
 from .inspect import show
-from .source_options import add_source, recipe_of
-from .terminal import say
+from .source_options import add_source, recipe_of, source_fields
 
 if TYPE_CHECKING:
     import argparse
@@ -69,13 +69,8 @@ def _export(options: argparse.Namespace) -> None:
         if Path(options.model).suffix == ".safetensors":
             progress(f"reading {options.model}, which is hashed and converted once")
         details: dict[str, Any] = {
-            "revision": options.revision,
-            "config": options.config,
-            "weights": options.weights,
+            **source_fields(options),
             "gate": _gate(options),
-            "loras": options.lora,
-            "controlnet": options.controlnet,
-            "calibration": options.calibration,
             "progress": progress,
             "reuse": options.reuse,
             "force": options.force,
@@ -84,11 +79,9 @@ def _export(options: argparse.Namespace) -> None:
             from ..tuning.repair import export_repaired
 
             artifact, repaired = export_repaired(options.model, options.output, recipe, **details)
+            told = repaired.in_words() if repaired else []
         else:
-            artifact, repaired = (
-                export(options.model, options.output, recipe, prove=not options.no_prove, **details),
-                None,
-            )
-    for line in repaired.in_words() if repaired else []:
+            artifact, told = export(options.model, options.output, recipe, prove=not options.no_prove, **details), []
+    for line in told:
         say(line)
     show(artifact, as_json=options.json)

@@ -10,9 +10,9 @@ from ..errors import InputError, UsageError
 from ..pictures import check_output, save
 from ..placement import ATTENTIONS
 from ..recipe import LOAD_OPTIONS, OFFLOADS, SWITCHES, option_value
+from ..terminal import print_json, say
 from .inspect import proof_in_words
 from .source_options import add_lora
-from .terminal import print_json, say
 
 if TYPE_CHECKING:
     import argparse

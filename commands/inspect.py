@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .terminal import print_json
+from ..terminal import print_json
 
 if TYPE_CHECKING:
     import argparse

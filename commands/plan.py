@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..terminal import print_json
 from .source_options import add_source, plan_of
-from .terminal import print_json
 
 if TYPE_CHECKING:
     import argparse

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..recipe import read
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def add_source(command: argparse.ArgumentParser) -> None:
     """Add what says which model is baked into what."""
     command.add_argument("model", help="a Diffusers folder, a hub id, a .safetensors checkpoint, or: shapes")
-    add_recipe(command)
+    _add_recipe(command)
     command.add_argument(
         "--weights",
         default="auto",
@@ -33,7 +33,7 @@ def add_source(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_recipe(command: argparse.ArgumentParser) -> None:
+def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--recipe",
         required=True,
@@ -74,17 +74,20 @@ def recipe_of(options: argparse.Namespace) -> tuple[Recipe, Placement]:
     return recipe, placement
 
 
+def source_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what `add_source`'s options say beside the model and the recipe, as `plan` and `export` take it."""
+    return {
+        "revision": options.revision,
+        "config": options.config,
+        "weights": options.weights,
+        "loras": options.lora,
+        "controlnet": options.controlnet,
+        "calibration": options.calibration,
+    }
+
+
 def plan_of(options: argparse.Namespace) -> Plan:
     """Plan the export that `add_source`'s options describe."""
     from ..plan import plan
 
-    return plan(
-        options.model,
-        recipe_of(options)[0],
-        revision=options.revision,
-        config=options.config,
-        weights=options.weights,
-        loras=options.lora,
-        controlnet=options.controlnet,
-        calibration=options.calibration,
-    )
+    return plan(options.model, recipe_of(options)[0], **source_fields(options))

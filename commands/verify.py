@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, ParityError, UsageError
+from ..terminal import print_json, say
 from .inspect import proof_in_words
 from .source_options import add_config
-from .terminal import print_json, say
 
 if TYPE_CHECKING:
     import argparse

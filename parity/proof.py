@@ -392,7 +392,10 @@ def justified(floors: Mapping[str, Floor]) -> float:
 
 
 def row_tolerances(floors: Mapping[str, Floor]) -> list[float]:
-    """Return what each row's own floors justify; nothing of artifacts that don't have them."""
+    """Return what each row's own floors justify; nothing of artifacts that don't have them.
+
+    A row that rounding leaves as it is, for it is all noughts, has none of its own: the part's holds for it.
+    """
     own = floors["f0"].rows
     narrow = floors["f1"].rows if "f1" in floors else (None,) * len(own)
-    return [tolerance(*both) for both in zip(own, narrow, strict=True)]
+    return [tolerance(*both) or justified(floors) for both in zip(own, narrow, strict=True)]

@@ -271,13 +271,10 @@ def _prove_part(artifact: Artifact, part: Part, budget: Budget | None) -> dict[s
 
 
 def _upper(rows: Sequence[float], by_row: Sequence[float], allowed: float) -> float:
-    """Return the upper end of the 95 % interval of rows' errors: each against its own tolerance, in terms of the part's.
-
-    A row that rounding leaves as it is, for it is all noughts, has no tolerance of its own: the part's holds for it.
-    """
+    """Return the upper end of the 95 % interval of rows' errors: each against its own tolerance, in terms of the part's."""
     if not rows:
         return math.inf
-    own = [each or allowed for each in by_row] if len(by_row) == len(rows) else [allowed] * len(rows)
+    own = by_row if len(by_row) == len(rows) else [allowed] * len(rows)
     return allowed * upper_bound([error / each for error, each in zip(rows, own, strict=True)])
 
 

@@ -59,6 +59,11 @@ def test_inspect_verify_and_why_rebuild(run_json, baked):
     assert all(".weights: shared where possible -> own" in field for field in fields)
 
 
+@pytest.mark.slow
+def test_verify_proves_again(run_json, baked):
+    assert run_json("verify", baked("torch:fp32", proved=True), "--parity")["proof"]["status"] == "proved"
+
+
 def test_verify_finds_damage(run_cli, copied):
     folder = copied("torch:fp32")
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"

@@ -45,13 +45,22 @@ def _contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("backend", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
-def test_a_kept_graph_makes_the_same_files(home, tiny, tmp_path, monkeypatch, backend):
+@pytest.mark.parametrize(
+    ("backend", "parts"),
+    [
+        ("onnx", {"text_encoder": "int8"}),
+        *(
+            pytest.param(backend, {"text_encoder": "int8", "vae_decoder": "bf16"}, marks=pytest.mark.slow)
+            for backend in ("onnx", "openvino")
+        ),
+    ],
+)
+def test_a_kept_graph_makes_the_same_files(home, tiny, tmp_path, monkeypatch, backend, parts):
     source = tiny("stable-diffusion")
-    recipe = parse(f"null:fp32,text_encoder={backend}:int8")[0]
+    recipe = parse(",".join(["null:fp32", *(f"{part}={backend}:{name}" for part, name in parts.items())]))[0]
     fresh = export(str(source), tmp_path / "fresh", recipe, prove=False)
     kept = sorted(folder.name.partition("-")[0] for folder in (home / "graphs").iterdir())
-    assert kept == [backend]
+    assert kept == [backend] * len(parts)
 
     def never(*_):
         pytest.fail("captured again")

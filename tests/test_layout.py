@@ -17,7 +17,7 @@ FOLDERS = sorted(
 LAYERS = [
     {"errors"},
     {"nvidia", "placement"},
-    {"recipe", "artifact", "hardware", "weights", "memory", "pictures", "progress", "verdict"},
+    {"recipe", "artifact", "hardware", "weights", "memory", "pictures", "progress", "terminal", "verdict"},
     {"components", "quantize", "reports", "home", "cuda"},
     {"plugins", "nvinfer"},
     {"sources", "footprint"},

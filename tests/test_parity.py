@@ -248,8 +248,11 @@ def test_budgets_that_cannot_be_meant(tmp_path, text, capsys):
 
 def test_a_row_of_noughts_is_held_to_the_parts_tolerance():
     """An empty prompt may leave a text encoder nothing to make: rounding changes none of that."""
-    assert prover._upper([0.0] * 3, [0.02, 0.02, 0.0], 0.02) == 0
-    assert prover._upper([0.01, 0.01, 0.04], [0.02, 0.02, 0.0], 0.02) > 0.02
+    floors = {"f0": proof.Floor(1e-6, (1e-6, 1e-6, 0.0)), "f1": proof.Floor(0.01, (0.01, 0.01, 0.0))}
+    by_row = proof.row_tolerances(floors)
+    assert by_row == [0.02, 0.02, 0.02]
+    assert prover._upper([0.0] * 3, by_row, 0.02) == 0
+    assert prover._upper([0.01, 0.01, 0.04], by_row, 0.02) > 0.02
 
 
 @settings(max_examples=50, deadline=None)

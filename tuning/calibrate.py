@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from ..plan import module_keys
 from ..progress import Steps
 from ..quantize.calibration import Calibration
 from ..sources.source import Source
+from ..terminal import print_json
 from .options import add_drawing_options, check_folder, prompts_of, size_of
 
 if TYPE_CHECKING:
@@ -132,6 +132,6 @@ def _run(options: argparse.Namespace) -> None:
     made.save(options.output)
     layers = {part: len(layers) for part, layers in made.parts.items()}
     if options.json:
-        print(json.dumps({"file": str(options.output), **made.info, "layers": layers}, indent=2))
+        print_json({"file": str(options.output), **made.info, "layers": layers})
         return
     print(f"{options.output}: {', '.join(f'{count} layers of {part}' for part, count in layers.items())}")

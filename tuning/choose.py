@@ -18,6 +18,7 @@ from ..quantize.choice import Option, choose
 from ..quantize.sensitivity import Sensitivity
 from ..recipe import PartRecipe, Recipe, to_toml
 from ..sources.source import Source
+from ..terminal import print_json
 from .options import check_folder
 from .studio import Studio
 
@@ -284,16 +285,13 @@ def _run(options: argparse.Namespace) -> None:
     partial.replace(options.output)
     counts = {part: Counter(_precisions(found, part, each)) for part, each in recipe.parts.items()}
     if options.json:
-        print(
-            json.dumps(
-                {
-                    "file": str(options.output),
-                    "backend": backend,
-                    "psnr_db": psnr if math.isfinite(psnr) else None,
-                    "layers": counts,
-                },
-                indent=2,
-            )
+        print_json(
+            {
+                "file": str(options.output),
+                "backend": backend,
+                "psnr_db": psnr if math.isfinite(psnr) else None,
+                "layers": counts,
+            }
         )
         return
     for part, count in counts.items():
