@@ -13,7 +13,7 @@ from ..errors import InputError, UnavailableError, UsageError
 from ..hardware import OVERFLOWS, Availability, choose_device, overflows_bytes, usable_cores
 from ..sources.lora import added
 from ..weights import Checkpoint, layer_names
-from . import acceleration, aoti, attention, float32
+from . import acceleration, aoti, attention, few_rows, float32
 from .blocks import Blocks
 from .crossing import Crossing
 from .islands import keep_wide
@@ -159,6 +159,8 @@ class TorchRuntime(Runtime):
         module = module if in_blocks else move(module, self._device)
         wide = keep_wide(module, part.folder, self._dtype) if part.precision in _HALF and part.islands else []
         _adapt(module, part.deltas)
+        if self._device.type == "cuda":
+            few_rows.fill_up(module)
         merged = attention.merge_tokens(module, placement.token_merging)
         self._slicing: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if placement.attention_slicing is not None:

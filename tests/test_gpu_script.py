@@ -104,10 +104,10 @@ def test_an_item_that_takes_too_long_is_ended_with_its_children(script, tmp_path
         f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid))\n"
         "child.wait()\n"
     )
-    run = script["run"]
+    run, item = script["run"], script["Item"]("slow", "picture", 1.0)
     monkeypatch.setitem(run.__globals__, "ITEMS_SCRIPT", slow)
     monkeypatch.setitem(run.__globals__, "_GRACE_S", 1.0)
-    outcome = run(script["Item"]("slow", "picture", 1.0), 1.0, tmp_path)
+    outcome = run(item, script["start"](item, tmp_path), 1.0, tmp_path)
     assert "took longer than 2 s" in outcome["failed"]
     status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/status")
     ends = time.monotonic() + 20
@@ -120,9 +120,33 @@ def test_a_crash_is_the_items_own(script, tmp_path, monkeypatch):
     broken = tmp_path / "broken.py"
     broken.write_text("raise SystemExit('no such kernel')\n")
     monkeypatch.setitem(script["run"].__globals__, "ITEMS_SCRIPT", broken)
-    outcome = script["run"](script["Item"]("broken", "picture", 5.0), 5.0, tmp_path)
+    item = script["Item"]("broken", "picture", 5.0)
+    outcome = script["run"](item, script["start"](item, tmp_path), 5.0, tmp_path)
     assert "no such kernel" in outcome["failed"]
     assert not script["is_done"](outcome, {})
+
+
+def test_the_next_items_process_gets_ready_meanwhile_and_ends_where_it_is_not_wanted(script, tmp_path, monkeypatch):
+    noting = tmp_path / "noting.py"
+    noting.write_text(
+        "import json, os, pathlib, sys, time\n"
+        f"pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch()\n"
+        "arguments = json.load(sys.stdin)\n"
+        f"while len([*pathlib.Path({str(tmp_path)!r}).glob('[0-9]*')]) < arguments['least']:\n"
+        "    time.sleep(0.02)\n"
+        "print(json.dumps(arguments))\n"
+    )
+    monkeypatch.setitem(script["run"].__globals__, "ITEMS_SCRIPT", noting)
+    due = [script["Item"](f"item {least}", "picture", 30.0, {"least": least}) for least in (2, 3, 3)]
+    outcomes = script["_outcomes"](due, time.monotonic() + 600, tmp_path)
+    assert [next(outcomes)[1]["least"] for _ in range(2)] == [2, 3]
+    outcomes.close()
+    pids = [file.name for file in tmp_path.glob("[0-9]*")]
+    assert len(pids) == 3
+    assert not [pid for pid in pids if Path("/proc", pid).exists()]
+    (first, *_), told = zip(*script["_outcomes"](due, time.monotonic(), tmp_path), strict=True)
+    assert first is due[0]
+    assert all("run it again" in outcome["not_run"] for outcome in told)
 
 
 def test_what_was_lacking_is_tried_again_once_something_is_installed(script):

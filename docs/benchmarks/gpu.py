@@ -16,14 +16,17 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bakeoff import hardware
 from bakeoff.bench import energy
 from bakeoff.errors import BakeoffError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ITEMS_SCRIPT = Path(__file__).with_name("gpu_items.py")
 SCHEMA = 1
@@ -81,15 +84,15 @@ MODELS = {
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "eager bf16": ("bf16", {}),
     "compiled blocks": ("bf16", {"compile": "regional"}),
+    "fp8, compiled blocks": ("fp8", {"compile": "regional"}),
+    "nf4": ("nf4", {}),
+    "w8a8-dynamic, compiled blocks": ("w8a8-dynamic", {"compile": "regional"}),
+    "int8": ("int8", {}),
     "CUDA graphs": ("bf16", {"cuda_graphs": True}),
     "compiled blocks, CUDA graphs": ("bf16", {"compile": "regional", "cuda_graphs": True}),
-    "nf4": ("nf4", {}),
-    "int8": ("int8", {}),
-    "fp8, compiled blocks": ("fp8", {"compile": "regional"}),
-    "w8a8-dynamic, compiled blocks": ("w8a8-dynamic", {"compile": "regional"}),
     "compiled whole": ("bf16", {"compile": "full"}),
 }
-"""Arm -> precision, placement; in the order in which they are run."""
+"""Arm -> precision, placement; a model's are run in this order, but for those that are most telling."""
 
 
 @dataclass(frozen=True)
@@ -107,24 +110,19 @@ def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
     common = {"work": str(work), "device": device}
     arms = [f"{arm}@{device}" for arm in (TRIED_ARMS if tiny else SHAPES_ARMS)]
     judged = {"arms": arms, "blocks": 2 if tiny else 3, "prompts": 2 if tiny else 128, "steps": 2 if tiny else 20}
-    first = [
-        _picture(MODELS[name], arm, common, tiny=tiny) for name in MODELS for arm in ("eager bf16", "compiled blocks")
-    ]
-    rest = [
-        _picture(model, arm, common, tiny=tiny)
-        for arm in ARMS
-        for model in MODELS.values()
-        if arm not in {"eager bf16", "compiled blocks"}
-    ]
+    pictures = {(name, arm): _picture(model, arm, common, tiny=tiny) for name, model in MODELS.items() for arm in ARMS}
+    first = [pictures.pop(("flux.1-dev", arm)) for arm in ("eager bf16", "compiled blocks", "fp8, compiled blocks")]
+    second = [pictures.pop(("sdxl", arm)) for arm in ("eager bf16", "compiled blocks")]
     step = {**common, "model": "sdxl", "recipe": "onnx:fp16", "size": 128 if tiny else 1024, "tiny": tiny}
+    eager = [pictures.pop((name, "eager bf16")) for name, arm in [*pictures] if arm == "eager bf16"]
     return [
-        *first[:2],
+        *first,
+        *second,
         Item("shapes", "shapes", 240, {**common, **judged}),
-        *first[2:4],
         Item("features", "features", 180, common),
-        *first[4:],
+        *eager,
         Item("sdxl, one step, ONNX Runtime, fp16 weights, float32 products", "onnx_step", 240, step),
-        *rest,
+        *pictures.values(),
     ]
 
 
@@ -144,29 +142,45 @@ def _picture(model: Model, arm: str, common: dict[str, Any], *, tiny: bool) -> I
     return Item(f"{model.name}, {arm}", "picture", _BUDGETS[placement.get("compile")], arguments)
 
 
-def run(item: Item, seconds: float, logs: Path) -> dict[str, Any]:
-    """Run an item in a process of its own that ends when its time is over."""
-    command = [sys.executable, "-P", str(ITEMS_SCRIPT), item.kind, json.dumps({**item.arguments, "budget_s": seconds})]
+def start(item: Item, logs: Path) -> subprocess.Popen[str]:
+    """Start an item's process, which gets ready without touching the device, and waits for its arguments."""
+    with _log(item, logs).open("w") as stream:
+        return subprocess.Popen(  # noqa: S603 - our own script
+            [sys.executable, "-P", str(ITEMS_SCRIPT), item.kind],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stream,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def run(item: Item, process: subprocess.Popen[str], seconds: float, logs: Path) -> dict[str, Any]:
+    """Run an item in its process, which ends when its time is over."""
     started = time.monotonic()
-    log = logs / f"{''.join(c if c.isalnum() else '-' for c in item.name)}.txt"
-    with (
-        log.open("w") as stream,
-        subprocess.Popen(  # noqa: S603 - our own script
-            command, stdout=subprocess.PIPE, stderr=stream, text=True, start_new_session=True
-        ) as process,
-    ):
-        try:
-            output, _ = process.communicate(timeout=seconds + _GRACE_S)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            return {"failed": f"took longer than {seconds + _GRACE_S:.0f} s", "wall_s": round(seconds + _GRACE_S, 1)}
+    try:
+        output, _ = process.communicate(json.dumps({**item.arguments, "budget_s": seconds}), timeout=seconds + _GRACE_S)
+    except BaseException as error:
+        end(process)
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        return {"failed": f"took longer than {seconds + _GRACE_S:.0f} s", "wall_s": round(seconds + _GRACE_S, 1)}
     wall = {"wall_s": round(time.monotonic() - started, 1)}
     lines = output.splitlines()
     if process.returncode or not lines:
-        return {"failed": log.read_text()[-1500:], "exit_code": process.returncode, **wall}
+        return {"failed": _log(item, logs).read_text()[-1500:], "exit_code": process.returncode, **wall}
     return {**json.loads(lines[-1]), **wall}
+
+
+def end(process: subprocess.Popen[str] | None) -> None:
+    """End a process, with those that it started."""
+    if process is not None and process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def _log(item: Item, logs: Path) -> Path:
+    return logs / f"{''.join(c if c.isalnum() else '-' for c in item.name)}.txt"
 
 
 def is_done(outcome: dict[str, Any] | None, versions: dict[str, str]) -> bool:
@@ -297,6 +311,21 @@ def _remark(outcome: dict[str, Any]) -> str:
     return "; ".join([*turns, *tainted])
 
 
+def _outcomes(due: list[Item], ends: float, work: Path) -> Iterator[tuple[Item, dict[str, Any]]]:
+    """Run items while there is time; the next one's process imports what it needs while one runs."""
+    waiting = start(due[0], work) if due else None
+    try:
+        for item, following in zip(due, [*due[1:], None], strict=True):
+            left = ends - time.monotonic() - _GRACE_S
+            if waiting is None or left < _LEAST_S:
+                yield item, {"not_run": f"{max(left, 0):.0f} s were left; run it again"}
+                continue
+            process, waiting = waiting, start(following, work) if following else None
+            yield item, run(item, process, min(item.budget_s, left), work)
+    finally:
+        end(waiting)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path)
@@ -317,20 +346,15 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     record = open_record(options.record, options.device, tiny=options.tiny)
     record["command"] = " ".join(["python", "docs/benchmarks/gpu.py", *sys.argv[1:]])
-    for item in items(options.device, work, tiny=options.tiny):
-        before = record["items"].get(item.name)
-        if (options.only and not any(word in item.name for word in options.only)) or is_done(
-            before, record["versions"]
-        ):
-            continue
-        left = ends - time.monotonic() - _GRACE_S
-        outcome = (
-            run(item, min(item.budget_s, left), work)
-            if left >= _LEAST_S
-            else {"not_run": f"{max(left, 0):.0f} s were left of {options.minutes:g} minutes; run it again"}
-        )
-        outcome |= {"arguments": asdict(item)["arguments"], "tried_with": record["versions"]}
-        record["items"][item.name] = kept(before, outcome)
+    due = [
+        item
+        for item in items(options.device, work, tiny=options.tiny)
+        if (not options.only or any(word in item.name for word in options.only))
+        and not is_done(record["items"].get(item.name), record["versions"])
+    ]
+    for item, outcome in _outcomes(due, ends, work):
+        outcome |= {"arguments": item.arguments, "tried_with": record["versions"]}
+        record["items"][item.name] = kept(record["items"].get(item.name), outcome)
         print(
             f"{item.name}: {_remark(outcome) or _figure(outcome.get('median_picture_s'), '{:.3f} s a picture')}",
             file=sys.stderr,

@@ -1,4 +1,4 @@
-"""What `gpu.py` runs in child processes, one item each: `python gpu_items.py KIND ARGUMENTS.json`, the result on stdout.
+"""What `gpu.py` runs in child processes, one item each: `python gpu_items.py KIND`, its arguments on stdin, the result on stdout.
 
 An item that can't run here returns `skipped` with the reason; one that fails returns `failed`.
 """
@@ -6,6 +6,7 @@ An item that can't run here returns `skipped` with the reason; one that fails re
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -29,6 +30,15 @@ _ACTIVATIONS = 6_000_000_000
 """Counted for a picture of 1024² on top of weights: the VAE decoder's feature maps for the most part."""
 _SHARES = {"nf4": 0.29, "int8": 0.51, "w8a8-dynamic": 0.51, "fp8": 0.51}
 """Bytes of a denoiser in a precision for one in bfloat16, scales included."""
+
+
+_SLOW_TO_IMPORT = (
+    "torch",
+    "diffusers.pipelines.pipeline_utils",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.t5.modeling_t5",
+)
+"""What takes seconds, in which another item may still run; none of it touches the device."""
 
 
 @dataclass(frozen=True)
@@ -247,9 +257,12 @@ def _function(kind: str) -> Any:  # noqa: ANN401 - a function
 
 
 def main() -> None:
-    kind, arguments = sys.argv[1], json.loads(sys.argv[2])
+    function = _function(sys.argv[1])
+    for name in _SLOW_TO_IMPORT:
+        importlib.import_module(name)
+    arguments = json.load(sys.stdin)
     try:
-        result = _function(kind)(**arguments)
+        result = function(**arguments)
     except BakeoffError as error:
         result = {"skipped": error.message, "fix": error.fix}
     sys.stdout.write(f"\n{json.dumps(result, default=str)}\n")
