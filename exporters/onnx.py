@@ -8,7 +8,7 @@ import logging
 import warnings
 from typing import TYPE_CHECKING, ClassVar
 
-from ..errors import LoweringError
+from ..errors import LoweringError, RecipeError
 from ..quantize.calibration import METHODS
 from .costs import graph_cost, stored_bytes
 from .exporter import Cost, Lowered
@@ -44,7 +44,7 @@ class OnnxExporter:
 
     2-D weights keep their bytes too: Linear layers come as MatMul with Transpose(weight), which the runtimes
     fold when they load. bf16 and fp16 are what weights are stored in: the graph widens them and computes in float32, which
-    every execution provider can. Low-bit weights are ONNX Runtime's MatMulNBits, MatMulBnb4 and GatherBlockQuantized;
+    every execution provider can; `fp16+compute=half` computes in float16, as GPUs do best. Low-bit weights are ONNX Runtime's MatMulNBits, MatMulBnb4 and GatherBlockQuantized;
     those of convolutions, for int8, are widened as they run.
     """
 
@@ -54,19 +54,23 @@ class OnnxExporter:
         "fp8": "ONNX's MatMul takes no 8-bit floats; widened ones keep 32 dB of a normal distribution, int8 40 dB in as many bytes",
     }
     layer_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(precisions, precisions)
-    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"activations": METHODS, "outputs": ("wide", "rounded")}
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "activations": METHODS,
+        "outputs": ("wide", "rounded"),
+        "compute": ("float32", "half"),
+    }
 
     def cost(
         self,
         checkpoint: Checkpoint,
         mixture: Mixture,
         *,
-        options: Mapping[str, str],  # noqa: ARG002 - the same for all
+        options: Mapping[str, str],
         operations: int,
         shared: bool,
     ) -> Cost:
         weights = stored_bytes(checkpoint, mixture)
-        linked = shared and mixture.is_plain and checkpoint.is_in(storage(mixture.precision))
+        linked = shared and mixture.is_plain and not _is_half(options) and checkpoint.is_in(storage(mixture.precision))
         written = 0 if linked else sum(weights.values())
         return graph_cost(weights, written, operations, packs=bool(mixture.formats))
 
@@ -74,12 +78,33 @@ class OnnxExporter:
         return _TOOLS
 
     def lower(self, subject: Subject, folder: Path) -> Lowered:
+        if _is_half(subject.options):
+            return _lower_half(subject, folder)
         model, weights = hollow_graph(subject)
         brought = bring(model, weights, subject, folder)
         strip(model)
         write_layers(layers_of(model), subject.checkpoint, folder)
         save(model, folder)
         return Lowered(brought.how, weight_bytes(model, brought.labels), brought.kept)
+
+
+def _is_half(options: Mapping[str, str]) -> bool:
+    return options.get("compute") == "half"
+
+
+def _lower_half(subject: Subject, folder: Path) -> Lowered:
+    """Write a graph that computes in float16.
+
+    Raises:
+        RecipeError: the recipe is of another precision; on a CPU, which proves it, ONNX Runtime has no products of bfloat16.
+    """
+    from .onnx_typed import write_graph
+
+    if subject.mixture.precision != "fp16":
+        message = f"{subject.part}: compute=half is for fp16, the recipe has {subject.mixture.precision}"
+        raise RecipeError(message, fix="onnx:fp16+compute=half; or leave out compute")
+    graph = write_graph(subject, "fp16", folder, turned=False)
+    return Lowered("written", graph.weight_bytes, graph.kept)
 
 
 def hollow_graph(subject: Subject) -> tuple[onnx_ir.Model, Weights]:

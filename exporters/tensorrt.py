@@ -13,8 +13,8 @@ from .costs import BYTES_PER_S, graph_cost, stored_bytes
 from .exporter import Cost, Lowered
 from .layers import FILE as LAYERS
 from .onnx import FILE as ONNX
+from .onnx_typed import WEIGHTS, write_graph
 from .tensorrt_build import BUILD_TIMES, Request, build, check_room
-from .tensorrt_graph import WEIGHTS, write_graph
 from .tensorrt_settings import Settings
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..components.component import Component
 from ..errors import UnavailableError, UsageError, unknown
 from ..quantize.fp8 import LEAST_RANGE
+from ..runtimes import float8
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 DENOISERS = ("unet", "transformer", "controlnet")
 PRECISIONS = ("fp32", "bf16", "fp16", "nf4", "int8", "w8a8-dynamic", "fp8")
-FP8_CAPABILITY = (8, 9)
-"""Compute capability from which NVIDIA's GPUs multiply 8-bit floats."""
 _MULTIPLE = 16
 """Kernels of 8 bits take widths that are multiples of it."""
 
@@ -144,7 +143,7 @@ def _refuse_fp8(precision: str, device: torch.device) -> None:
     import torch
 
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if precision == "fp8" and (capability is None or capability < FP8_CAPABILITY):
+    if precision == "fp8" and (capability is None or capability < float8.CAPABILITY):
         found = f"compute capability {capability[0]}.{capability[1]}" if capability else f"{device.type}"
         message = f"fp8 takes a GPU of compute capability 8.9 or higher (Ada, Hopper, Blackwell), here is {found}"
         raise UnavailableError(message, fix="w8a8-dynamic computes in 8 bits on other devices")

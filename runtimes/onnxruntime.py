@@ -128,7 +128,7 @@ class OnnxRuntime(Runtime):
             "provider_options": self._session.get_provider_options().get(ran, {}),
             "cuda_graphs": graphs and ran == provider,
             "threads": self._session.get_session_options().intra_op_num_threads,
-            "precision": _precisions(operators),
+            "precision": _precisions(model.graph, ran),
             "attention": {"fused": fused, "math": operators["Softmax"] - fused},
             "unsigned_weights": overflows,
             "mapped": mapped,
@@ -207,14 +207,19 @@ def _nodes_by_provider(session: Any) -> dict[str, int]:  # noqa: ANN401 - onnxru
     return dict(counts)
 
 
-def _precisions(operators: Counter[str]) -> dict[str, int]:
+def _precisions(graph: Any, provider: str) -> dict[str, int]:  # noqa: ANN401 - onnx is untyped
     """Count the matrix products and convolutions by the precision that they run in: integer ones are operators apart.
 
-    Where weights are stored in less than float32 they are widened: what runs is float32.
+    Where weights are stored in less than float32 and widened, what runs is float32; the CPU's provider widens float16 itself.
     """
-    counts = {"float32": sum(operators[name] for name in _FLOAT_PRODUCTS)}
-    counts |= {"int8": sum(operators[name] for name in _INT8_PRODUCTS)}
-    return {name: count for name, count in counts.items() if count}
+    halves = set() if provider == providers.CPU else onnx_graph.halves(graph)
+    counts: Counter[str] = Counter()
+    for node in graph.node:
+        if node.op_type in _FLOAT_PRODUCTS:
+            counts["float16" if node.output[0] in halves else "float32"] += 1
+        elif node.op_type in _INT8_PRODUCTS:
+            counts["int8"] += 1
+    return dict(counts)
 
 
 def _lacks_zero_points(graph: Any) -> bool:  # noqa: ANN401 - onnx is untyped

@@ -151,9 +151,12 @@ def of_artifact(artifact: Artifact) -> Baked:
 
 
 def judged_on(artifact: Artifact, threads: int | None = None) -> Placement:
-    """Return where an artifact is proved: on the processor, but for parts that were compiled for another device."""
-    found = {name: aoti.device_of(artifact.folder / name) for name in artifact.manifest.parts}
-    return Placement("cpu", {name: device for name, device in found.items() if device}, threads=threads)
+    """Return where an artifact is proved: on the processor, but for parts that run, or were compiled, elsewhere alone."""
+    found = {
+        name: aoti.device_of(artifact.folder / name) or plugins.runtime(part.backend).proves_on(part.precision)
+        for name, part in artifact.manifest.parts.items()
+    }
+    return Placement("cpu", {name: device for name, device in found.items() if device != "cpu"}, threads=threads)
 
 
 def _foreign(folder: Path, part: Part) -> tuple[Path, PartEntry] | None:

@@ -112,6 +112,11 @@ class Runtime(ABC):
         return None
 
     @classmethod
+    def proves_on(cls, precision: str) -> str:  # noqa: ARG003 - a CPU runs what most have
+        """Return the device on which a part is proved: the CPU, unless that can't run what a device here can."""
+        return "cpu"
+
+    @classmethod
     def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:  # noqa: ARG003 - not all can
         """Return the shapes of a part's weights that LoRAs can be added to, by their names in the checkpoint."""
         return {}

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..components.component import WRAPPER
 from ..components.low_bit import SCALE, move
-from ..errors import InputError, UnavailableError, UsageError
+from ..errors import InputError, UsageError
 from ..hardware import OVERFLOWS, Availability, choose_device, overflows_bytes, usable_cores
 from ..sources.lora import added
 from ..weights import Checkpoint, layer_names
-from . import acceleration, aoti, attention, few_rows, float32
+from . import acceleration, aoti, attention, few_rows, float8, float32
 from .blocks import Blocks
 from .crossing import Crossing
 from .islands import keep_wide
@@ -45,8 +45,6 @@ _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _TORCH_NAMES = {"rocm": "cuda"}
 _CODED = (".SCB", ".absmax", "._weight_qdata", SCALE)
 """What some names of tensors end in where there are codes of bitsandbytes, torchao or our own."""
-FP8_CAPABILITY = (8, 9)
-"""Compute capability from which NVIDIA's GPUs multiply 8-bit floats."""
 _GIVEN = "/input"
 """What the name of what a layer is given ends in."""
 
@@ -136,11 +134,19 @@ class TorchRuntime(Runtime):
             return Availability(ok=False, reason=f"{library} is not installed", fix=f"pip install 'bakeoff[{library}]'")
         if precision == "w8a8" and overflows_bytes():
             return Availability(ok=True, reason=_WIDENED)
+        if precision == "fp8" and not float8.has_cpu():
+            return Availability(
+                ok=False, reason="this torch doesn't multiply 8-bit floats on a CPU", fix="pip install 'torch>=2.13'"
+            )
         if precision == "fp8":
             return Availability(
                 ok=True, reason="a CPU multiplies 8-bit floats slower than float32; GPUs have them from 8.9 on"
             )
         return None
+
+    @classmethod
+    def proves_on(cls, precision: str) -> str:
+        return "cuda" if precision == "fp8" and not float8.has_cpu() and float8.has_gpu() else "cpu"
 
     def __init__(self, part: PartFiles, placement: Placement) -> None:
         import torch
@@ -151,7 +157,7 @@ class TorchRuntime(Runtime):
         computed = _DTYPES.get(part.precision, "bfloat16")
         self._dtype: torch.dtype = getattr(torch, computed)
         self._device = torch.device(_TORCH_NAMES.get(device, device))
-        _refuse_fp8(part, self._device)
+        float8.refuse(part, self._device)
         mapped, in_blocks = placement.offload == "mapped", placement.offload == "blocks"
         self._channels_last = _channels_last(placement, part.precision) and not aoti.is_compiled(part.folder)
         self._crossing = Crossing(self._device)
@@ -349,23 +355,6 @@ def _precision(module: nn.Module, dtype: str) -> str | dict[str, int]:
         for layer in layers
     )
     return {"int8": integer, dtype: len(layers) - integer} if integer else dtype
-
-
-def _refuse_fp8(part: PartFiles, device: torch.device) -> None:
-    """Refuse products of 8-bit floats on a device that has none; a CPU computes them, slowly.
-
-    Raises:
-        UnavailableError: with what the device is.
-    """
-    import torch
-
-    if part.precision != "fp8" or device.type in {"cpu", "xpu"}:
-        return
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" and not torch.version.hip else None
-    if device.type != "cuda" or (capability is not None and capability < FP8_CAPABILITY):
-        here = f"compute capability {capability[0]}.{capability[1]}" if capability else device.type
-        message = f"{part.name} is in fp8, which takes a GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell): {here}"
-        raise UnavailableError(message, fix="a recipe of torch:w8a8-dynamic or torch:bf16; or --device cpu")
 
 
 def _widened(module: nn.Module, device: str) -> str | None:

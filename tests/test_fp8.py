@@ -8,13 +8,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from bakeoff.artifact import Artifact
 from bakeoff.bake import export
 from bakeoff.components.component import Sizes
 from bakeoff.errors import UnavailableError
 from bakeoff.quantize import fp8
 from bakeoff.recipe import Placement, parse
-from bakeoff.runtimes import torch as runtime_torch
-from bakeoff.runtimes.opening import open_part, read_folder
+from bakeoff.runtimes import float8
+from bakeoff.runtimes.opening import judged_on, open_part, read_folder
+from bakeoff.runtimes.torch import TorchRuntime
 from bakeoff.sources.source import Source
 from bakeoff.weights import Checkpoint
 
@@ -115,13 +117,27 @@ def test_a_gpu_without_8_bit_floats_is_refused(monkeypatch, capability, refused)
 
     part = PartFiles("unet", None, "fp8", (), (), lambda dtype: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    runtime_torch._refuse_fp8(replace(part, precision="bf16"), torch.device("cuda"))
-    runtime_torch._refuse_fp8(part, torch.device("cpu"))
+    float8.refuse(replace(part, precision="bf16"), torch.device("cuda"))
+    float8.refuse(part, torch.device("cpu"))
     if refused:
         with pytest.raises(UnavailableError, match="compute capability 8.6") as raised:
-            runtime_torch._refuse_fp8(part, torch.device("cuda"))
+            float8.refuse(part, torch.device("cuda"))
         assert "w8a8-dynamic" in raised.value.fix
     else:
-        runtime_torch._refuse_fp8(part, torch.device("cuda"))
+        float8.refuse(part, torch.device("cuda"))
     with pytest.raises(UnavailableError, match=": mps"):
-        runtime_torch._refuse_fp8(part, torch.device("mps"))
+        float8.refuse(part, torch.device("mps"))
+
+
+def test_a_torch_whose_cpu_lacks_8_bit_floats_proves_them_on_a_gpu_or_says_so(baked, monkeypatch):
+    from bakeoff.runtimes.runtime import PartFiles
+
+    artifact = Artifact.open(baked.folders["unet"].parent)
+    assert not judged_on(artifact).devices
+    monkeypatch.setattr(float8, "has_cpu", lambda: False)
+    with pytest.raises(UnavailableError, match="doesn't multiply on a CPU") as raised:
+        float8.refuse(PartFiles("unet", None, "fp8", (), (), lambda dtype: None), torch.device("cpu"))
+    assert "torch>=2.13" in raised.value.fix
+    assert not TorchRuntime.obstacle("fp8").ok
+    monkeypatch.setattr(float8, "has_gpu", lambda: True)
+    assert dict(judged_on(artifact).devices) == dict.fromkeys(PARTS, "cuda")

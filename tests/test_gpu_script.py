@@ -416,4 +416,4 @@ def test_the_whole_script_runs_at_tiny_size(tmp_path):
     failed = {name: told for name, told in found["items"].items() if "failed" in told or "not_run" in told}
     assert not failed
     assert found["items"]["shapes"]["left_out"]
-    assert found["items"]["sdxl, one step, ONNX Runtime, fp16 weights, float32 products"]["step_s"] > 0
+    assert found["items"]["sdxl, one step, ONNX Runtime, float16"]["step_s"] > 0

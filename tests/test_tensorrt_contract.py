@@ -40,7 +40,7 @@ from bakeoff.errors import (
     ResourceError,
     UnavailableError,
 )
-from bakeoff.exporters import tensorrt_build, tensorrt_graph, tensorrt_progress
+from bakeoff.exporters import onnx_typed, tensorrt_build, tensorrt_progress
 from bakeoff.exporters.capture import module_on_hollow, on_hollow
 from bakeoff.exporters.exporter import Subject
 from bakeoff.exporters.onnx import hollow_graph
@@ -226,7 +226,7 @@ def simulation(monkeypatch, tmp_path):
 def lower(captured, simulation, tmp_path, monkeypatch):
     """Lower the little part by precision and options; return the folder and what the exporter said."""
     source, (model, weights) = captured
-    monkeypatch.setattr(tensorrt_graph, "hollow_graph", lambda _: (model.clone(), weights))
+    monkeypatch.setattr(onnx_typed, "hollow_graph", lambda _: (model.clone(), weights))
 
     def get(precision="fp32", name="part", activations=None, **options):
         folder = tmp_path / name

@@ -18,9 +18,9 @@ from bakeoff.errors import LoweringError
 from bakeoff.exporters.capture import module_on_hollow, on_hollow
 from bakeoff.exporters.exporter import Subject
 from bakeoff.exporters.onnx import hollow_graph
-from bakeoff.exporters.tensorrt_graph import WEIGHTS, typed
+from bakeoff.exporters.onnx_typed import WEIGHTS, typed
+from bakeoff.exporters.onnx_types import Typing
 from bakeoff.exporters.tensorrt_qdq import rounded_rows, scale_up
-from bakeoff.exporters.tensorrt_types import Typing
 from bakeoff.parity.proof import names_in, relative_error
 from bakeoff.quantize.fp8 import activation_scale
 from bakeoff.quantize.fp8 import rounded as rounded_fp8

@@ -1,4 +1,4 @@
-"""The typed ONNX graph that TensorRT builds from: no GPU and no TensorRT is needed to make it, and any ONNX runtime runs it."""
+"""The typed ONNX graph, which computes in what it says: TensorRT builds from it, and ONNX Runtime runs it on GPUs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .exporter import SCALES
 from .layers import write_layers
 from .onnx import FILE, hollow_graph, layers_of, save, strip
 from .onnx_editing import products_of
+from .onnx_types import DTYPES, PRODUCTS, Typing, without_doubles
 from .onnx_weights import point
 from .tensorrt_qdq import CODES, Quantizer
-from .tensorrt_types import DTYPES, PRODUCTS, Typing, without_doubles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -61,22 +61,26 @@ class Graph:
     """Initializer -> tensor of the checkpoint that it is, and whether transposed; codes apart."""
 
 
-def write_graph(subject: Subject, compute: str, folder: Path) -> Graph:
+def write_graph(subject: Subject, compute: str, folder: Path, *, turned: bool = True) -> Graph:
     """Capture a part, type its graph, round what the recipe rounds, and write it into a folder.
 
     Args:
         subject: the part.
         compute: `fp32`, `fp16` or `bf16`: what operations that aren't rounded compute in.
         folder: exists.
+        turned: write weights of Linear layers transposed, each under its initializer's name, as TensorRT refits them; else
+            as the checkpoint has them, under its names.
 
     Raises:
         LoweringError: the part can't be captured, lowered or typed.
     """
     model, weights = hollow_graph(subject)
-    return typed(model, weights, subject, compute, folder)
+    return typed(model, weights, subject, compute, folder, turned=turned)
 
 
-def typed(model: onnx_ir.Model, weights: Weights, subject: Subject, compute: str, folder: Path) -> Graph:
+def typed(
+    model: onnx_ir.Model, weights: Weights, subject: Subject, compute: str, folder: Path, *, turned: bool = True
+) -> Graph:
     """Type a captured graph and write it; as `write_graph`."""
     import onnx_ir
 
@@ -91,11 +95,13 @@ def typed(model: onnx_ir.Model, weights: Weights, subject: Subject, compute: str
         wide |= typing.wide_weights
     quantizer = Quantizer(model, onnx_ir.DataType[DTYPES[compute]], subject.activations)
     plain, packed, kept = _pack(model, weights, subject, quantizer)
-    turned = {name for name in plain if _turn(model.graph.initializers[name])}
+    turns = {name for name in plain if turned and _turn(model.graph.initializers[name])}
+    stored = {name: name for name in plain} if turned else _own_names(plain)
     streams = [
-        _streamed(plain[name], name, "fp32" if name in wide else compute, turned=name in turned) for name in plain
+        _streamed(plain[name], stored[name], "fp32" if name in wide else compute, turned=name in turns)
+        for name in plain
     ]
-    _write(model, streams, packed, folder)
+    _write(model, streams, packed, stored, folder)
     strip(model)
     write_layers(layers_of(model), subject.checkpoint, folder)
     save(model, folder)
@@ -105,8 +111,14 @@ def typed(model: onnx_ir.Model, weights: Weights, subject: Subject, compute: str
         weight_bytes=_weight_bytes(streams, packed),
         kept=kept,
         products=_products(model),
-        weights={name: (entry.name, name in turned) for name, entry in plain.items()},
+        weights={name: (entry.name, name in turns) for name, entry in plain.items()},
     )
+
+
+def _own_names(plain: Mapping[str, Entry]) -> dict[str, str]:
+    """Return initializer -> the checkpoint's name of its tensor; its own where another one has that already."""
+    first = {entry.name: name for name, entry in reversed(plain.items())}
+    return {name: entry.name if first[entry.name] == name else name for name, entry in plain.items()}
 
 
 def _wide_layers(subject: Subject) -> set[str]:
@@ -183,14 +195,22 @@ def _transposed(entry: Entry, dtype: str) -> Iterator[memoryview]:
     yield as_bytes(read_tensor(entry).to(getattr(torch, dtype)).T.contiguous())
 
 
-def _write(model: onnx_ir.Model, plain: list[Streamed], packed: list[Streamed], folder: Path) -> None:
-    """Write all weights and large constants into one file, each at a multiple of its width, and point to them."""
+def _write(
+    model: onnx_ir.Model, plain: list[Streamed], packed: list[Streamed], stored: Mapping[str, str], folder: Path
+) -> None:
+    """Write all weights and large constants into one file, each at a multiple of its width, and point to them.
+
+    Args:
+        model: whose initializers are pointed to it.
+        plain: weights that are floats.
+        packed: codes and what belongs to them.
+        stored: initializer -> the name that its weight has among `plain`.
+        folder: exists.
+    """
     constants = [
         Streamed(name, _STORED[tensor.dtype.name], list(tensor.shape.numpy()), tensor.nbytes, [tensor.tobytes()])
         for name, value in model.graph.initializers.items()
-        if (tensor := value.const_value) is not None
-        and tensor.nbytes >= _INLINE_BYTES
-        and name not in {each.name for each in plain}
+        if (tensor := value.const_value) is not None and tensor.nbytes >= _INLINE_BYTES and name not in stored
     ]
     floats = sorted([*constants, *plain], key=lambda each: -_width(each))
     codes = [each for each in packed if each.name.endswith(".codes")]
@@ -200,9 +220,11 @@ def _write(model: onnx_ir.Model, plain: list[Streamed], packed: list[Streamed], 
     padding = [Streamed("padding", "U8", [pad], pad, [bytes(pad)])] if pad else []
     ordered = [*floats[:split], *codes, *padding, *scales, *floats[split:]]
     write_streamed(ordered, folder / WEIGHTS)
-    for entry in read_header(folder / WEIGHTS):
-        if entry.name != "padding":
-            _point(model.graph.initializers[entry.name], entry, folder)
+    entries = {entry.name: entry for entry in read_header(folder / WEIGHTS)}
+    for name, value in model.graph.initializers.items():
+        entry = entries.get(stored.get(name, name))
+        if entry is not None:
+            _point(value, entry, folder)
 
 
 def _width(tensor: Streamed) -> int:
