@@ -101,7 +101,10 @@ def in_child(function: str, arguments: dict[str, Any], *, extra_path: str | None
         BakeoffError: as the child raised it, or with the end of its stderr if it died.
     """
     command = [sys.executable, "-P", "-m", "bakeoff.memory", function]
-    environment = {**os.environ, "PYTHONPATH": extra_path} if extra_path else None
+    environment = None
+    if extra_path:
+        paths = [extra_path, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with (
         subprocess.Popen(  # noqa: S603 - our own interpreter and module
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

@@ -156,13 +156,14 @@ def _fits(layer: Any) -> bool:  # noqa: ANN401 - a module
 
 
 def _torchao(precision: str) -> Any:  # noqa: ANN401 - a torchao configuration
+    """Return what torchao is asked for; its settings of torch's compiler stay off, as in an artifact: they try every kernel out."""
     from torchao import quantization
 
     if precision == "fp8":
         return quantization.Float8DynamicActivationFloat8WeightConfig(
-            granularity=quantization.PerRow(), activation_value_lb=LEAST_RANGE
+            granularity=quantization.PerRow(), activation_value_lb=LEAST_RANGE, set_inductor_config=False
         )
-    return quantization.Int8DynamicActivationInt8WeightConfig()
+    return quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
 
 
 def _bitsandbytes(layer: Any, precision: str) -> nn.Module:  # noqa: ANN401 - nn.Linear
