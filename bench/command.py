@@ -33,6 +33,13 @@ def add_bench(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argpa
         "--calibration", metavar="FILE", help="what bakeoff calibrate wrote, for recipes such as onnx:w8a8"
     )
     command.add_argument(
+        "--no-prove",
+        dest="prove",
+        action="store_const",
+        const=False,
+        help="don't prove what is exported: its pictures are judged",
+    )
+    command.add_argument(
         "--arms", help="recipes and artifact folders after commas: torch:fp32,openvino:bf16@cpu,my/artifact"
     )
     command.add_argument("--baseline", help="the arm that the others are compared with; by default the first")

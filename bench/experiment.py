@@ -22,6 +22,8 @@ _SIZE = re.compile(r"(\d+)x(\d+)")
 _CONTINUES = re.compile(r"[a-z_0-9]+=[a-z]+:|[a-z_0-9]+@[a-z]+$")
 """How a piece after a comma goes on with the recipe before it: `openvino:int8,vae_decoder=torch:bf16,text_encoder@cpu`."""
 
+_ADDED = {"calibration": None, "prove": True}
+"""Fields that came later -> their default."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -70,6 +72,8 @@ class Experiment:
     """Of a model that is a single-file checkpoint: folder or hub id with its tokenizers, scheduler and configs."""
     calibration: str | None = None
     """What `bakeoff calibrate` wrote, for recipes that round activations or weigh weights by them, as in an export."""
+    prove: bool = True
+    """Prove each export, part by part, and refuse what fails; without, an arm is judged by its pictures alone."""
     threads: int | None = None
     blocks: int = 5
     repetitions: int = 5
@@ -108,8 +112,8 @@ class Experiment:
         _check_sweep(self.sweep)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all fields; `calibration` only where there is one, so that older experiments keep their hash."""
-        return {name: value for name, value in asdict(self).items() if name != "calibration" or value is not None}
+        """Return all fields; those of `_ADDED` only where they aren't as they would be, so that older experiments keep their hash."""
+        return {name: value for name, value in asdict(self).items() if value != _ADDED.get(name, ...)}
 
     @property
     def hash(self) -> str:

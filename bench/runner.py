@@ -119,7 +119,7 @@ class _Run:
             if arm.folder:
                 about["artifact"], _ = in_child("bakeoff.bench.work:found", {"folder": arm.folder})
             else:
-                names = ("model", "config", "calibration")
+                names = ("model", "config", "calibration", "prove")
                 arguments = {name: getattr(self._declared, name) for name in names} | {"recipe": arm.recipe}
                 about["artifact"], peak = in_child("bakeoff.bench.work:bake", arguments)
                 about["artifact"]["export_peak_anon_bytes"] = peak.anon_bytes

@@ -79,7 +79,9 @@ def found(folder: str) -> dict[str, Any]:
     return {"folder": str(path), "placement": {}, "bytes": size}
 
 
-def bake(model: str, recipe: str, config: str | None = None, calibration: str | None = None) -> dict[str, Any]:
+def bake(
+    model: str, recipe: str, config: str | None = None, calibration: str | None = None, *, prove: bool = True
+) -> dict[str, Any]:
     """Export a recipe into the home folder, by key, unless it is there; runs in a child process."""
     import time
 
@@ -93,7 +95,7 @@ def bake(model: str, recipe: str, config: str | None = None, calibration: str | 
     present = target.is_dir()
     started = time.perf_counter()
     target.parent.mkdir(parents=True, exist_ok=True)
-    manifest = export(model, target, wanted, config=config, calibration=calibration).manifest
+    manifest = export(model, target, wanted, config=config, calibration=calibration, prove=prove).manifest
     export_s = None if present else time.perf_counter() - started
     return {"folder": portable(target), "placement": placement.as_dict(), "export_s": export_s, **_told(manifest)}
 

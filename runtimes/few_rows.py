@@ -41,4 +41,5 @@ def _filled_up(whole: Any) -> type[nn.Module]:  # noqa: ANN401 - a class of laye
             made = super().forward(pad(given.reshape(rows, given.shape[-1]), (0, 0, 0, LEAST_ROWS - rows)))
             return made[:rows].reshape(*given.shape[:-1], made.shape[-1])
 
+    FilledUp.__name__ = whole.__name__
     return FilledUp

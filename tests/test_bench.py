@@ -246,7 +246,21 @@ def test_recipes_are_exported_with_the_experiments_calibration(tmp_path, monkeyp
     run = runner._Run(Opener(declared, tmp_path, {}), {"arms": {}}, lambda *_: None)
     run._bake(declared.arms[1])
     assert seen == [("shapes", "w8a8", "scales.safetensors")]
-    assert "calibration" not in from_toml(text).as_dict(), "older experiments keep their hash"
+    assert not {"calibration", "prove"} & set(from_toml(text).as_dict()), "older experiments keep their hash"
+    assert from_toml(text).hash != declared.hash
+
+
+def test_arms_are_proved_unless_the_experiment_says_no(monkeypatch, tmp_path):
+    text, seen = 'model = "shapes"\narms = ["null:fp32"]\n', []
+    monkeypatch.setenv("BAKEOFF_HOME", str(tmp_path))
+    monkeypatch.setattr(
+        "bakeoff.bake.export",
+        lambda *_, **options: seen.append(options["prove"]) or (_ for _ in ()).throw(UsageError("x")),
+    )
+    for declared in (from_toml(text), from_toml(f"{text}prove = false\n")):
+        with pytest.raises(UsageError):
+            work.bake("shapes", "null:fp32", prove=declared.prove)
+    assert seen == [True, False]
     assert from_toml(text).hash != declared.hash
 
 

@@ -223,7 +223,9 @@ def test_loras_come_and_go_without_a_trace(baked, styles, recipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["onnx:bf16", "openvino:bf16", "openvino:int8", "torch:bf16"])
+@pytest.mark.parametrize(
+    "recipe", ["onnx:bf16", "onnx:fp16+compute=half", "openvino:bf16", "openvino:int8", "torch:bf16"]
+)
 def test_loras_in_lower_precisions(baked, styles, recipe):
     with load(baked(recipe)) as engine, load(baked("torch:fp32")) as exact:
         plain = picture(engine)

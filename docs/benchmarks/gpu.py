@@ -355,7 +355,8 @@ def main() -> int:
         and not is_done(record["items"].get(item.name), record["versions"])
     ]
     for item, outcome in _outcomes(due, ends, work):
-        outcome |= {"arguments": item.arguments, "tried_with": record["versions"]}
+        arguments = {name: value for name, value in item.arguments.items() if name != "work"}
+        outcome |= {"arguments": arguments, "tried_with": record["versions"]}
         record["items"][item.name] = kept(record["items"].get(item.name), outcome)
         print(
             f"{item.name}: {_remark(outcome) or _figure(outcome.get('median_picture_s'), '{:.3f} s a picture')}",

@@ -93,6 +93,7 @@ def _declared(
             "baseline": found[0],
             "reference": reference,
             "calibration": calibration,
+            "prove": False,
             "blocks": blocks,
             "repetitions": _REPETITIONS,
             "quality_prompts": prompts,

@@ -43,7 +43,7 @@ def _arm(name: str, row: dict[str, Any]) -> str:
         return f"| {name} | refused: {row['refused']} | | | | | | | | |"
     peak = row["step_peak_anon_bytes"] - row["before_anon_bytes"]
     cells = [
-        f"{row['median_s']:.{1 if row['median_s'] >= 10 else 2}f}",  # three figures or so
+        f"{row['median_s']:.{_decimals(row['median_s'])}f}",
         "1" if name == "fp32" else _ratio(row["to_fp32"]),
         "1" if name == "bf16" else _ratio(row["to_bf16"]),
         "same" if row["sqnr_db"] > 150 else f"{row['sqnr_db']:.1f}",  # noqa: PLR2004 - of float32
@@ -52,6 +52,10 @@ def _arm(name: str, row: dict[str, Any]) -> str:
         f"{row['export_peak_anon_bytes'] / 1e9:.1f}",
     ]
     return f"| {name} | {' | '.join(cells)} |"
+
+
+def _decimals(seconds: float) -> int:
+    return 1 if seconds >= 10 else 2  # noqa: PLR2004 - three figures
 
 
 def _ratio(found: dict[str, float] | None) -> str:
