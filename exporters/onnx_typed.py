@@ -117,7 +117,7 @@ def typed(
 
 def _own_names(plain: Mapping[str, Entry]) -> dict[str, str]:
     """Return initializer -> the checkpoint's name of its tensor; its own where another one has that already."""
-    first = {entry.name: name for name, entry in reversed(plain.items())}
+    first = {plain[name].name: name for name in reversed([*plain])}
     return {name: entry.name if first[entry.name] == name else name for name, entry in plain.items()}
 
 

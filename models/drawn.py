@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..components.component import Component
 from ..errors import UnavailableError, UsageError, unknown
-from ..quantize.fp8 import LEAST_RANGE
-from ..runtimes import float8
+from ..quantize.fp8 import CAPABILITY, LEAST_RANGE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -143,7 +142,7 @@ def _refuse_fp8(precision: str, device: torch.device) -> None:
     import torch
 
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if precision == "fp8" and (capability is None or capability < float8.CAPABILITY):
+    if precision == "fp8" and (capability is None or capability < CAPABILITY):
         found = f"compute capability {capability[0]}.{capability[1]}" if capability else f"{device.type}"
         message = f"fp8 takes a GPU of compute capability 8.9 or higher (Ada, Hopper, Blackwell), here is {found}"
         raise UnavailableError(message, fix="w8a8-dynamic computes in 8 bits on other devices")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MOST = 448.0
 """The largest finite E4M3 number."""
+CAPABILITY = (8, 9)
+"""Compute capability from which NVIDIA's GPUs multiply 8-bit floats."""
 LEAST_RANGE = 1e-12
 """What a row of activations is taken to reach at least, where it gets its scale as it comes: a scale of 0 would make a row of
 noughts NaN, and SDXL's empty negative prompts are such rows."""

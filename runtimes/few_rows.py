@@ -21,11 +21,10 @@ def fill_up(module: nn.Module) -> int:
     Rows are rounded each by itself, so those that are added change nothing of the others. Layers change their class, not
     their `forward`: a compiled block would be compiled anew for every other function.
     """
-    layers: list[Any] = [
-        layer for layer in module.modules() if type(getattr(layer, "weight", None)).__name__ == "Int8Tensor"
-    ]
+    layers = [layer for layer in module.modules() if type(getattr(layer, "weight", None)).__name__ == "Int8Tensor"]
     for layer in layers:
-        layer.__class__ = _filled_up(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _filled_up(kind)
     return len(layers)
 
 

@@ -6,14 +6,12 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from ..errors import UnavailableError
+from ..quantize.fp8 import CAPABILITY
 
 if TYPE_CHECKING:
     import torch
 
     from .runtime import PartFiles
-
-CAPABILITY = (8, 9)
-"""Compute capability from which NVIDIA's GPUs multiply 8-bit floats."""
 
 
 @cache
