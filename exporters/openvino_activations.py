@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..quantize.grid import LEAST, MOST
 from .openvino_weights import TENSOR
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from numpy.typing import NDArray
+
     from ..quantize.grid import Grid, Grids
     from ..weights import Entry
 
 _ROUNDING = {"MatMul", "Convolution"}
+_BITS = 8
 _LAYOUT = {"Reshape", "Transpose"}
 _STORED = {"Constant", "Parameter"}
 
@@ -76,15 +81,25 @@ def _rounded(value: Any, grid: Grid, *, up: bool = False) -> Any:  # noqa: ANN40
         up: one code up on an even grid: the plugin makes bytes around 127 of it and not around nought, which its kernels
             for matrices are quicker with.
     """
-    import numpy as np
     from openvino import opset13
 
     zero = grid.zeros[0] - (1 if up and grid.zeros == (0,) else 0)
     ends = [np.float32(code - zero) for code in (LEAST, MOST)]
-    steps = np.asarray(grid.steps, dtype=np.float32)
+    steps = _short(np.asarray(grid.steps, dtype=np.float32))
     given = [end * (steps.reshape(1, -1, 1, 1) if grid.by_channel else steps[0]) for end in ends]
     made = ends if grid.by_channel else given
     return opset13.fake_quantize(value, *map(opset13.constant, (*given, *made)), levels=MOST - LEAST + 1)
+
+
+def _short(steps: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the nearest steps of 8 significant bits, with which nought stays nought: a grid 0.4 % finer or coarser at most.
+
+    Where the plugin rounds in float32 it takes the step from the ends, and what comes out for nought is some millionths of a
+    step, of which norms without a mean make whole numbers. Found by trial: of 240 random steps 173 did so with 24 bits,
+    23 with 16, none with 8, nor of 4,500 more.
+    """
+    mantissas, exponents = np.frexp(steps)
+    return np.ldexp(np.round(np.ldexp(mantissas, _BITS)), exponents - _BITS)
 
 
 def _is_whole(parameter: Any, entries: Sequence[Entry]) -> bool:  # noqa: ANN401

@@ -566,6 +566,26 @@ def test_openvino_rounds_queries_and_keys_but_no_values(tmp_path):
     assert relative_error(wide, expected) > 5e-2  # so coarse are these steps that leaving them out would show
 
 
+@pytest.mark.parametrize("up", [False, True])
+def test_openvino_rounds_nought_to_nought(up):
+    """A norm without a mean makes whole numbers of millionths of a step."""
+    openvino = pytest.importorskip("openvino")
+    from openvino import opset13
+
+    from bakeoff.exporters.openvino_activations import _rounded
+
+    generator = torch.Generator().manual_seed(0)
+    grids = [Grid((float(step),)) for step in torch.rand(60, generator=generator)]
+    grids += [Grid((float(step),), (zero,)) for zero, step in enumerate(torch.rand(60, generator=generator), -30)]
+    taken = opset13.parameter([1, 16, 1, 1], openvino.Type.f32)
+    model = openvino.Model([_rounded(taken.output(0), grid, up=up) for grid in grids], [taken])
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    values = torch.linspace(0, 0.4, 16).reshape(1, 16, 1, 1)
+    for grid, made in zip(grids, compiled([values.numpy()]).values(), strict=True):
+        assert made.flat[0] == 0
+        assert torch.allclose(torch.from_numpy(made), grid.round(values, 1), atol=grid.steps[0] * 1.01)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_openvino_adds_loras_to_codes(source, tmp_path, name):
     made = Mixed()
