@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ArtifactError, UnavailableError
 from ..hardware import OVERFLOWS, Availability, overflows_bytes, usable_cores
-from . import onnx_attention, onnx_graph, onnx_weights, providers
+from . import onnx_attention, onnx_graph, onnx_half, onnx_weights, providers
 from .onnx_binding import DeviceBinding
 from .runtime import Operation, PartFiles, Runtime
 
@@ -30,6 +30,8 @@ weights that are constants, so their transpositions have to be folded."""
 _FLOAT_PRODUCTS = ("Conv", "Gemm", "MatMul", "MatMulBnb4", "MatMulNBits")
 """The last two have low-bit weights, which they widen as they go."""
 _INT8_PRODUCTS = ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul")
+
+_IMITATED = "float16 is imitated in float32 on cpu"
 
 
 class OnnxRuntime(Runtime):
@@ -84,8 +86,12 @@ class OnnxRuntime(Runtime):
         model = _model(part.folder)
         operators = Counter(node.op_type for node in model.graph.node)
         provider, device, fallback = providers.choose(placement)
+        halves = onnx_graph.halves(model.graph) if provider == providers.CPU else set()
+        if halves:
+            onnx_half.imitate(model, halves)
+            fallback = "; ".join(filter(None, (fallback, _IMITATED)))
         fused = onnx_attention.fuse(model, providers.fused_dtypes(provider, placement))
-        given = model.SerializeToString() if fused else part.folder / onnx_graph.FILE
+        given = model.SerializeToString() if fused or halves else part.folder / onnx_graph.FILE
         graphs = placement.cuda_graphs and provider in providers.NVIDIA
         providers.prepare(provider)
         options = onnxruntime.SessionOptions()

@@ -1,14 +1,17 @@
 """`onnx:fp16+compute=half`: a graph that computes in float16, and says so."""
 
+import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto
+from onnxruntime import InferenceSession
 from safetensors import safe_open
 
 from bakeoff.bake import export
 from bakeoff.errors import RecipeError
 from bakeoff.parity.prover import prove_in_place
 from bakeoff.recipe import parse
-from bakeoff.runtimes import onnx_graph, onnxruntime, providers
+from bakeoff.runtimes import onnx_graph, onnx_half, onnxruntime, providers
 from bakeoff.runtimes.engine import load
 from bakeoff.sources.source import Source
 from bakeoff.weights import Checkpoint
@@ -46,13 +49,62 @@ def test_weights_are_the_checkpoints_under_its_names(half, tiny):
 
 
 @pytest.mark.slow
-def test_it_is_proved_on_a_cpu_which_widens_it(half, tiny):
+def test_it_is_proved_on_a_cpu_which_imitates_it(half, tiny):
     artifact = prove_in_place(half, Source.open(str(tiny("stable-diffusion"))))
     assert artifact.manifest.proved
     assert min(case["sqnr_db"] for case in artifact.manifest.proof["parts"]["unet"]["cases"]) > 50
     with load(half.folder, device="cpu") as engine:
         engine.generate("a cat", seeds=1, steps=1, size=(32, 32))
-        assert engine.configuration["unet"]["precision"].keys() == {"float32"}
+        told = engine.configuration["unet"]
+        assert told["precision"].keys() == {"float32"}
+        assert told["fallback"] == "float16 is imitated in float32 on cpu"
+
+
+def graph(nodes, constants):
+    """A model that takes `x (1, n)` in float32, and computes in float16."""
+    node, half, single = onnx.helper.make_node, TensorProto.FLOAT16, TensorProto.FLOAT
+    nodes = [node("Cast", ["x"], ["h"], to=half), *nodes, node("Cast", ["y"], ["out"], to=single)]
+    ends = [onnx.helper.make_tensor_value_info(name, single, ["rows", "columns"]) for name in ("x", "out")]
+    made = onnx.helper.make_graph(
+        nodes,
+        "half",
+        ends[:1],
+        ends[1:],
+        [onnx.numpy_helper.from_array(np.float16(value), name) for name, value in constants.items()],
+    )
+    model = onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def ran(model, values):
+    session = InferenceSession(model.SerializeToString(), providers=[providers.CPU])
+    return session.run(None, {"x": np.asarray([values], dtype=np.float32)})[0][0]
+
+
+def test_a_cpu_rounds_and_overflows_as_float16_does():
+    """By itself ONNX Runtime's CPU provider does neither: it keeps float32 between operations."""
+    node = onnx.helper.make_node
+    model = graph(
+        [node("Mul", ["h", "much"], ["big"]), node("Mul", ["big", "little"], ["y"])], {"much": 3.0, "little": 0.1}
+    )
+    values = np.random.default_rng(0).uniform(-60000, 60000, 4096).astype(np.float32)
+    values[:5] = [0, 21840, 21839, -30000, np.inf]
+    with np.errstate(over="ignore"):
+        expected = (values.astype(np.float16) * np.float16(3) * np.float16(0.1)).astype(np.float32)
+    assert np.isinf(expected).sum() > 1000
+    assert not np.array_equal(ran(model, values), expected)
+    onnx_half.imitate(model, onnx_graph.halves(model.graph))
+    onnx.checker.check_model(model, full_check=True)
+    assert np.array_equal(ran(model, values), expected)
+
+
+def test_masks_stay_infinite():
+    node = onnx.helper.make_node
+    model = graph(
+        [node("Add", ["h", "mask"], ["masked"]), node("Softmax", ["masked"], ["y"])], {"mask": [0.0, -np.inf, 0.0]}
+    )
+    onnx_half.imitate(model, onnx_graph.halves(model.graph))
+    assert np.allclose(ran(model, [1.0, 2.0, 1.0]), [0.5, 0, 0.5])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32", "int8"])
