@@ -25,6 +25,7 @@ from bakeoff.parity.proof import names_in, relative_error
 from bakeoff.quantize.fp8 import activation_scale
 from bakeoff.quantize.fp8 import rounded as rounded_fp8
 from bakeoff.quantize.grid import Grid
+from bakeoff.runtimes import onnx_graph, onnx_half
 from bakeoff.sources.source import Source
 from bakeoff.weights import Checkpoint
 
@@ -223,6 +224,10 @@ def run(folder, example):
     if any(tensor.data_type == TensorProto.BFLOAT16 for tensor in model.graph.initializer):
         file = folder / "emulated.onnx"
         file.write_bytes(emulated(model).SerializeToString())
+    elif halves := onnx_graph.halves(model.graph):
+        onnx_half.imitate(model, halves)
+        file = folder / "imitated.onnx"
+        file.write_bytes(model.SerializeToString())
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.intra_op_num_threads = 1
