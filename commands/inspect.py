@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..recipe import from_dict
 from ..terminal import print_json
 
 if TYPE_CHECKING:
@@ -42,13 +43,15 @@ def show(artifact: Artifact, *, as_json: bool) -> None:
         f"{artifact.folder}: {manifest.family} from {manifest.source['id']}, {total / 1e6:.1f} MB, {proof_in_words(manifest.proof)}"
     )
     proofs = manifest.proof.get("parts", {})
+    recipes = {name: str(from_dict(part.key_fields["recipe"]).default) for name, part in manifest.parts.items()}
+    width = max(map(len, recipes.values()))
     for name, part in manifest.parts.items():
         worst = min((case["sqnr_db"] for case in proofs.get(name, {}).get("cases", [])), default=None)
         parity = f"{worst:6.1f} dB" if worst is not None else "unproved"
         weights = ", ".join(
             f"{size / 1e6:.1f} MB {dtype}" for dtype, size in part.weight_bytes.items() if size > _WORTH_SHOWING_BYTES
         )
-        print(f"  {name:14} {part.backend}:{part.precision:6} {parity}  {weights} ({part.weights})")
+        print(f"  {name:14} {recipes[name]:{width}} {parity}  {weights} ({part.weights})")
         for line in _shares(part):
             print(f"  {'':14} {line}")
     print(f"  key {manifest.key}")

@@ -8,6 +8,7 @@ from onnxruntime import InferenceSession
 from safetensors import safe_open
 
 from bakeoff.bake import export
+from bakeoff.cli import main
 from bakeoff.errors import RecipeError
 from bakeoff.parity.prover import prove_in_place
 from bakeoff.recipe import parse
@@ -129,3 +130,8 @@ def test_other_precisions_have_no_half(tiny, tmp_path, precision):
         export(str(tiny("stable-diffusion")), tmp_path / "out", recipe, prove=False)
     assert "onnx:fp16+compute=half" in raised.value.fix
     assert not (tmp_path / "out").exists()
+
+
+def test_inspect_says_what_it_computes_in(half, capsys):
+    assert main(["inspect", str(half.folder)]) == 0
+    assert "onnx:fp16+compute=half" in capsys.readouterr().out
