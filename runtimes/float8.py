@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @cache
 def has_cpu() -> bool:
-    """Say whether this torch multiplies them on a CPU: until 2.12 it did so with one scale a tensor alone."""
+    """Say whether this torch multiplies them on a CPU: 2.11 does so with one scale a tensor alone, 2.13 by rows."""
     import torch
 
     codes, scales = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)

@@ -39,14 +39,6 @@ def operations(folder: Path) -> list[Operation]:
     ]
 
 
-def halves(graph: Any) -> set[str]:  # noqa: ANN401 - onnx is untyped
-    """Return the values that a graph has in float16."""
-    import onnx
-
-    half = onnx.TensorProto.FLOAT16
-    return {value.name for value in graph.value_info if value.type.tensor_type.elem_type == half}
-
-
 def tap(folder: Path, session: Any, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:  # noqa: ANN401 - onnxruntime is untyped
     """Run the graph as far as these tensors, on the execution providers of a session.
 

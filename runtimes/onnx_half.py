@@ -8,7 +8,10 @@ and infinite beyond its largest number: what a GPU would make, but for numbers b
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 _LARGEST = 65519.996
 """What lies beyond is nearer to the next number after 65504, which float16 doesn't have."""
@@ -21,6 +24,27 @@ _LAYOUT = frozenset(
     }
 )  # fmt: skip
 """What moves rounded values and leaves them as they are."""
+
+
+def rounds(graph: Any, products: Collection[str]) -> set[str]:  # noqa: ANN401 - onnx is untyped
+    """Return the values that a graph has in float16, if it multiplies in it and can be imitated.
+
+    It can't where it takes or gives float16, as other tools' graphs do, or has others inside.
+
+    Args:
+        graph: of a model.
+        products: operators that multiply.
+    """
+    import onnx
+
+    half = onnx.TensorProto.FLOAT16
+    found = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == half}
+    ends = (*graph.input, *graph.output)
+    if any(value.type.tensor_type.elem_type == half for value in ends) or any(
+        attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute
+    ):
+        return set()
+    return found if any(node.op_type in products and node.output[0] in found for node in graph.node) else set()
 
 
 def imitate(model: Any, halves: set[str]) -> None:  # noqa: ANN401 - onnx is untyped

@@ -86,12 +86,13 @@ class OnnxRuntime(Runtime):
         model = _model(part.folder)
         operators = Counter(node.op_type for node in model.graph.node)
         provider, device, fallback = providers.choose(placement)
-        halves = onnx_graph.halves(model.graph) if provider == providers.CPU else set()
-        if halves:
+        halves = onnx_half.rounds(model.graph, _FLOAT_PRODUCTS)
+        imitated = bool(halves) and provider == providers.CPU
+        if imitated:
             onnx_half.imitate(model, halves)
             fallback = "; ".join(filter(None, (fallback, _IMITATED)))
         fused = onnx_attention.fuse(model, providers.fused_dtypes(provider, placement))
-        given = model.SerializeToString() if fused or halves else part.folder / onnx_graph.FILE
+        given = model.SerializeToString() if fused or imitated else part.folder / onnx_graph.FILE
         graphs = placement.cuda_graphs and provider in providers.NVIDIA
         providers.prepare(provider)
         options = onnxruntime.SessionOptions()
@@ -134,7 +135,7 @@ class OnnxRuntime(Runtime):
             "provider_options": self._session.get_provider_options().get(ran, {}),
             "cuda_graphs": graphs and ran == provider,
             "threads": self._session.get_session_options().intra_op_num_threads,
-            "precision": _precisions(model.graph, ran),
+            "precision": _precisions(model.graph, set() if ran == providers.CPU else halves),
             "attention": {"fused": fused, "math": operators["Softmax"] - fused},
             "unsigned_weights": overflows,
             "mapped": mapped,
@@ -213,12 +214,15 @@ def _nodes_by_provider(session: Any) -> dict[str, int]:  # noqa: ANN401 - onnxru
     return dict(counts)
 
 
-def _precisions(graph: Any, provider: str) -> dict[str, int]:  # noqa: ANN401 - onnx is untyped
+def _precisions(graph: Any, halves: set[str]) -> dict[str, int]:  # noqa: ANN401 - onnx is untyped
     """Count the matrix products and convolutions by the precision that they run in: integer ones are operators apart.
 
-    Where weights are stored in less than float32 and widened, what runs is float32; the CPU's provider widens float16 itself.
+    Where weights are stored in less than float32 and widened, what runs is float32.
+
+    Args:
+        graph: as it is opened.
+        halves: its values that are computed in float16.
     """
-    halves = set() if provider == providers.CPU else onnx_graph.halves(graph)
     counts: Counter[str] = Counter()
     for node in graph.node:
         if node.op_type in _FLOAT_PRODUCTS:

@@ -12,7 +12,7 @@ from bakeoff.cli import main
 from bakeoff.errors import RecipeError
 from bakeoff.parity.prover import prove_in_place
 from bakeoff.recipe import parse
-from bakeoff.runtimes import onnx_graph, onnx_half, onnxruntime, providers
+from bakeoff.runtimes import onnx_half, onnxruntime, providers
 from bakeoff.runtimes.engine import load
 from bakeoff.sources.source import Source
 from bakeoff.weights import Checkpoint
@@ -29,13 +29,12 @@ def half(tiny, tmp_path_factory):
 
 def test_products_are_of_float16_and_said_to_be_on_a_gpu(half):
     graph = onnx.load(half.folder / "unet" / "model.onnx", load_external_data=False).graph
-    found = onnx_graph.halves(graph)
+    found = onnx_half.rounds(graph, {"Conv"})
     products = [node for node in graph.node if node.op_type in {"Conv", "Gemm", "MatMul"}]
     narrow = [node for node in products if node.output[0] in found]
     assert len(narrow) > 0.9 * len(products)
-    told = {name: onnxruntime._precisions(graph, name) for name in ("CUDAExecutionProvider", providers.CPU)}
-    assert told["CUDAExecutionProvider"]["float16"] == len(narrow)
-    assert told[providers.CPU] == {"float32": len(products)}
+    assert onnxruntime._precisions(graph, found)["float16"] == len(narrow)
+    assert onnxruntime._precisions(graph, set()) == {"float32": len(products)}
     assert all(value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT for value in graph.output)
 
 
@@ -94,7 +93,7 @@ def test_a_cpu_rounds_and_overflows_as_float16_does():
         expected = (values.astype(np.float16) * np.float16(3) * np.float16(0.1)).astype(np.float32)
     assert np.isinf(expected).sum() > 1000
     assert not np.array_equal(ran(model, values), expected)
-    onnx_half.imitate(model, onnx_graph.halves(model.graph))
+    onnx_half.imitate(model, onnx_half.rounds(model.graph, {"Mul", "Softmax"}))
     onnx.checker.check_model(model, full_check=True)
     assert np.array_equal(ran(model, values), expected)
 
@@ -108,10 +107,20 @@ def test_a_sigmoid_times_its_own_is_rounded_once():
     shares = []
     for nodes in (once, [*again, *twice]):
         model = graph(nodes, {})
-        onnx_half.imitate(model, onnx_graph.halves(model.graph))
+        onnx_half.imitate(model, onnx_half.rounds(model.graph, {"Mul", "Softmax"}))
         shares.append(np.mean(ran(model, values) != exact.astype(np.float16)))
     assert shares[0] < 0.01  # but for ties that float32 decides
     assert shares[1] > 0.1
+
+
+def test_other_graphs_stay_as_they_are():
+    """Those whose weights alone are of float16, and those of other tools, which take and give it."""
+    node = onnx.helper.make_node
+    model = graph([node("Mul", ["h", "one"], ["y"])], {"one": 1.0})
+    assert onnx_half.rounds(model.graph, {"Mul"}) == {"h", "y"}
+    assert not onnx_half.rounds(model.graph, {"MatMul"})
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    assert not onnx_half.rounds(model.graph, {"Mul"})
 
 
 def test_masks_stay_infinite():
@@ -119,7 +128,7 @@ def test_masks_stay_infinite():
     model = graph(
         [node("Add", ["h", "mask"], ["masked"]), node("Softmax", ["masked"], ["y"])], {"mask": [0.0, -np.inf, 0.0]}
     )
-    onnx_half.imitate(model, onnx_graph.halves(model.graph))
+    onnx_half.imitate(model, onnx_half.rounds(model.graph, {"Mul", "Softmax"}))
     assert np.allclose(ran(model, [1.0, 2.0, 1.0]), [0.5, 0, 0.5])
 
 

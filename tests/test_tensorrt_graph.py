@@ -25,7 +25,7 @@ from bakeoff.parity.proof import names_in, relative_error
 from bakeoff.quantize.fp8 import activation_scale
 from bakeoff.quantize.fp8 import rounded as rounded_fp8
 from bakeoff.quantize.grid import Grid
-from bakeoff.runtimes import onnx_graph, onnx_half
+from bakeoff.runtimes import onnx_half
 from bakeoff.sources.source import Source
 from bakeoff.weights import Checkpoint
 
@@ -224,7 +224,7 @@ def run(folder, example):
     if any(tensor.data_type == TensorProto.BFLOAT16 for tensor in model.graph.initializer):
         file = folder / "emulated.onnx"
         file.write_bytes(emulated(model).SerializeToString())
-    elif halves := onnx_graph.halves(model.graph):
+    elif halves := onnx_half.rounds(model.graph, PRODUCTS):
         onnx_half.imitate(model, halves)
         file = folder / "imitated.onnx"
         file.write_bytes(model.SerializeToString())
