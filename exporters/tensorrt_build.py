@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
 import threading
 import time
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from ..home import home
 from .tensorrt_progress import Bars, monitor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from .tensorrt_settings import Settings, Triple
@@ -78,18 +80,32 @@ def build(request: Request) -> None:
             outcome.append(error)
 
     thread = threading.Thread(target=work, name=f"build {request.part}")
-    try:
-        thread.start()  # which waits for it, and can be interrupted
+    with _stopping(stop):
+        thread.start()
         while thread.is_alive():
             thread.join(_EVERY_S)
-    except KeyboardInterrupt:
-        stop.set()
-        if thread.ident is not None:
-            thread.join()
+    if stop.is_set():
         message = f"the build of {request.part} was interrupted"
-        raise Cancelled(message) from None
+        raise Cancelled(message)
     if outcome[0] is not None:
         raise outcome[0]
+
+
+@contextlib.contextmanager
+def _stopping(stop: threading.Event) -> Iterator[None]:
+    """Let Ctrl-C set an event, rather than raise what is lost where it comes while an object is finalized.
+
+    In the main thread alone: in others Python takes no signals.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _build(request: Request, stop: threading.Event) -> None:
@@ -108,10 +124,9 @@ def _build(request: Request, stop: threading.Event) -> None:
     with Bars(request.part) as bars:
         config.progress_monitor = monitor(trt, bars, stop)
         plan = builder.build_serialized_network(network, config)
+    if stop.is_set():
+        return
     if plan is None:
-        if stop.is_set():
-            message = f"the build of {request.part} was interrupted"
-            raise Cancelled(message)
         raise _refused(request, [line for line in request.log if "ERROR" in line.partition(":")[0]])
     request.plan.write_bytes(memoryview(plan))
     _keep_timing_cache(config, cache)
