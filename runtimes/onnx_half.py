@@ -39,6 +39,7 @@ def rounds(graph: Any, products: Collection[str]) -> set[str]:  # noqa: ANN401 -
 
     half = onnx.TensorProto.FLOAT16
     found = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == half}
+    found |= {node.output[0] for node in graph.node if _casts_to(node) == half}
     ends = (*graph.input, *graph.output)
     if any(value.type.tensor_type.elem_type == half for value in ends) or any(
         attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute
@@ -129,6 +130,12 @@ def _rounding(exact: str, name: str) -> list[Any]:
         make_node("Mul", [exact, "bakeoff.infinity"], [f"{name}.infinite"]),
         make_node("Where", [f"{name}.over", f"{name}.infinite", bits], [name]),
     ]
+
+
+def _casts_to(node: Any) -> int | None:  # noqa: ANN401 - onnx is untyped
+    if node.op_type != "Cast":
+        return None
+    return next(int(attribute.i) for attribute in node.attribute if attribute.name == "to")
 
 
 def _cast(name: str, made: str, dtype: int) -> Any:  # noqa: ANN401 - onnx is untyped
