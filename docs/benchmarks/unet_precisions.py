@@ -79,18 +79,19 @@ def main() -> None:
         found = record.setdefault(options.model, {"groups": {}, "profiles": {}})
         record["command"] = "make bench-precisions"
         for name in options.only:
+            recorded = _recorded_as(name)
             if name == "profiles":
                 for _ in _profile(found["profiles"], work, options):
                     options.record.write_text(json.dumps(record, indent=1) + "\n")
-            elif options.again or _recorded_as(name) not in found["groups"]:
-                found["groups"][_recorded_as(name)] = _compare(*GROUPS[name], work, options)
+            elif options.again or recorded not in found["groups"]:
+                found["groups"][recorded] = _compare(*GROUPS[name], work, options)
             options.record.write_text(json.dumps(record, indent=1) + "\n")
     PAGE.write_text(with_tables(PAGE.read_text(), record))
 
 
-def _recorded_as(group: str) -> str:
-    """Return the name of a group's record: processors that multiply in tiles are kept apart from the others."""
-    return f"{group} (AMX)" if "amx_int8" in describe()["instruction_sets"] else group
+def _recorded_as(name: str) -> str:
+    """Return what a group or a profile is recorded as: processors that multiply in tiles are kept apart from the others."""
+    return f"{name} (AMX)" if "amx_int8" in describe()["instruction_sets"] else name
 
 
 def _compare(backend: str, precisions: list[str], work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -198,15 +199,15 @@ def _profile(found: dict[str, Any], work: Path, options: argparse.Namespace) -> 
     given = inputs(folder, SIZES[options.model], 7, 501.0)
     np.savez(file, **{name: tensor.numpy() for name, tensor in given.items()})
     for name in PROFILED:
-        arm = Arm(*name.split(":"))
-        wanted = (options.again or name not in found) and (not options.arms or name in options.arms)
+        arm, recorded = Arm(*name.split(":")), _recorded_as(name)
+        wanted = (options.again or recorded not in found) and (not options.arms or name in options.arms)
         if not wanted or not _is_possible(arm.precision, options):
             continue
         make(arm, folder, work, options.nncf_python)
         arguments = {"folder": str(arm.folder(folder, work)), "inputs": str(file)}
         arguments |= {"threads": options.threads}
         made, _ = in_child(f"node_profile:{arm.backend}_here", arguments, extra_path=str(HERE))
-        found[name] = {"machine": describe(), **made}
+        found[recorded] = {"machine": describe(), **made}
         yield name
 
 
