@@ -49,6 +49,7 @@ def accelerators() -> dict[str, Availability]:
     """Return what there is to compute with on a GPU, and what each lacks here; nothing is opened in this process."""
     from . import cuda
     from .hardware import Availability
+    from .quantize.fp8 import CAPABILITY
 
     device, reason = cuda.first()
     said = f"{device.name}, compute capability {device.capability}, driver {device.driver}" if device else reason
@@ -59,7 +60,7 @@ def accelerators() -> dict[str, Availability]:
     found["torch.compile"] = _needs(
         _has("triton"), "Triton is installed", "pip install triton (it comes with torch for CUDA)"
     )
-    fp8 = device is not None and device.at_least(8, 9)
+    fp8 = device is not None and device.at_least(*CAPABILITY)
     found["fp8 in torch"] = _needs(usable and fp8, "torchao on this GPU", "a GPU of compute capability 8.9 or later")
     found |= {f"ONNX Runtime: {name}": each for name, each in _providers().items()}
     counters = _needs(_has("pynvml"), "nvidia-ml-py is installed", "pip install 'bakeoff[nvidia]'")

@@ -22,8 +22,8 @@ _SIZE = re.compile(r"(\d+)x(\d+)")
 _CONTINUES = re.compile(r"[a-z_0-9]+=[a-z]+:|[a-z_0-9]+@[a-z]+$")
 """How a piece after a comma goes on with the recipe before it: `openvino:int8,vae_decoder=torch:bf16,text_encoder@cpu`."""
 
-_ADDED = {"calibration": None, "prove": True}
-"""Fields that came later -> their default."""
+_ADDED = {"calibration", "prove"}
+"""Fields of an experiment that came later."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -112,8 +112,9 @@ class Experiment:
         _check_sweep(self.sweep)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all fields; those of `_ADDED` only where they aren't as they would be, so that older experiments keep their hash."""
-        return {name: value for name, value in asdict(self).items() if value != _ADDED.get(name, ...)}
+        """Return all fields; those of `_ADDED` only where they aren't their default, so that older experiments keep their hash."""
+        same = {each.name for each in fields(self) if each.name in _ADDED and getattr(self, each.name) == each.default}
+        return {name: value for name, value in asdict(self).items() if name not in same}
 
     @property
     def hash(self) -> str:

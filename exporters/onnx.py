@@ -44,8 +44,8 @@ class OnnxExporter:
 
     2-D weights keep their bytes too: Linear layers come as MatMul with Transpose(weight), which the runtimes
     fold when they load. bf16 and fp16 are what weights are stored in: the graph widens them and computes in float32, which
-    every execution provider can; `fp16+compute=half` computes in float16, as GPUs do best. Low-bit weights are ONNX Runtime's MatMulNBits, MatMulBnb4 and GatherBlockQuantized;
-    those of convolutions, for int8, are widened as they run.
+    every execution provider can; `fp16+compute=half` computes in float16, as GPUs do best. Low-bit weights are ONNX
+    Runtime's MatMulNBits, MatMulBnb4 and GatherBlockQuantized; those of convolutions, for int8, are widened as they run.
     """
 
     version: ClassVar[int] = 8

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import nvinfer
 from ..errors import UnavailableError
+from ..quantize.fp8 import CAPABILITY
 from .costs import BYTES_PER_S, graph_cost, stored_bytes
 from .exporter import Cost, Lowered
 from .layers import FILE as LAYERS
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 PLAN, ABOUT = "model.plan", "engine.json"
 SCHEMA = 1
 _LOWERED_WITH = ("torch", "onnx", "onnx-ir", "onnxscript")
-_LEAST_CAPABILITY = {"fp16": (5, 3), "fp32": (5, 0), "bf16": (8, 0), "w8a8": (7, 5), "int4": (8, 0), "fp8": (8, 9)}
+_LEAST_CAPABILITY = {"fp16": (5, 3), "fp32": (5, 0), "bf16": (8, 0), "w8a8": (7, 5), "int4": (8, 0), "fp8": CAPABILITY}
 """Precision -> the compute capability from which GPUs have it."""
 
 

@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .onnx_graph import has_graphs_inside
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
@@ -41,7 +43,7 @@ def fuse(model: Any, dtypes: Collection[str]) -> int:  # noqa: ANN401 - onnx is 
         model: is changed; its weights may be anywhere.
         dtypes: of ONNX, such as FLOAT, that the kernel is there for.
     """
-    if any(attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute):
+    if has_graphs_inside(model.graph):
         return 0
     view = _View(model.graph)
     found = {id(each.product): each for node in model.graph.node if (each := view.attention(node, dtypes))}

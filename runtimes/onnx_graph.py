@@ -39,6 +39,11 @@ def operations(folder: Path) -> list[Operation]:
     ]
 
 
+def has_graphs_inside(graph: Any) -> bool:  # noqa: ANN401 - onnx is untyped
+    """Say whether a graph has branches or loops, which may take any of its values."""
+    return any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute)
+
+
 def tap(folder: Path, session: Any, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:  # noqa: ANN401 - onnxruntime is untyped
     """Run the graph as far as these tensors, on the execution providers of a session.
 

@@ -8,7 +8,10 @@ and infinite beyond its largest number: what a GPU would make, but for numbers b
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
+
+from .onnx_graph import has_graphs_inside
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -19,7 +22,7 @@ _SPLITTER = 2.0**13 + 1
 """Times a float32 of 24 bits: what is left of it after Dekker's differences has 11."""
 _LAYOUT = frozenset(
     {
-        "Concat", "Constant", "Expand", "Flatten", "Gather", "GatherElements", "Identity", "Pad", "Reshape", "Slice", "Split",
+        "Concat", "Expand", "Flatten", "Gather", "GatherElements", "Identity", "Pad", "Reshape", "Slice", "Split",
         "Squeeze", "Tile", "Transpose", "Unsqueeze",
     }
 )  # fmt: skip
@@ -39,11 +42,9 @@ def rounds(graph: Any, products: Collection[str]) -> set[str]:  # noqa: ANN401 -
 
     half = onnx.TensorProto.FLOAT16
     found = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == half}
-    found |= {node.output[0] for node in graph.node if _casts_to(node) == half}
+    found |= {node.output[0] for node in graph.node if node.op_type == "Cast" and _target(node).i == half}
     ends = (*graph.input, *graph.output)
-    if any(value.type.tensor_type.elem_type == half for value in ends) or any(
-        attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute
-    ):
+    if any(value.type.tensor_type.elem_type == half for value in ends) or has_graphs_inside(graph):
         return set()
     return found if any(node.op_type in products and node.output[0] in found for node in graph.node) else set()
 
@@ -63,11 +64,11 @@ def imitate(model: Any, halves: set[str]) -> None:  # noqa: ANN401 - onnx is unt
     graph = model.graph
     wide = {tensor.name: f"{tensor.name}.wide" for tensor in graph.initializer if tensor.data_type == half}
     nodes = [_cast(name, made, single) for name, made in wide.items()]
-    inside = _inside(graph)
+    rounded = halves - _inside(graph)
     for node in graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = wide.get(name, name)
-        nodes += _imitated(node, halves - inside)
+        nodes += _imitated(node, rounded)
     del graph.node[:]
     graph.node.extend(nodes)
     for value in graph.value_info:
@@ -81,17 +82,14 @@ def imitate(model: Any, halves: set[str]) -> None:  # noqa: ANN401 - onnx is unt
 
 def _inside(graph: Any) -> set[str]:  # noqa: ANN401 - onnx is untyped
     """Return the sigmoids that are multiplied by what they are of, and go nowhere else."""
-    users: dict[str, list[Any]] = {}
+    users: dict[str, list[tuple[str, set[str]]]] = defaultdict(list)
     for node in graph.node:
         for name in node.input:
-            users.setdefault(name, []).append(node)
+            users[name].append((node.op_type, set(node.input)))
     return {
         node.output[0]
         for node in graph.node
-        if node.op_type == "Sigmoid"
-        and [set(user.input) for user in users.get(node.output[0], []) if user.op_type == "Mul"]
-        == [{node.input[0], node.output[0]}]
-        and len(users[node.output[0]]) == 1
+        if node.op_type == "Sigmoid" and users[node.output[0]] == [("Mul", {node.input[0], node.output[0]})]
     }
 
 
@@ -111,9 +109,8 @@ def _imitated(node: Any, halves: set[str]) -> list[Any]:  # noqa: ANN401 - onnx 
         elif node.op_type not in _LAYOUT:
             node.output[place] = f"{name}.exact"
             after += _rounding(f"{name}.exact", name)
-    for attribute in node.attribute:
-        if node.op_type == "Cast" and attribute.name == "to":
-            attribute.i = onnx.TensorProto.FLOAT
+    if node.op_type == "Cast":
+        _target(node).i = onnx.TensorProto.FLOAT
     return [node, *after]
 
 
@@ -132,10 +129,9 @@ def _rounding(exact: str, name: str) -> list[Any]:
     ]
 
 
-def _casts_to(node: Any) -> int | None:  # noqa: ANN401 - onnx is untyped
-    if node.op_type != "Cast":
-        return None
-    return next(int(attribute.i) for attribute in node.attribute if attribute.name == "to")
+def _target(cast: Any) -> Any:  # noqa: ANN401 - onnx is untyped
+    """Return the attribute that says what a cast is to."""
+    return next(attribute for attribute in cast.attribute if attribute.name == "to")
 
 
 def _cast(name: str, made: str, dtype: int) -> Any:  # noqa: ANN401 - onnx is untyped

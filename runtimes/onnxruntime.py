@@ -86,21 +86,17 @@ class OnnxRuntime(Runtime):
         model = _model(part.folder)
         operators = Counter(node.op_type for node in model.graph.node)
         provider, device, fallback = providers.choose(placement)
+        fallbacks = [fallback] if fallback else []
         halves = onnx_half.rounds(model.graph, _FLOAT_PRODUCTS)
         imitated = bool(halves) and provider == providers.CPU
         if imitated:
             onnx_half.imitate(model, halves)
-            fallback = "; ".join(filter(None, (fallback, _IMITATED)))
+            fallbacks.append(_IMITATED)
         fused = onnx_attention.fuse(model, providers.fused_dtypes(provider, placement))
         given = model.SerializeToString() if fused or imitated else part.folder / onnx_graph.FILE
         graphs = placement.cuda_graphs and provider in providers.NVIDIA
         providers.prepare(provider)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = placement.threads or usable_cores()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = _ERRORS_ONLY
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        options.add_session_config_entry(onnx_graph.WEIGHTS_FOLDER, str(part.folder))
+        options = _options(part, placement)
         mapped = placement.offload == "mapped"
         overflows = device == "cpu" and overflows_bytes() and any(operators[name] for name in _ROUNDING)
         keeps = mapped and not overflows
@@ -114,15 +110,14 @@ class OnnxRuntime(Runtime):
         disabled = ["ConstantFolding"] if keeps else []
         if overflows and _lacks_zero_points(model.graph):
             disabled.append(_MAKES_UNSIGNED)
-            widened = f"{OVERFLOWS}: convolutions are of floats until it is exported again"
-            fallback = "; ".join(filter(None, (fallback, widened)))
+            fallbacks.append(f"{OVERFLOWS}: convolutions are of floats until it is exported again")
         asked = providers.options_of(provider, device, part.precision, placement)
         kept = onnx_weights.adapt(options, part.folder, part.deltas)
         self._session: Any = _opened(part, given, options, providers.listed(provider, asked), disabled)
         del kept
         ran = self._session.get_providers()[0]
         if ran != provider:
-            fallback = _not_started(provider, ran, placement)
+            fallbacks = [_not_started(provider, ran, placement)]
         actual = {i.name: (_DTYPES.get(i.type, i.type), len(i.shape)) for i in self._session.get_inputs()}
         self._output_dtypes = {o.name: _DTYPES.get(o.type, o.type) for o in self._session.get_outputs()}
         self._binding: DeviceBinding | None = None
@@ -140,7 +135,7 @@ class OnnxRuntime(Runtime):
             "unsigned_weights": overflows,
             "mapped": mapped,
             "nodes": _nodes_by_provider(self._session),
-            "fallback": fallback,
+            "fallback": "; ".join(fallbacks) or None,
         }
 
     def _run(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -175,6 +170,19 @@ class OnnxRuntime(Runtime):
 
     def close(self) -> None:
         self._session = self._binding = None
+
+
+def _options(part: PartFiles, placement: Placement) -> Any:  # noqa: ANN401 - onnxruntime is untyped
+    """Return what every session of ours is opened with."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = placement.threads or usable_cores()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _ERRORS_ONLY
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    options.add_session_config_entry(onnx_graph.WEIGHTS_FOLDER, str(part.folder))
+    return options
 
 
 def _opened(part: PartFiles, model: Path | bytes, options: Any, listed: list[Any], disabled: list[str]) -> Any:  # noqa: ANN401 - onnxruntime is untyped

@@ -76,6 +76,10 @@ def graph(nodes, constants):
     return onnx.shape_inference.infer_shapes(model)
 
 
+def imitate(model):
+    onnx_half.imitate(model, onnx_half.rounds(model.graph, {"Mul", "Softmax"}))
+
+
 def ran(model, values):
     session = InferenceSession(model.SerializeToString(), providers=[providers.CPU])
     return session.run(None, {"x": np.asarray([values], dtype=np.float32)})[0][0]
@@ -93,7 +97,7 @@ def test_a_cpu_rounds_and_overflows_as_float16_does():
         expected = (values.astype(np.float16) * np.float16(3) * np.float16(0.1)).astype(np.float32)
     assert np.isinf(expected).sum() > 1000
     assert not np.array_equal(ran(model, values), expected)
-    onnx_half.imitate(model, onnx_half.rounds(model.graph, {"Mul", "Softmax"}))
+    imitate(model)
     onnx.checker.check_model(model, full_check=True)
     assert np.array_equal(ran(model, values), expected)
 
@@ -107,7 +111,7 @@ def test_a_sigmoid_times_its_own_is_rounded_once():
     shares = []
     for nodes in (once, [*again, *twice]):
         model = graph(nodes, {})
-        onnx_half.imitate(model, onnx_half.rounds(model.graph, {"Mul", "Softmax"}))
+        imitate(model)
         shares.append(np.mean(ran(model, values) != exact.astype(np.float16)))
     assert shares[0] < 0.01  # but for ties that float32 decides
     assert shares[1] > 0.1
@@ -128,7 +132,7 @@ def test_masks_stay_infinite():
     model = graph(
         [node("Add", ["h", "mask"], ["masked"]), node("Softmax", ["masked"], ["y"])], {"mask": [0.0, -np.inf, 0.0]}
     )
-    onnx_half.imitate(model, onnx_half.rounds(model.graph, {"Mul", "Softmax"}))
+    imitate(model)
     assert np.allclose(ran(model, [1.0, 2.0, 1.0]), [0.5, 0, 0.5])
 
 
