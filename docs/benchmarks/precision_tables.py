@@ -35,6 +35,8 @@ def _group(group: dict[str, Any]) -> list[str]:
     busy = group["machine_time"]
     load = f"all cores were {busy['busy']:.0%} busy, {busy['stolen']:.0%} stolen"
     told = f"{_machine(group['machine'])}. Threads: {group['threads']}; blocks: {group['blocks']}; {load}."
+    if group.get("in_turn"):
+        told += " Opened in turn: each step is the first after opening."
     return [told, "", *HEAD, *(_arm(name, row) for name, row in group["arms"].items())]
 
 

@@ -193,7 +193,7 @@ def lower_here(source: str, output: str, arm: dict[str, str], seen: str) -> None
 
 
 class Resident:
-    """An arm in a process of its own, opened once; it waits between steps."""
+    """An arm in a process of its own, opened once, which takes a step at once and waits between later ones."""
 
     def __init__(self, arm: Arm, folder: Path, work: Path, model: str, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -201,13 +201,19 @@ class Resident:
         given = (there, arm, folder, arm.folder(folder, work), SIZES[model], threads)
         self._process = context.Process(target=_serve, args=given, daemon=True)
         self._process.start()
-        self.opened: dict[str, Any] = self._here.recv()
+        opened: dict[str, Any] = self._here.recv()
+        self.first = self._watched()
+        """Of the step that it took at once, what `step` returns."""
+        self.opened = opened | self._here.recv()
         self.output: Tensor = self._here.recv()
 
     def step(self) -> tuple[float, int]:
         """Take one step; return its seconds and the most anonymous memory that the process held meanwhile."""
+        self._here.send("step")
+        return self._watched()
+
+    def _watched(self) -> tuple[float, int]:
         with Watch(self._process.pid) as watch:
-            self._here.send("step")
             seconds = float(self._here.recv())
         return seconds, watch.peak.anon_bytes
 
@@ -229,21 +235,20 @@ def _serve(connection: Connection, arm: Arm, source: Path, folder: Path, sizes: 
             port.name: given[port.name].reshape(port.shape({})) if not port.rank else given[port.name]
             for port in runtime.inputs
         }
-        output = runtime.run(fed)["out_sample"]
-        held = rss_bytes("RssAnon") - before
-        connection.send(
-            {
-                "open_seconds": took,
-                "opened_anon_bytes": held,
-                "before_anon_bytes": before,
-                "ran": runtime.configuration,
-            }
-        )
+        connection.send({"open_seconds": took, "before_anon_bytes": before, "ran": runtime.configuration})
+        output = _timed(connection, runtime, fed)
+        connection.send({"opened_anon_bytes": rss_bytes("RssAnon") - before})
         connection.send(output.numpy())
         while connection.recv() == "step":
-            started = time.perf_counter()
-            runtime.run(fed)
-            connection.send(time.perf_counter() - started)
+            _timed(connection, runtime, fed)
+
+
+def _timed(connection: Connection, runtime: Any, fed: dict[str, Tensor]) -> Tensor:  # noqa: ANN401 - some runtime
+    """Take a step, tell its seconds and return what it predicted."""
+    started = time.perf_counter()
+    output: Tensor = runtime.run(fed)["out_sample"]
+    connection.send(time.perf_counter() - started)
+    return output
 
 
 def opened(arm: Arm, source: Path, folder: Path, threads: int) -> Any:  # noqa: ANN401 - some runtime

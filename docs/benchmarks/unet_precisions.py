@@ -11,6 +11,9 @@ torch's in float32, anonymous memory opened and at the peak of a step, bytes on 
 weights, the same inputs to calibrate with, the same runtime and settings to run. NNCF lives in an environment of its
 own: without `--nncf-python` its arms are left out.
 
+With `--in-turn` arms are opened one at a time, anew for each step; what is timed is the first step then. A group's
+table says so.
+
 Groups and profiles that the record has are kept; the tables of `docs/precisions.md` are written anew.
 """
 
@@ -20,6 +23,7 @@ import argparse
 import json
 import random
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +34,14 @@ from tqdm import tqdm
 from unet_arms import SIZES, Arm, Resident, inputs, make, source
 
 from bakeoff.hardware import describe
-from bakeoff.memory import in_child
+from bakeoff.memory import available_bytes, in_child
 from bakeoff.parity.proof import relative_error
 from bakeoff.verdict import paired_ratio
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "precisions.md"
@@ -70,6 +76,11 @@ def main() -> None:
         help="of these alone: precisions, fp32 among them, which ratios are to; for profiles BACKEND:PRECISION",
     )
     parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument(
+        "--in-turn",
+        action="store_true",
+        help="open each arm for its step alone, which is its first: for arms that don't fit in memory together",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--nncf-python", help="python of an environment with NNCF")
     options = parser.parse_args()
@@ -101,14 +112,15 @@ def _compare(backend: str, precisions: list[str], work: Path, options: argparse.
     arms = {each: Arm.read(backend, each) for each in wanted}
     made = {each: _attempt(arm, folder, work, options) for each, arm in tqdm(arms.items(), desc="exports")}
     expected = _expected(folder, work, options)
-    opened = {
-        each: Resident(arm, folder, work, options.model, options.threads)
-        for each, arm in arms.items()
-        if "refused" not in made[each]
-    }
+
+    def opened(name: str) -> Resident:
+        return Resident(arms[name], folder, work, options.model, options.threads)
+
+    able = [name for name in arms if "refused" not in made[name]]
     before = psutil.cpu_times()
-    seconds, peaks = _interleave(opened, options.blocks)
+    taken = _in_turn(able, opened, options.blocks) if options.in_turn else _together(able, opened, options.blocks)
     after = psutil.cpu_times()
+    seconds = {name: [[each] for each in arm.seconds] for name, arm in taken.items()}
     rows = {
         name: {
             **made[name],
@@ -116,19 +128,18 @@ def _compare(backend: str, precisions: list[str], work: Path, options: argparse.
             "sqnr_db": round(
                 -20 * float(np.log10(max(relative_error(_tensor(arm.output), _tensor(expected)), 1e-9))), 1
             ),
-            "step_peak_anon_bytes": peaks[name],
-            "median_s": round(float(np.median(seconds[name])), 2),
-            "seconds": [round(each, 3) for [each] in seconds[name]],
+            "step_peak_anon_bytes": arm.peak_anon_bytes,
+            "median_s": round(float(np.median(arm.seconds)), 2),
+            "seconds": [round(each, 3) for each in arm.seconds],
             "to_fp32": _interval(seconds["fp32"], seconds[name]),
             "to_bf16": _interval(seconds["bf16"], seconds[name]) if "bf16" in seconds else None,
         }
-        for name, arm in opened.items()
+        for name, arm in taken.items()
     }
-    for arm in opened.values():
-        arm.close()
     return {
         "arms": made | rows,
         "blocks": options.blocks,
+        "in_turn": options.in_turn,
         "threads": options.threads,
         "machine": describe(),
         "machine_time": _shares(before, after),
@@ -160,16 +171,53 @@ def _expected(folder: Path, work: Path, options: argparse.Namespace) -> Any:  # 
     return np.load(file)
 
 
-def _interleave(opened: Mapping[str, Resident], blocks: int) -> tuple[dict[str, list[list[float]]], dict[str, int]]:
-    seconds: dict[str, list[list[float]]] = {name: [] for name in opened}
-    peaks = dict.fromkeys(opened, 0)
+@dataclass
+class Taken:
+    """What an arm's steps took."""
+
+    opened: dict[str, Any]
+    output: NDArray[np.float32]
+    seconds: list[float] = field(default_factory=list)
+    peak_anon_bytes: int = 0
+
+    def add(self, seconds: float, peak_anon_bytes: int) -> None:
+        self.seconds.append(seconds)
+        self.peak_anon_bytes = max(self.peak_anon_bytes, peak_anon_bytes)
+
+
+def _together(names: list[str], opened: Callable[[str], Resident], blocks: int) -> dict[str, Taken]:
+    """Open all arms and keep them open; a block has a step of each."""
+    arms: dict[str, Resident] = {}
+    for name in names:
+        largest = max((arm.opened["opened_anon_bytes"] for arm in arms.values()), default=0)
+        if largest > available_bytes():
+            told = f"{len(arms)} arms are open, and one like the largest ({largest / 1e9:.1f} GB) wouldn't fit any more"
+            message = f"{told}: name fewer with --arms, or open each for its step alone with --in-turn"
+            raise SystemExit(message)
+        arms[name] = opened(name)
+    taken = {name: Taken(arm.opened, arm.output) for name, arm in arms.items()}
+    for name in _order(names, blocks):
+        taken[name].add(*arms[name].step())
+    for arm in arms.values():
+        arm.close()
+    return taken
+
+
+def _in_turn(names: list[str], opened: Callable[[str], Resident], blocks: int) -> dict[str, Taken]:
+    """Open each arm in each block for its first step alone: of models of which two don't fit."""
+    taken: dict[str, Taken] = {}
+    for name in _order(names, blocks):
+        arm = opened(name)
+        taken.setdefault(name, Taken(arm.opened, arm.output)).add(*arm.first)
+        arm.close()
+    return {name: taken[name] for name in names}
+
+
+def _order(names: list[str], blocks: int) -> Iterator[str]:
+    """Return the names once a block, in another order each, behind a progress bar."""
     order = random.Random(0)  # noqa: S311 - a seeded order, no secrets
-    for _ in tqdm(range(blocks), desc="blocks"):
-        for name in order.sample(list(opened), len(opened)):
-            spent, peak = opened[name].step()
-            seconds[name].append([spent])
-            peaks[name] = max(peaks[name], peak)
-    return seconds, peaks
+    steps = [name for _ in range(blocks) for name in order.sample(names, len(names))]
+    return iter(tqdm(steps, desc="steps"))
 
 
 def _shares(before: Any, after: Any) -> dict[str, float]:  # noqa: ANN401 - psutil's times
