@@ -61,6 +61,8 @@ def prove(
     problems = [each["problem"] for each in (*found["parts"].values(), found["trajectory"]) if each.get("problem")]
     if problems and not gate.allow_failing:
         fix = "bakeoff verify DIR --explain --source MODEL on an export with --allow-failing says where and why"
+        if source is None and trajectory.is_undecided(found["trajectory"]):
+            fix = "the pictures are too few to tell: --source MODEL draws more"
         raise ParityError("; ".join(problems), fix=fix)
     return {
         "status": FAILING if problems else PROVED,
@@ -194,7 +196,8 @@ def prove_here(
 ) -> dict[str, Any]:
     """Prove all parts, and what they draw, in this process; runs in the child of `prove`."""
     artifact = Artifact.open(Path(folder))
-    made_up = {} if source is None else _record(artifact, origin_of(artifact, source, elsewhere))
+    origin = None if source is None else origin_of(artifact, source, elsewhere)
+    made_up = {} if origin is None else _record(artifact, origin)
     results = {}
     for name, entry in artifact.manifest.parts.items():
         if entry.backend != "null":
@@ -202,7 +205,10 @@ def prove_here(
             found = _prove_part(artifact, family_part(artifact, name), budget)
             results[name] = found | ({"why": made_up[name]} if name in made_up else {})
             gc.collect()
-    return {"parts": results, "trajectory": trajectory.prove(artifact)}
+    drawn = trajectory.prove(artifact)
+    if origin and trajectory.is_undecided(drawn):
+        drawn = trajectory.prove_further(artifact, origin)
+    return {"parts": results, "trajectory": drawn}
 
 
 def folders_of(source: Source) -> dict[str, Any]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 FP32_PSNR_DB = 45.0
+HALF_GATE = "half precision"
 HALF_FLIP = 1.5
 """Most mean ꟻLIP of a bf16 or fp16 arm, as a multiple of torch's own bf16."""
 LOST_POINTS = {"int8": 2.0, "fp8": 2.5, "w8a8": 2.5, "w8a8-dynamic": 2.5, "nf4": 5.0, "int4": 8.0}
@@ -77,14 +78,14 @@ def _by_precision(
 def _near_floor(figures: dict[str, Any], floor: dict[str, Any] | None) -> Gate:
     """Judge the mean ꟻLIP by torch's own of the same pictures: paired, since pictures differ more than what drew them."""
     if floor is None or len(figures["flip"]) < 2:  # noqa: PLR2004
-        return Gate("half precision", holds=None, detail="torch's own bf16 wasn't measured on two or more prompts")
+        return Gate(HALF_GATE, holds=None, detail="torch's own bf16 wasn't measured on two or more prompts")
     mine, theirs = np.asarray(figures["flip"]), np.asarray(floor["flip"])
     mean, most = float(mine.mean()), HALF_FLIP * float(theirs.mean())
     if figures["flip"] == floor["flip"]:
-        return Gate("half precision", holds=True, detail=f"the same as torch's own bf16 (mean ꟻLIP {mean:.4f})")
+        return Gate(HALF_GATE, holds=True, detail=f"the same as torch's own bf16 (mean ꟻLIP {mean:.4f})")
     _, _, high = mean_interval(list(mine - HALF_FLIP * theirs))
     detail = f"mean ꟻLIP {mean:.4f}, at most {most + high:.4f} with 95 % confidence; limit {most:.4f}"
-    return Gate("half precision", holds=high <= 0, detail=detail)
+    return Gate(HALF_GATE, holds=high <= 0, detail=detail)
 
 
 def _lost_points(

@@ -10,10 +10,12 @@ import torch
 
 from bakeoff import pictures
 from bakeoff.artifact import Artifact
+from bakeoff.bake import export
 from bakeoff.cli import main
 from bakeoff.errors import ParityError, UnavailableError, UsageError
 from bakeoff.parity import drawing, meaning, prover, trajectory
 from bakeoff.parity.drawing import Drawn
+from bakeoff.recipe import parse
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,6 +129,50 @@ def test_without_a_trajectory_the_reason_is_said(copied):
     artifact = Artifact.open(folder)
     shutil.rmtree(folder / "proof")
     assert "--source" in trajectory.prove(artifact)["skipped"]
+
+
+def test_more_is_drawn_where_pictures_are_too_few_to_tell():
+    def told(mine, holds):
+        gates = [{"name": "half precision", "holds": holds, "detail": ""}]
+        return {"gates": gates, "figures": {"flip": mine}, "floors": {"f1": {"flip": [0.002, 0.004]}}}
+
+    assert trajectory.is_undecided(told([0.003, 0.006], holds=False))
+    assert not trajectory.is_undecided(told([0.003, 0.0061], holds=False)), "the mean itself is beyond the limit"
+    assert not trajectory.is_undecided(told([0.002, 0.004], holds=True))
+    assert not trajectory.is_undecided({"problem": "the artifact can't draw"})
+
+
+def test_further_pictures_join_those_of_the_proof(copied):
+    from bakeoff.sources.source import Source
+
+    artifact = Artifact.open(copied("openvino:bf16", proved=True))
+    before = trajectory.read(artifact.folder / "proof" / trajectory.FILE)
+    told = trajectory.prove_further(artifact, Source.open("shapes"))
+    after = trajectory.read(artifact.folder / "proof" / trajectory.FILE)
+    assert after.shots[: len(before.shots)] == before.shots
+    texts = [text for shot in after.shots for text in shot.prompts]
+    assert len(set(texts)) == len({seed for shot in after.shots for seed in shot.seeds}) == 24
+    assert len(told["figures"]["flip"]) == len(told["floors"]["f1"]["flip"]) == 24
+    assert told["figures"]["flip"][:6] == artifact.manifest.proof["trajectory"]["figures"]["flip"]
+    assert told["problem"] is None
+
+
+@pytest.mark.slow
+def test_what_six_pictures_cannot_tell_is_told_by_more(tmp_path):
+    """The embedded model in float16: its mean is within the limit, with six pictures the interval isn't."""
+    artifact = export("shapes", tmp_path / "out", parse("onnx:fp16+compute=half")[0])
+    assert artifact.manifest.proved
+    assert len(artifact.manifest.proof["trajectory"]["figures"]["flip"]) == 24
+
+
+def test_without_a_source_the_fix_says_what_draws_more(copied, monkeypatch):
+    artifact = Artifact.open(copied("torch:fp32", proved=True))
+    undecided = {"problem": "gate", "gates": [{"name": "half precision", "holds": False, "detail": ""}]}
+    undecided |= {"figures": {"flip": [0.1]}, "floors": {"f1": {"flip": [0.1]}}}
+    monkeypatch.setattr(prover, "in_child", lambda *_, **__: ({"parts": {}, "trajectory": undecided}, None))
+    with pytest.raises(ParityError) as raised:
+        prover.prove(artifact, None)
+    assert "--source MODEL draws more" in raised.value.fix
 
 
 def test_the_scorers_gate():

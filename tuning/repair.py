@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 _MOST_ROUNDS = 8
 _MARGIN = 0.9
 """Share of the budget that a prediction may use."""
-_WIDER = {"fp16": "fp32", "bf16": "fp32"}
-"""Precision of a part -> what its layers are put back in; bf16 for those of low bits."""
 _NARROW = {"fp16": "float16", "bf16": "bfloat16"}
 _LESS = 0.5
 """Share of its error that the part nearest to its tolerance may keep, where each part passes and pictures fail."""
@@ -107,11 +105,13 @@ def export_repaired(
             raise ParityError(first.manifest.proof["reason"], fix="leave out --repair")
         source = source_of(first, model, options.get("config"))
         reuse = [*options.pop("reuse", ()), first.folder]
+        aims: dict[str, float] = {}
         for number in range(1, _MOST_ROUNDS + 1):
             failing = _failing(artifact)
             if not failing:
                 break
-            wider = {name: _wider_layers(artifact, name, source, allowed) for name, allowed in failing.items()}
+            aims |= {name: _aim(allowed, aims.get(name), artifact, name) for name, allowed in failing.items()}
+            wider = {name: _wider_layers(artifact, name, source, aims[name]) for name in failing}
             recipe = _with_layers(recipe, wider)
             for name, layers in wider.items():
                 progress(f"{name} fails: putting back {', '.join(layers)}")
@@ -147,6 +147,12 @@ def _failing(artifact: Artifact) -> dict[str, float]:
     return {nearest: _LESS * _largest_error(proof["parts"][nearest])}
 
 
+def _aim(allowed: float, before: float | None, artifact: Artifact, part: str) -> float:
+    """Return the error that a part is to be brought to: less than is allowed by as much as it missed what was aimed at before."""
+    came_to = _largest_error(artifact.manifest.proof["parts"][part])
+    return allowed if before is None or not allowed < came_to < math.inf else before * allowed / came_to
+
+
 def _is_narrow(entry: PartEntry) -> bool:
     return entry.precision != "fp32" or not mixture_of(entry).is_plain
 
@@ -165,23 +171,23 @@ def _layers(artifact: Artifact, part: str) -> dict[str, str]:
     return dict(artifact.manifest.parts[part].key_fields["recipe"].get("layers", {}))
 
 
-def _wider_layers(artifact: Artifact, part: str, source: Source, allowed: float) -> dict[str, str]:
-    """Choose layers to put back of a part that may come to an error of `allowed`.
+def _wider_layers(artifact: Artifact, part: str, source: Source, aim: float) -> dict[str, str]:
+    """Choose layers to put back of a part that is to come to an error of `aim`.
 
     Raises:
         ParityError: none would help.
     """
     entry, proof = artifact.manifest.parts[part], artifact.manifest.proof["parts"][part]
-    wide = _WIDER.get(entry.precision, "bf16")
-    chosen = [] if mixture_of(entry).formats or not proof["problem"] else _blamed(artifact, part, source)
-    if not chosen and _is_narrow(entry):
+    by_floats = not mixture_of(entry).formats and proof["problem"]
+    wider = dict.fromkeys(_blamed(artifact, part, source) if by_floats else (), "fp32")
+    if not wider and _is_narrow(entry):
         arguments = {"folder": str(artifact.folder), "part": part, **folders_of(source)}
-        errors, _ = in_child("bakeoff.tuning.repair:rank_here", arguments)
-        chosen = _worst(errors, _largest_error(proof), allowed)
-    fresh = [layer for layer in chosen if _layers(artifact, part).get(layer) != wide]
+        (errors, widths), _ = in_child("bakeoff.tuning.repair:rank_here", arguments)
+        wider = {layer: widths[layer] for layer in _worst(errors, _largest_error(proof), aim)}
+    fresh = {layer: wide for layer, wide in wider.items() if _layers(artifact, part).get(layer) != wide}
     if not fresh:
         raise _hopeless(proof["problem"] or artifact.manifest.proof["trajectory"]["problem"])
-    return dict.fromkeys(fresh, wide)
+    return fresh
 
 
 def _worst(errors: Mapping[str, float], measured: float, allowed: float) -> list[str]:
@@ -215,8 +221,15 @@ def _blamed(artifact: Artifact, part: str, source: Source) -> list[str]:
     return [each.layer for each in found if each.part == part and each.layer and each.fault]
 
 
-def rank_here(folder: str, source: str, part: str, elsewhere: Mapping[str, str]) -> dict[str, float]:
-    """Return layer -> relative error of the part's output with this layer alone as narrow as it is; in a child process."""
+def rank_here(
+    folder: str, source: str, part: str, elsewhere: Mapping[str, str]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Return what each narrow layer of a part costs, and what it would be put back in; in a child process.
+
+    Returns:
+        Layer -> relative error of the part's output with this layer alone as narrow as it is; layer -> bf16 where it has
+        codes, fp32 where it is of two bytes.
+    """
     import torch
 
     artifact = Artifact.open(Path(folder))
@@ -226,27 +239,30 @@ def rank_here(folder: str, source: str, part: str, elsewhere: Mapping[str, str])
     config, baked = origin.config(found.module), artifact.folder / part
     mixture, scales = as_baked(artifact.manifest.parts[part], baked), scales_of(baked)
     cases = recorded(artifact, part).cases
-    errors = {}
+    errors, widths = {}, {}
     for path, name in names_in(flat, origin.checkpoint(found.module)).items():
-        alone = _alone(flat, path, name, mixture, scales)
-        if alone and [*flat.get_submodule(path).parameters(recurse=False)]:
+        alone, layer = _alone(flat, path, name, mixture, scales), flat.get_submodule(path)
+        if alone and [*layer.parameters(recurse=False)]:
+            widths[name] = "bf16" if _has_codes(layer, name, mixture) else "fp32"
             with alone:
                 errors[name] = max(
                     measure(eager(found.component, flat, config, given), expected, {}).error
                     for given, expected in cases
                 )
-    return errors
+    return errors, widths
+
+
+def _has_codes(layer: Any, name: str, mixture: Mixture) -> bool:  # noqa: ANN401 - a layer, with a weight or without
+    weight, weight_format = getattr(layer, "weight", None), mixture.format_of(name)
+    return bool(weight_format and weight is not None and not weight_format.obstacle(weight.shape))
 
 
 def _alone(
     module: nn.Module, path: str, name: str, mixture: Mixture, scales: Mapping[str, Grids]
 ) -> AbstractContextManager[None] | None:
-    """Let one layer of a module be as narrow as it is to be, for the while; None where that isn't narrow.
-
-    In a part with codes, layers with codes count alone: those of two bytes are what others are put back in.
-    """
-    if mixture.formats:
-        return rounded_layers(module, {path: name}, mixture, scales) if mixture.format_of(name) else None
+    """Let one layer of a module be as narrow as it is to be, for the while; None where that isn't narrow."""
+    if mixture.format_of(name):
+        return rounded_layers(module, {path: name}, mixture, scales)
     dtype = _NARROW.get(mixture.precision_of(name))
     return replaced(module, {path: _in_dtype(module.get_submodule(path), dtype)}) if dtype else None
 
