@@ -38,6 +38,8 @@ _WEIGHT_WIDTHS = {
 """dtype or low-bit format -> bytes of a weight."""
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_LIVE: set[Path] = set()
+"""Folders of this process that `_beside` has given out."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,16 @@ class PartEntry:
     that were calibrated."""
     uncalibrated: list[str] = field(default_factory=list)
     """Weights whose layers no drawing reached when activations were calibrated: they alone are rounded."""
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """Layers that have a precision of their own, by their names in the checkpoint -> which."""
+        return dict(self.key_fields["recipe"].get("layers", {}))
+
+    @property
+    def precisions(self) -> set[str]:
+        """The part's precision, and those of its layers."""
+        return {self.precision, *self.layers.values()}
 
 
 def shares_of(weight_bytes: Mapping[str, int]) -> dict[str, float]:
@@ -264,40 +276,52 @@ def describe_files(folder: Path, below: str = "") -> dict[str, FileEntry]:
 def staged(target: Path, *, replace_existing: bool) -> Iterator[Path]:
     """Yield a new folder beside `target` that takes its place, whole, when the block ends well.
 
-    A process killed inside leaves `target` as it was; what it left behind is removed by the next export there.
+    A process killed inside leaves `target` as it was; what it left behind is removed by the next export there. A link to
+    a folder stays one: the folder that it leads to is replaced.
 
     Raises:
         ArtifactError: `target` exists and isn't to be replaced, or isn't an artifact.
     """
-    _check_target(target, replace_existing=replace_existing)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target)
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
+    target = target.resolve() if target.is_symlink() else target
+    check_target(target, replace_existing=replace_existing)
+    with _beside(target, "partial") as partial:
         yield partial
         _sync(partial)
-        _check_target(target, replace_existing=replace_existing)
+        check_target(target, replace_existing=replace_existing)
         if replace_existing and target.exists():
             _exchange(partial, target)
         else:
             partial.rename(target)  # fails, changing nothing, where something has just appeared there
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def scratch(target: Path) -> Iterator[Path]:
     """Yield an empty folder beside `target` for the while; if the process is killed, the next export there removes it."""
-    folder = target.parent / f".{target.name}.partial-scratch-{os.getpid()}"
-    folder.mkdir(parents=True)
-    try:
+    with _beside(target, "partial-scratch") as folder:
         yield folder
+
+
+@contextlib.contextmanager
+def _beside(target: Path, kind: str) -> Iterator[Path]:
+    """Yield a new folder beside `target`, named after this process; what is left of it is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target)
+    folder = target.parent.resolve() / f".{target.name}.{kind}-{os.getpid()}"
+    folder.mkdir()
+    _LIVE.add(folder)
+    try:
+        yield target.parent / folder.name
     finally:
+        _LIVE.discard(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_target(target: Path, *, replace_existing: bool) -> None:
+def check_target(target: Path, *, replace_existing: bool) -> None:
+    """Refuse what can't be written to, or replaced.
+
+    Raises:
+        ArtifactError: `target` exists and isn't to be replaced, isn't an artifact, or is the current folder.
+    """
     if not target.exists():
         return
     if target.samefile(Path.cwd()):
@@ -312,10 +336,13 @@ def _check_target(target: Path, *, replace_existing: bool) -> None:
 
 
 def sweep(target: Path) -> None:
-    """Remove what killed exports to this target have left."""
-    for stale in target.parent.glob(f".{target.name}.partial-*"):
+    """Remove what killed exports to this target have left; in a container an earlier one may have had this process's number."""
+    import psutil
+
+    for stale in target.parent.resolve().glob(f".{target.name}.partial-*"):
         pid = stale.name.rpartition("-")[2]
-        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
+        own = pid == str(os.getpid())
+        if pid.isdecimal() and (stale not in _LIVE if own else not psutil.pid_exists(int(pid))):
             shutil.rmtree(stale, ignore_errors=True)
 
 

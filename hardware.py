@@ -54,7 +54,12 @@ def overflows_bytes() -> bool:
     """
     if platform.machine().lower() not in _X86:
         return False
-    return not _EXACT_BYTES & set(_cpuinfo().get("flags", "").split())
+    return not has_instructions(*_EXACT_BYTES)
+
+
+def has_instructions(*names: str) -> bool:
+    """Whether this processor has any of some instruction sets, as Linux names them."""
+    return bool({*names} & {*_cpuinfo().get("flags", "").split()})
 
 
 def describe() -> dict[str, Any]:

@@ -48,6 +48,32 @@ class PartRecipe:
         layers = {"layers": dict(sorted(self.layers.items()))} if self.layers else {}
         return {"backend": self.backend, "precision": self.precision, **dict(sorted(self.options.items())), **layers}
 
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> PartRecipe:
+        """Read what `as_dict` gave.
+
+        Raises:
+            RecipeError: a key is missing or isn't what it should be.
+        """
+        options = dict(data)
+        layers = options.pop("layers", {})
+        if not isinstance(layers, dict) or not all(isinstance(each, str) for each in layers.values()):
+            message = f"got layers = {layers!r}, expected a precision for each: conv_in = 'bf16'"
+            raise RecipeError(message)
+        backend, precision = options.pop("backend", None), options.pop("precision", None)
+        if not isinstance(backend, str) or not isinstance(precision, str):
+            message = (
+                f"got {dict(data)}, expected backend and precision, such as backend = 'onnx' and precision = 'fp32'"
+            )
+            raise RecipeError(message)
+        for each in (precision, *layers.values()):
+            _check_precision(each)
+        for key, value in options.items():
+            if not isinstance(value, str):
+                message = f"got {key} = {value!r} in a recipe, expected text"
+                raise RecipeError(message)
+        return cls(backend, precision, options, layers)
+
     def for_layers(self, part: str, known: Iterable[str]) -> PartRecipe:
         """Return the recipe with patterns replaced by the layers that they fit, and what changes nothing left out.
 
@@ -225,28 +251,9 @@ def from_dict(data: Mapping[str, Any]) -> Recipe:
     if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):
         message = f"got parts = {parts!r}, expected a table for each part: [parts.vae_decoder]"
         raise RecipeError(message)
-    default = _part_from_dict(fields)
+    default = PartRecipe.read(fields)
     base = {"backend": default.backend, "precision": default.precision}
-    return Recipe(default, {name: _part_from_dict({**base, **part}) for name, part in parts.items()})
-
-
-def _part_from_dict(data: Mapping[str, Any]) -> PartRecipe:
-    options = dict(data)
-    layers = options.pop("layers", {})
-    if not isinstance(layers, dict) or not all(isinstance(each, str) for each in layers.values()):
-        message = f"got layers = {layers!r}, expected a precision for each: conv_in = 'bf16'"
-        raise RecipeError(message)
-    backend, precision = options.pop("backend", None), options.pop("precision", None)
-    if not isinstance(backend, str) or not isinstance(precision, str):
-        message = f"got {dict(data)}, expected backend and precision, such as backend = 'onnx' and precision = 'fp32'"
-        raise RecipeError(message)
-    for each in (precision, *layers.values()):
-        _check_precision(each)
-    for key, value in options.items():
-        if not isinstance(value, str):
-            message = f"got {key} = {value!r} in a recipe, expected text"
-            raise RecipeError(message)
-    return PartRecipe(backend, precision, options, layers)
+    return Recipe(default, {name: PartRecipe.read({**base, **part}) for name, part in parts.items()})
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

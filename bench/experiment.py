@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import UsageError, unknown
 from ..recipe import read
 from ..reports.budgets import Budget
+from ..reports.record import ADDED
 from .metrics import known
 
 AXES = ("steps", "size", "batch", "guidance_scale", "scheduler", "threads")
@@ -91,25 +92,45 @@ class Experiment:
     sweep: dict[str, list[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_arms()
+        self._check_work()
+        for name in self.metrics:
+            if name not in known():
+                raise UsageError(unknown("metric", name, known()))
+        _check_sweep(self.sweep)
+        if self.sweep:
+            self.points()
+
+    def _check_arms(self) -> None:
         names = [arm.name for arm in self.arms]
         if len(set(names)) != len(names) or not names:
             message = f"got the arms {', '.join(names) or 'none'}, expected at least one, each named once"
             raise UsageError(message)
-        if self.baseline not in names:
-            raise UsageError(unknown("baseline", self.baseline, names))
+        taken = sorted(ADDED & set(names))
+        if taken:
+            message = f"got an arm named {taken[0]!r}, which is the name of one that every experiment adds"
+            raise UsageError(message, fix="give it another name")
+        for kind, each in (("baseline", self.baseline), *(("arm of a budget", arm) for arm in self.budgets)):
+            if each not in names:
+                raise UsageError(unknown(kind, each, names))
+        for limits in self.budgets.values():
+            Budget.read(limits)
+
+    def _check_work(self) -> None:
         for name in ("timed_prompts", "quality_prompts", "steps", "batch", "blocks", "repetitions"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 message = f"got {name} = {value!r}, expected a whole number from 1"
                 raise UsageError(message)
-        for arm, limits in self.budgets.items():
-            if arm not in names:
-                raise UsageError(unknown("arm of a budget", arm, names))
-            Budget.read(limits)
-        for name in self.metrics:
-            if name not in known():
-                raise UsageError(unknown("metric", name, known()))
-        _check_sweep(self.sweep)
+        if (self.height is None) != (self.width is None):
+            message = f"got height {self.height} and width {self.width}, expected both or neither"
+            raise UsageError(message)
+        most = max(self.timed_prompts, self.quality_prompts)
+        if self.batch > most:
+            message = (
+                f"got a batch of {self.batch} and {most} prompts, expected as many prompts as a batch has at least"
+            )
+            raise UsageError(message, fix=f"timed_prompts = {self.batch}")
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields; those of `_ADDED` only where they aren't their default, so that older experiments keep their hash."""

@@ -73,7 +73,9 @@ def precisions(arm: Arm) -> set[str]:
         return {arm.precision}
     if arm.recipe:
         recipe, _ = read(arm.recipe)
-        return {recipe.default.precision, *(part.precision for part in recipe.parts.values())}
+        parts = (recipe.default, *recipe.parts.values())
+        return {each for part in parts for each in (part.precision, *part.layers.values())}
     if arm.folder and not arm.adapter and (Path(arm.folder) / MANIFEST).is_file():
-        return {part.precision for part in Artifact.open(Path(arm.folder)).manifest.parts.values()}
+        parts = Artifact.open(Path(arm.folder)).manifest.parts.values()
+        return {each for part in parts for each in part.precisions}
     return set()

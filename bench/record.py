@@ -40,6 +40,24 @@ def open_record(folder: Path, experiment: Experiment) -> dict[str, Any]:
     return record
 
 
+def refuse_other_work(folder: Path, record: dict[str, Any], found: dict[str, Any]) -> None:
+    """Refuse to go on where what the experiment names isn't any more what the record was begun with.
+
+    Raises:
+        UsageError: prompts changed in their file, or this is another machine.
+    """
+    begun = {name: record[name] for name in found if name in record}
+    changed = [name for name in begun if _identity(begun[name]) != _identity(_as_json(found[name]))]
+    if changed:
+        message = f"{folder} was begun with another {' and other '.join(changed)} than what is here now"
+        raise UsageError(message, fix="give another folder with -o")
+
+
+def _identity(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """Return what must stay the same of prompts, or of a machine, whose free cores and memory may change."""
+    return {name: value.get(name) for name in ("cpu", "gpus")} if isinstance(value, dict) else value
+
+
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write the record beside the old one, then put it in its place."""
     partial = folder / f".{FILE}.partial"

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import hardware
-from ..errors import BakeoffError
+from ..artifact import MANIFEST, Artifact
+from ..errors import BakeoffError, UsageError
 from ..memory import in_child
 from ..reports.record import REFERENCE
 from . import measurements
@@ -18,7 +19,7 @@ from .metrics import METRICS
 from .opening import Opener, size_name
 from .outlook import Outlook
 from .process import ArmFailedError
-from .record import open_record, write_record
+from .record import open_record, refuse_other_work, write_record
 from .work import prompts
 
 if TYPE_CHECKING:
@@ -56,11 +57,11 @@ class _Run:
         self._total = len(self._arms) + len(self._entries) + len(self._timed) * self._declared.blocks
 
     def all(self) -> dict[str, Any]:
-        self._record["machine"] = hardware.describe()
+        drawn = prompts(self._declared.prompts, self._prompt_count())
+        found = {"machine": hardware.describe(), "prompts": [{"id": each, "text": text} for each, text in drawn]}
+        refuse_other_work(self._folder, self._record, found)
+        self._record.update(found)
         self._record["command"] = [Path(sys.argv[0]).name, *sys.argv[1:]]
-        self._record["prompts"] = [
-            {"id": each, "text": text} for each, text in prompts(self._declared.prompts, self._prompt_count())
-        ]
         self._check_metrics()
         self._draw_latents()
         for arm in self._arms:
@@ -107,6 +108,8 @@ class _Run:
         """Export an arm's recipe if that hasn't been done; note where its artifact lies and what it is."""
         self._done += 1
         about = self._record["arms"].setdefault(arm.name, {"entries": {}, "precisions": sorted(precisions(arm))})
+        if arm.folder and "artifact" in about:
+            self._refuse_other_artifact(arm, about["artifact"])
         if "artifact" in about or "failure" in about or arm.adapter:
             return
         twin = next((each for each in self._arms if (each.recipe, each.folder) == (arm.recipe, arm.folder)), arm)
@@ -127,6 +130,17 @@ class _Run:
             about["failure"] = {"during": "export", "reason": error.message, "stderr": ""}
             self._progress(f"{arm.name} failed: {error.message}")
         self._write()
+
+    def _refuse_other_artifact(self, arm: Arm, begun: dict[str, Any]) -> None:
+        """Refuse to go on with a folder that was exported again since.
+
+        Raises:
+            UsageError: naming it.
+        """
+        folder = Path(begun["folder"])
+        if (folder / MANIFEST).is_file() and Artifact.open(folder).manifest.key != begun["key"]:
+            message = f"{folder} of {arm.name} is another artifact than the one that {self._folder} was begun with"
+            raise UsageError(message, fix="give another folder with -o")
 
     def _about(self, entry: Entry) -> dict[str, Any]:
         about: dict[str, Any] = self._record["arms"][entry.arm.name]["entries"].setdefault(entry.name, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UsageError
 from ..progress import Steps
 from ..recipe import LOAD_OPTIONS
 from ..terminal import say
@@ -76,6 +77,9 @@ def _export(options: argparse.Namespace) -> None:
             "force": options.force,
         }
         if options.repair:
+            if options.no_prove:
+                message = "got --repair and --no-prove, expected one of them: what is put back is found by proofs"
+                raise UsageError(message)
             from ..tuning.repair import export_repaired
 
             artifact, repaired = export_repaired(options.model, options.output, recipe, **details)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..recipe import from_dict
+from ..recipe import PartRecipe
 from ..terminal import print_json
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def show(artifact: Artifact, *, as_json: bool) -> None:
         f"{artifact.folder}: {manifest.family} from {manifest.source['id']}, {total / 1e6:.1f} MB, {proof_in_words(manifest.proof)}"
     )
     proofs = manifest.proof.get("parts", {})
-    recipes = {name: str(from_dict(part.key_fields["recipe"]).default) for name, part in manifest.parts.items()}
+    recipes = {name: str(PartRecipe.read(part.key_fields["recipe"])) for name, part in manifest.parts.items()}
     width = max(map(len, recipes.values()))
     for name, part in manifest.parts.items():
         worst = min((case["sqnr_db"] for case in proofs.get(name, {}).get("cases", [])), default=None)

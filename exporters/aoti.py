@@ -11,7 +11,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from .. import hardware
-from ..errors import LoweringError
+from ..errors import LoweringError, RecipeError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,9 +48,14 @@ def write(subject: Subject, folder: Path) -> None:
     """Capture a part in its precision and compile it, into the folder.
 
     Raises:
+        RecipeError: some of its layers have another precision.
         LoweringError: it can't be captured or compiled.
     """
     import torch._inductor
+
+    if subject.mixture.layers:
+        message = f"{subject.part} is to be compiled ahead of time, which takes one precision for all of its layers"
+        raise RecipeError(message, fix="leave out +aoti, or the layers of their own precision")
 
     device = device_here()
     program, _ = subject.capture(frozenset(), PRECISIONS[subject.mixture.precision], device)

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 PLAN, ABOUT = "model.plan", "engine.json"
 SCHEMA = 1
-_LOWERED_WITH = ("torch", "onnx", "onnx-ir", "onnxscript")
-_LEAST_CAPABILITY = {"fp16": (5, 3), "fp32": (5, 0), "bf16": (8, 0), "w8a8": (7, 5), "int4": (8, 0), "fp8": CAPABILITY}
-"""Precision -> the compute capability from which GPUs have it."""
+_LOWERED_WITH = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
+_LEAST_CAPABILITY = {"fp32": (7, 5), "fp16": (7, 5), "bf16": (8, 0), "w8a8": (7, 5), "int4": (8, 0), "fp8": CAPABILITY}
+"""Precision -> the compute capability from which GPUs have it; 7.5 is CUDA 13's least."""
 
 
 class TensorRTExporter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 from collections import defaultdict
@@ -74,7 +75,10 @@ class TorchExporter:
             raise UnavailableError(message, fix="apt-get install g++")
 
     def key_fields(self, precision: str, options: Mapping[str, str]) -> dict[str, Any]:  # noqa: ARG002 - another's
-        return {"bound": aoti.facts()} if aoti.OPTION in options else {}
+        if aoti.OPTION not in options:
+            return {}
+        tools = {package: importlib.metadata.version(package) for package in self.packages()}
+        return {"bound": aoti.facts(), "lowered_with": tools}
 
     def packages(self) -> tuple[str, ...]:
         return ("torch", "diffusers", "transformers")

@@ -18,6 +18,8 @@ FP32_LEAST = 2e-5
 """F0 can be nearly nothing; 2e-5 (94 dB) is the least that an fp32 part is granted."""
 LOW_PRECISION_FLOORS = 2.0
 """A part of which anything is in less than fp32 may lie this many F1 from eager fp32."""
+MOST = 0.5
+"""No floor justifies more (6 dB): F1 grows with what rounding breaks, and at 1 there is nothing left of a part's output."""
 _T_95 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
 """Two-sided 95 % quantiles of Student's t for 1, 2, 3… degrees of freedom."""
 
@@ -51,7 +53,7 @@ def tolerance(f0: float, f1: float | None) -> float:
     """Return the relative error that a part's floors justify; F1 is there if any of its layers is in less than fp32."""
     if f1 is None:
         return max(FP32_FLOORS * f0, FP32_LEAST)
-    return LOW_PRECISION_FLOORS * f1
+    return min(max(LOW_PRECISION_FLOORS * f1, FP32_LEAST), MOST)
 
 
 def granted(part: str, justified: float, budget: Budget | None) -> float:

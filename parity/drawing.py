@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..components.component import PROOF_SIZES
-from ..errors import BakeoffError
+from ..errors import BakeoffError, ResourceError
 from ..footprint import usable_bytes
 from ..models.prompts import default_prompts, prompt_set
 from ..recipe import Placement
@@ -84,6 +84,23 @@ def open_source(source: Source, precision: str = "fp32", threads: int | None = N
     import torch
 
     return Engine(of_source(source, precision), Placement(device="cpu", threads=threads or torch.get_num_threads()))
+
+
+def open_whole(source: Source) -> Engine:
+    """Open a model as `open_source` does, all parts at once: for those who change modules between drawings.
+
+    Raises:
+        ResourceError: they don't fit into memory together.
+    """
+    import torch
+
+    placement = Placement(device="cpu", threads=torch.get_num_threads(), offload="none", vae_tiling="off")
+    engine = Engine(of_source(source, "fp32"), placement)
+    if engine.all_bytes > usable_bytes():
+        needed, free = engine.all_bytes / 1e9, usable_bytes() / 1e9
+        message = f"all parts in float32 take about {needed:.1f} GB of memory, {free:.1f} GB are free"
+        raise ResourceError(message, fix="a machine with more memory, or close what uses it")
+    return engine
 
 
 def sit(source: Source, model: str) -> Session:

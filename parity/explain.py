@@ -74,6 +74,8 @@ class Explanation:
     cause: str = NOWHERE
     """One of `bakeoff.parity.causes`."""
     figures: Mapping[str, float | str] = field(default_factory=dict)
+    refused: bool = False
+    """Whether its proof says that it fails: that may be by the interval of rows' errors, with each case within tolerance."""
 
     @property
     def error(self) -> float:
@@ -81,8 +83,8 @@ class Explanation:
 
     @property
     def departs(self) -> bool:
-        """Whether the part is beyond its tolerance."""
-        return not self.error <= self.tolerance
+        """Whether the part is beyond its tolerance, or was proved to fail."""
+        return self.refused or not self.error <= self.tolerance
 
     @property
     def fault(self) -> bool:
@@ -110,7 +112,8 @@ def explain(artifact: Artifact, source: Source) -> list[Explanation]:
             vouched, placement = artifact.vouched(name), judged_on(artifact).of(name)
             with open_part(artifact.folder / name, part, entry, placement, vouched=vouched) as runtime:
                 record = recorded(artifact, name, source, session)
-                explained.append((_survey(runtime, name, record), part, record))
+                refused = bool(artifact.manifest.proof.get("parts", {}).get(name, {}).get("problem"))
+                explained.append((replace(_survey(runtime, name, record), refused=refused), part, record))
     if not explained:
         message = f"{artifact.folder} has parts of the null backend alone, which compute nothing"
         raise UnavailableError(message, fix="explain an artifact of another backend")

@@ -119,7 +119,7 @@ def family_part(artifact: Artifact, name: str) -> Part:
 
 def mixture_of(entry: PartEntry) -> Mixture:
     """Return the precisions that a part was baked with; what its backend left as floats is among them."""
-    mixture = plugins.mixture(entry.precision, entry.key_fields["recipe"].get("layers"))
+    mixture = plugins.mixture(entry.precision, entry.layers)
     return replace(mixture, kept=frozenset(entry.kept))
 
 
@@ -398,4 +398,4 @@ def row_tolerances(floors: Mapping[str, Floor]) -> list[float]:
     """
     own = floors["f0"].rows
     narrow = floors["f1"].rows if "f1" in floors else (None,) * len(own)
-    return [tolerance(*both) or justified(floors) for both in zip(own, narrow, strict=True)]
+    return [justified(floors) if f1 == 0 else tolerance(f0, f1) for f0, f1 in zip(own, narrow, strict=True)]

@@ -95,7 +95,7 @@ def precisions(artifact: Artifact) -> set[str]:
     found: set[str] = set()
     for name, part in artifact.manifest.parts.items():
         if name != NO_PICTURE:
-            found |= {part.precision, *part.key_fields["recipe"].get("layers", {}).values()}
+            found |= part.precisions
     return found
 
 

@@ -154,6 +154,11 @@ class Engine:
         """Predicted anonymous memory of the largest part: what there must be, parts taking turns."""
         return max((station.need.held_bytes for station in self._stations.values()), default=0)
 
+    @property
+    def all_bytes(self) -> int:
+        """Predicted anonymous memory of all parts: what there must be, none giving way to another."""
+        return sum(station.need.held_bytes for station in self._stations.values())
+
     def close(self) -> None:
         """Release the runtimes. Opening them again is a matter of the next `generate`."""
         for station in self._stations.values():

@@ -37,7 +37,7 @@ def keep_wide(module: nn.Module, folder: Path, dtype: torch.dtype) -> list[str]:
                 (each for each in wide if f"{path}.{name}" == each or f"{path}.{name}".endswith(f".{each}")), None
             )
             if stored:
-                parameter.data = _read(folder, stored)
+                parameter.data = _read(folder, stored).to(parameter.device)
                 owners[path] = layer
     for layer in module.modules():
         first = next(layer.parameters(recurse=False), None)

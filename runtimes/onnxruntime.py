@@ -95,7 +95,8 @@ class OnnxRuntime(Runtime):
         fused = onnx_attention.fuse(model, providers.fused_dtypes(provider, placement))
         given = model.SerializeToString() if fused or imitated else part.folder / onnx_graph.FILE
         graphs = placement.cuda_graphs and provider in providers.NVIDIA
-        providers.prepare(provider)
+        cache = providers.engine_cache(provider, part)
+        providers.prepare(provider, part.precision, cache)
         options = _options(part, placement)
         mapped = placement.offload == "mapped"
         overflows = device == "cpu" and overflows_bytes() and any(operators[name] for name in _ROUNDING)
@@ -111,9 +112,9 @@ class OnnxRuntime(Runtime):
         if overflows and _lacks_zero_points(model.graph):
             disabled.append(_MAKES_UNSIGNED)
             fallbacks.append(f"{OVERFLOWS}: convolutions are of floats until it is exported again")
-        asked = providers.options_of(provider, device, part.precision, placement)
+        asked = providers.options_of(provider, device, part.precision, placement, cache)
         kept = onnx_weights.adapt(options, part.folder, part.deltas)
-        self._session: Any = _opened(part, given, options, providers.listed(provider, asked), disabled)
+        self._session: Any = _opened(part, given, options, providers.listed(provider, asked, part.precision), disabled)
         del kept
         ran = self._session.get_providers()[0]
         if ran != provider:
@@ -130,7 +131,9 @@ class OnnxRuntime(Runtime):
             "provider_options": self._session.get_provider_options().get(ran, {}),
             "cuda_graphs": graphs and ran == provider,
             "threads": self._session.get_session_options().intra_op_num_threads,
-            "precision": _precisions(model.graph, set() if ran == providers.CPU else halves),
+            "precision": _precisions(
+                model.graph, set() if ran == providers.CPU else halves, half=providers.computes_in_half(ran, asked)
+            ),
             "attention": {"fused": fused, "math": operators["Softmax"] - fused},
             "unsigned_weights": overflows,
             "mapped": mapped,
@@ -222,7 +225,7 @@ def _nodes_by_provider(session: Any) -> dict[str, int]:  # noqa: ANN401 - onnxru
     return dict(counts)
 
 
-def _precisions(graph: Any, halves: set[str]) -> dict[str, int]:  # noqa: ANN401 - onnx is untyped
+def _precisions(graph: Any, halves: set[str], *, half: bool) -> dict[str, int]:  # noqa: ANN401 - onnx is untyped
     """Count the matrix products and convolutions by the precision that they run in: integer ones are operators apart.
 
     Where weights are stored in less than float32 and widened, what runs is float32.
@@ -230,11 +233,12 @@ def _precisions(graph: Any, halves: set[str]) -> dict[str, int]:  # noqa: ANN401
     Args:
         graph: as it is opened.
         halves: its values that are computed in float16.
+        half: the provider computes all products so.
     """
     counts: Counter[str] = Counter()
     for node in graph.node:
         if node.op_type in _FLOAT_PRODUCTS:
-            counts["float16" if node.output[0] in halves else "float32"] += 1
+            counts["float16" if half or node.output[0] in halves else "float32"] += 1
         elif node.op_type in _INT8_PRODUCTS:
             counts["int8"] += 1
     return dict(counts)

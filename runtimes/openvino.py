@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ArtifactError
-from ..hardware import OVERFLOWS, Availability, choose_device, overflows_bytes, usable_cores
+from ..hardware import OVERFLOWS, Availability, choose_device, has_instructions, overflows_bytes, usable_cores
 from . import openvino_graph, openvino_weights
 from .runtime import Operation, PartFiles, Runtime
 
@@ -51,7 +51,9 @@ class OpenVINORuntime(Runtime):
 
     @classmethod
     def relative_time(cls, precision: str) -> float:
-        return 0.35 if precision == "w8a8" and not overflows_bytes() else 1.0
+        if precision != "w8a8" or overflows_bytes():
+            return 1.0
+        return 0.81 if has_instructions("amx_bf16") else 0.35
 
     @classmethod
     def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:

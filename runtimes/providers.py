@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import os
 from typing import TYPE_CHECKING, Any
 
 from .. import nvidia
 from ..errors import UnavailableError, unknown
 from ..hardware import choose_device
-from ..home import home
+from ..home import home, remembered_sha256
 from . import onnx_attention
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..recipe import Placement
+    from .runtime import PartFiles
 
 CPU = "CPUExecutionProvider"
 _CUDA, _TENSORRT, _OPENVINO = "CUDAExecutionProvider", "TensorrtExecutionProvider", "OpenVINOExecutionProvider"
@@ -112,10 +117,31 @@ def fused_dtypes(provider: str, placement: Placement) -> tuple[str, ...]:
     return _FUSING.get(provider, ()) if wanted else ()
 
 
-def options_of(provider: str, device: str, precision: str, placement: Placement) -> dict[str, str]:
+def engine_cache(provider: str, part: PartFiles) -> Path | None:
+    """Return the folder for engines that a provider builds of a part; None where it builds none, or LoRAs change the part.
+
+    TensorRT's tells engines apart by the names in a graph, not by weights: parts of other weights need other folders.
+    """
+    if provider != _TENSORRT or part.deltas:
+        return None
+    files = sorted(file for file in part.folder.iterdir() if file.is_file())
+    told = "\n".join(f"{file.name} {remembered_sha256(file)}" for file in files)
+    return home() / "onnxruntime-tensorrt" / hashlib.sha256(told.encode()).hexdigest()[:32]
+
+
+def options_of(
+    provider: str, device: str, precision: str, placement: Placement, cache: Path | None = None
+) -> dict[str, str]:
     """Return a provider's options, as ONNX Runtime names them: the recipe's precision first, then what is asked for.
 
     float32 recipes compute in float32: no TF32, which keeps 10 bits of 23, and no half precision inside.
+
+    Args:
+        provider: as ONNX Runtime names it.
+        device: that it runs on.
+        precision: of the recipe.
+        placement: with options of its own.
+        cache: of engines, for the provider that builds some; see `engine_cache`.
     """
     plain = precision == "fp32"
     found: dict[str, str] = {}
@@ -126,9 +152,9 @@ def options_of(provider: str, device: str, precision: str, placement: Placement)
         found |= {"cudnn_conv_algo_search": "EXHAUSTIVE", "cudnn_conv_use_max_workspace": "1"}
         found |= {"enable_cuda_graph": "1"} if placement.cuda_graphs else {}
     elif provider == _TENSORRT:
-        cache = str(home() / "onnxruntime-tensorrt")
-        found |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": cache}
-        found |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": cache}
+        if cache:
+            found |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache)}
+            found |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": str(cache)}
         found |= {"trt_fp16_enable": "1" if precision == "fp16" else "0"}
         found |= {"trt_cuda_graph_enable": "1"} if placement.cuda_graphs else {}
     elif provider == _OPENVINO:
@@ -141,16 +167,30 @@ def options_of(provider: str, device: str, precision: str, placement: Placement)
     return {**found, **placement.provider_settings()}
 
 
-def listed(provider: str, options: dict[str, str]) -> list[Any]:
+def computes_in_half(provider: str, options: dict[str, str]) -> bool:
+    """Say whether a provider computes a float32 graph's products in float16 by its options."""
+    if provider == _TENSORRT:
+        return options.get("trt_fp16_enable", "0").lower() in {"1", "true"}
+    return provider == _OPENVINO and options.get("precision") == "FP16"
+
+
+def listed(provider: str, options: dict[str, str], precision: str) -> list[Any]:
     """Return what a session is given: the provider, and behind it those that take what it can't."""
-    behind = [(_CUDA, {"device_id": "0"})] if provider == _TENSORRT else []
+    cuda = {"device_id": "0", "use_tf32": "0" if precision == "fp32" else "1"}
+    behind = [(_CUDA, cuda)] if provider == _TENSORRT else []
     return [CPU] if provider == CPU else [(provider, options), *behind, CPU]
 
 
-def prepare(provider: str) -> None:
-    """Load what a provider links before its session is made: CUDA's libraries lie where torch's wheels have them."""
+def prepare(provider: str, precision: str, cache: Path | None) -> None:
+    """Load what a provider links before its session is made: CUDA's libraries lie where torch's wheels have them.
+
+    TensorRT's builder has no option of the provider's against TF32: NVIDIA's libraries read it from the environment.
+    """
     if provider in NVIDIA:
         import onnxruntime
 
         onnxruntime.preload_dlls()
-        (home() / "onnxruntime-tensorrt").mkdir(parents=True, exist_ok=True)
+    if cache:
+        cache.mkdir(parents=True, exist_ok=True)
+    if provider == _TENSORRT and precision == "fp32":
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")

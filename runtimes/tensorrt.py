@@ -43,6 +43,8 @@ _DTYPES = {
     "INT8": "int8",
 }
 """TensorRT's dtype -> torch's."""
+_ADDRESSES = 256
+"""Inputs lie at multiples of it, as `setTensorAddress` asks for."""
 _MARGIN_BYTES = 512 << 20
 """Device memory that is left alone when weights are placed: inputs, outputs, and what else runs there."""
 
@@ -110,8 +112,8 @@ class TensorRTRuntime(Runtime):
     def _open(self, deltas: Mapping[str, Sequence[Delta]]) -> None:
         """Give the engine its weights, look at it, and place it on the device."""
         self._refit = Refit(self._trt, self._engine, self._logger, self._files) if self._engine.refittable else None
-        if self._files.settings["strip"] and self._refit:
-            self._refit.load_all()
+        if self._files.settings["strip"]:
+            self._load_weights()
         if deltas:
             self._change(deltas)
         self._dtypes = self._interface()
@@ -124,6 +126,17 @@ class TensorRTRuntime(Runtime):
             "profiles": [str(each) for each in self._profiles],
             **self._inspected(),
         }
+
+    def _load_weights(self) -> None:
+        """Fill a plan that was stripped of its weights.
+
+        Raises:
+            ArtifactError: it takes none.
+        """
+        if self._refit is None:
+            message = f"the plan in {self._files.folder} has no weights, and TensorRT says that it takes none"
+            raise ArtifactError(message, fix="export the model again without +strip")
+        self._refit.load_all()
 
     @property
     def _streams(self) -> bool:
@@ -314,10 +327,10 @@ class TensorRTRuntime(Runtime):
         return context
 
     def _brought(self, name: str, tensor: Tensor) -> Tensor:
-        """Return an input on the device, contiguous and in the engine's dtype; the same one if it is that already."""
+        """Return an input on the device, contiguous, aligned and in the engine's dtype; the same one if it is that already."""
         dtype = self._dtypes[name]
         with self._device.working(tensor):
-            return self._crossing.to_device(name, tensor, lambda each: each.to(dtype).contiguous())
+            return self._crossing.to_device(name, tensor, lambda each: _aligned(each.to(dtype).contiguous()))
 
     def _too_large(self, given: Mapping[str, tuple[int, ...]]) -> ResourceError:
         shapes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in given.items())
@@ -367,6 +380,11 @@ class TensorRTRuntime(Runtime):
         self._contexts.close()
         self._refit = self._engine = self._runtime = None
         self._device.release(self)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return a device's tensor, or a copy where its address is none that TensorRT takes: a row of another may lie anywhere."""
+    return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % _ADDRESSES else tensor
 
 
 def _key(index: int, given: Mapping[str, tuple[int, ...]]) -> tuple[Any, ...]:

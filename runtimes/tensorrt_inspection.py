@@ -18,6 +18,8 @@ _DTYPES = {
     "bf16": "bfloat16", "bfloat16": "bfloat16", "int8": "int8", "fp8": "float8", "float8": "float8", "int4": "int4",
     "fp4": "float4", "int32": "int32", "int64": "int64", "bool": "bool", "uint8": "uint8",
 }  # fmt: skip
+_KINDS = ("fp8", "fp4", "int4")
+"""Beginnings of dtypes that come with their layout: FP8E4M3."""
 _MOVES = {"Reformat", "NoOp", "Constant", "Shuffle", "Slice", "Copy", "Quantize", "Dequantize", "Cast"}
 """Layers that multiply nothing, whatever nodes they are named after."""
 _NAMES = re.compile(r"[\w.]+")
@@ -106,8 +108,9 @@ def _ran(owners: Iterable[Mapping[str, Any]], wanted: str) -> str | None:
 
 def dtype_of(tensor: Mapping[str, Any]) -> str:
     """Return a tensor's dtype in torch's spelling: TensorRT 11 has `DataType` or `Datatype` beside `Format`, 10 one field."""
-    stated = tensor.get("DataType") or tensor.get("Datatype")
+    stated = str(tensor.get("DataType") or tensor.get("Datatype") or "").lower()
     if stated:
-        return _DTYPES.get(str(stated).lower(), str(stated).lower())
+        kind = next((kind for kind in _KINDS if stated.startswith(kind)), stated)
+        return _DTYPES.get(kind, stated)
     words = re.findall(r"[a-z]+\d*", str(tensor.get("Format/Datatype", tensor.get("Format", ""))).lower())
     return next((_DTYPES[word] for word in words if word in _DTYPES), "?")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..components.component import WRAPPER
 from ..components.low_bit import SCALE, move
 from ..errors import InputError, UsageError
-from ..hardware import OVERFLOWS, Availability, choose_device, overflows_bytes, usable_cores
+from ..hardware import OVERFLOWS, Availability, choose_device, has_instructions, overflows_bytes, usable_cores
 from ..sources.lora import added
 from ..weights import Checkpoint, layer_names
 from . import acceleration, aoti, attention, few_rows, float8, float32
@@ -47,6 +47,8 @@ _CODED = (".SCB", ".absmax", "._weight_qdata", SCALE)
 """What some names of tensors end in where there are codes of bitsandbytes, torchao or our own."""
 _GIVEN = "/input"
 """What the name of what a layer is given ends in."""
+_WITHOUT_BFLOAT16 = {"w8a8": 0.2, "int8": 0.74, "w8a8-dynamic": 2.0}
+"""Precision -> seconds of a step for one in bf16, on a processor that has no instructions for that."""
 
 
 class TorchRuntime(Runtime):
@@ -65,6 +67,10 @@ class TorchRuntime(Runtime):
     held_mapped: ClassVar[Mapping[str, float] | None] = held
     live_maps: ClassVar[Mapping[str, float]] = {"fp32": 16, "bf16": 10}
     devices: ClassVar[tuple[str, ...]] = ("cuda", "rocm", "xpu", "mps", "cpu")
+
+    @classmethod
+    def relative_time(cls, precision: str) -> float:
+        return 1.0 if has_instructions("avx512_bf16", "amx_bf16") else _WITHOUT_BFLOAT16.get(precision, 1.0)
 
     @classmethod
     def fuses_attention(cls, placement: Placement) -> bool:
@@ -206,7 +212,7 @@ class TorchRuntime(Runtime):
         """Return code that was compiled ahead of time; it has been decided what it does.
 
         Raises:
-            UsageError: with an option, or a LoRA, that would change it.
+            UsageError: with an option that would change it.
         """
         asked = {
             "compile": placement.compile,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bakeoff import plugins
 from bakeoff.bake import activations
 from bakeoff.cli import main
-from bakeoff.errors import CorruptError, RecipeError, UsageError
+from bakeoff.errors import CorruptError, RecipeError, ResourceError, UsageError
 from bakeoff.models.prompts import read_prompts
 from bakeoff.parity.drawing import open_source
 from bakeoff.plan import plan
@@ -23,7 +23,7 @@ from bakeoff.quantize.sensitivity import Layer, Sensitivity
 from bakeoff.recipe import PartRecipe, from_toml, parse, to_toml
 from bakeoff.sources.source import Source
 from bakeoff.tuning.calibrate import calibrate
-from bakeoff.tuning.choose import recipe_within
+from bakeoff.tuning.choose import checked_recipe, recipe_within
 from bakeoff.tuning.sensitivity import sensitivity
 from bakeoff.tuning.studio import Studio
 
@@ -88,13 +88,12 @@ def test_a_run_goes_on_where_it_stopped(measured, tmp_path):
         sensitivity("shapes", read_prompts("shapes-64", 4), begun, **{**arguments, "steps": 2})
 
 
-@pytest.mark.parametrize("goal", ["--smallest", "--fastest"])
-def test_a_recipe_keeps_what_it_is_asked(measured, tmp_path, goal, capsys):
+def test_a_recipe_keeps_what_it_is_asked(measured, tmp_path, capsys):
     file, _ = measured
     target = tmp_path / "recipe.toml"
     sizes = []
     for decibels in (30, 60, 200):
-        arguments = ["recipe", str(file), "-o", str(target), "--backend", "onnx", "--within", f"{decibels}dB", goal]
+        arguments = ["recipe", str(file), "-o", str(target), "--backend", "onnx", "--within", f"{decibels}dB"]
         assert main([*arguments, "--json"]) == 0
         told = json.loads(capsys.readouterr().out)
         assert told["psnr_db"] is None or told["psnr_db"] >= decibels  # None: nothing is rounded
@@ -102,9 +101,73 @@ def test_a_recipe_keeps_what_it_is_asked(measured, tmp_path, goal, capsys):
         assert to_toml(recipe) == "".join(target.read_text().splitlines(keepends=True)[1:])
         planned = plan("shapes", recipe)
         sizes.append(sum(planned.forecast(tmp_path).parts["text_encoder"].weight_bytes.values()))
-    if goal == "--smallest":
-        assert sizes == sorted(sizes)
-        assert sizes[0] < sizes[-1] / 2
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1] / 2
+
+
+def made_up(errors, together=None):
+    """A measurement of three layers, each with these errors."""
+    layers = {f"layer{number}": Layer(1000 * (number + 1), 1000, dict(errors)) for number in range(3)}
+    total = {name: 3 * error for name, error in errors.items()}
+    return Sensitivity({"calibration": None}, {"unet": layers}, {"unet": together or total})
+
+
+def test_the_fastest_takes_what_is_quicker_than_bfloat16(monkeypatch):
+    runtime = plugins.runtime("onnx")
+    monkeypatch.setattr(runtime, "relative_time", lambda precision: {"w8a8": 0.3}.get(precision, 1.0))
+    found = made_up({"w8a8": 1e-5, "int8": 1e-7})
+    recipe, psnr = recipe_within(found, "onnx", 44, fastest=True)
+    assert recipe.parts["unet"].precision == "w8a8"
+    assert psnr >= 44
+    recipe, _ = recipe_within(found, "onnx", 49.9, fastest=True)
+    assert recipe.parts["unet"] == PartRecipe("onnx", "bf16", layers={"layer2": "w8a8"}) or list(
+        recipe.parts["unet"].layers.values()
+    ) == ["w8a8"], "one of three layers fits"
+    monkeypatch.setattr(runtime, "relative_time", lambda _: 1.0)
+    with pytest.raises(RecipeError, match="none of int8, w8a8 is known to be quicker than bf16 in onnx"):
+        recipe_within(found, "onnx", 44, fastest=True)
+
+
+@pytest.mark.parametrize(("backend", "precision"), [("torch", "int4"), ("torch", "int8"), ("openvino", "w8a8-dynamic")])
+def test_a_recipe_whose_layers_mostly_stay_wide_can_be_exported(backend, precision):
+    """These backends keep layers wide among rounded ones, and round none among wide ones."""
+    recipe, _ = recipe_within(made_up({precision: 1e-4}), backend, 39)
+    part = recipe.parts["unet"]
+    assert part.precision == precision
+    assert sorted(part.layers.values()) == ["bf16", "bf16"]
+    assert {*part.layers.values()} <= {*plugins.exporter(backend).layer_precisions[part.precision]}
+
+
+def test_of_precisions_that_do_not_mix_the_better_set_is_taken():
+    recipe, _ = recipe_within(made_up({"int4": 1e-3, "int8": 1e-5}), "torch", 40)
+    assert recipe.parts["unet"] == PartRecipe("torch", "int8"), "int4 would leave all layers wide"
+    recipe, _ = recipe_within(made_up({"int4": 1e-5, "int8": 1e-7}), "torch", 40)
+    assert recipe.parts["unet"] == PartRecipe("torch", "int4")
+
+
+def test_a_choice_that_draws_nan_is_made_again_with_less(measured, monkeypatch):
+    _, found = measured
+    drawn = iter([math.inf, 1e-9])
+    monkeypatch.setattr(Studio, "error", lambda *_: next(drawn))
+    recipe, psnr = checked_recipe(found, "onnx", 30)
+    assert psnr == pytest.approx(90)
+    assert recipe.parts["text_encoder"].precision != "bf16", "something is still rounded"
+
+
+def test_other_weights_than_those_measured_are_refused(measured):
+    _, found = measured
+    other = Sensitivity({**found.info, "modules": {"unet": "others"}}, found.parts, found.together)
+    with pytest.raises(UsageError, match="other weights than when its layers were measured"):
+        checked_recipe(other, "onnx", 30)
+
+
+def test_all_parts_have_to_fit_at_once(monkeypatch, tmp_path):
+    """Where parts take turns, a layer is swapped in a module that is closed before it is drawn with."""
+    from bakeoff.parity import drawing
+
+    monkeypatch.setattr(drawing, "usable_bytes", lambda: 1_000_000)
+    with pytest.raises(ResourceError, match="all parts in float32 take about"):
+        sensitivity("shapes", read_prompts("shapes-64", 4), tmp_path / "l.json", precisions=["int8"], steps=1)
 
 
 def test_a_checked_recipe_is_drawn(measured, tmp_path, capsys):

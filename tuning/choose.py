@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import plugins
 from ..errors import RecipeError, UsageError
-from ..parity.drawing import open_source
-from ..plan import ACTIVATIONS_OPTION, open_calibration
+from ..parity.drawing import open_whole
+from ..plan import ACTIVATIONS_OPTION, module_keys, open_calibration
 from ..progress import Steps
 from ..quantize.calibration import METHODS
 from ..quantize.choice import Option, choose
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _MOST_CHOICES = 8
 _LEAST_TIGHTENING = 1.25
 """Least factor by which a choice that failed is made anew with less error."""
+_BROKEN_TIGHTENING = 10.0
+"""The same of a choice whose pictures aren't finite."""
 WIDE = "bf16"
 """What layers have that aren't rounded to a few bits; its error is taken as none."""
 _WIDE_BYTES = 2
@@ -56,24 +58,25 @@ def recipe_within(
         The recipe, and the PSNR that it is predicted to have, in dB.
 
     Raises:
-        RecipeError: the backend has none of the precisions that were measured, or nothing stays within the bound.
+        RecipeError: the backend has none of the precisions that were measured, none is quicker, or nothing stays within
+            the bound.
         UsageError: the measurement was interrupted.
     """
     _refuse_interrupted(found)
     bound = 10 ** (-psnr_db / 10) / factor
-    options = {
-        (part, name): each
-        for part, layers in found.parts.items()
-        for name, each in _options(found, part, layers, backend, fastest=fastest).items()
-    }
-    chosen = choose({json.dumps(key): each for key, each in options.items()}, bound)
-    if chosen is None:
+    possible = [
+        chosen
+        for able in _mixtures(found, backend, fastest=fastest)
+        if (chosen := choose(_options(found, backend, able, fastest=fastest), bound))
+    ]
+    if not possible:
         message = f"no recipe of {backend} keeps {psnr_db:g} dB"
         raise RecipeError(message, fix="ask for less with --within")
-    parts = {
-        part: _part(backend, {name: chosen[json.dumps((part, name))].precision for key, name in options if key == part})
-        for part in found.parts
+    chosen = min(possible, key=lambda each: sum(option.cost for option in each.values()))
+    precisions = {
+        part: {name: chosen[_key(part, name)].precision for name in found.parts[part]} for part in found.parts
     }
+    parts = {part: _part(backend, layers) for part, layers in precisions.items()}
     error = sum(option.error for option in chosen.values()) * factor
     return Recipe(PartRecipe(backend, WIDE), parts), -10 * math.log10(error) if error else math.inf
 
@@ -128,11 +131,14 @@ def checked_recipe(
         if scales.info["sha256"] != found.info["calibration"]:
             message = f"{calibration} is another calibration than the one that was measured with"
             raise UsageError(message, fix="give that one, or measure again: bakeoff sensitivity")
+    if found.info.get("modules", known := module_keys(source)) != known:
+        message = f"{source.id} has other weights than when its layers were measured"
+        raise UsageError(message, fix="measure again: bakeoff sensitivity, into another file")
     size = found.info["size"]
     options = {"steps": found.info["steps"], "size": tuple(size) if size else None}
     factor = 1.0
     usual = next(iter(plugins.exporter(backend).options.get(ACTIVATIONS_OPTION, METHODS)))
-    with open_source(source) as engine:
+    with open_whole(source) as engine:
         studio = Studio(engine, source, found.info["prompts"], options, usual)
         for _ in range(_MOST_CHOICES):
             recipe, predicted = recipe_within(found, backend, psnr_db, fastest=fastest, factor=factor)
@@ -141,7 +147,8 @@ def checked_recipe(
             progress(f"chosen for {predicted:.1f} dB, drawn with {measured:.1f} dB")
             if measured >= psnr_db:
                 return recipe, measured
-            factor *= max(_LEAST_TIGHTENING, 10 ** ((predicted - measured) / 10))
+            missed = predicted - measured
+            factor *= max(_LEAST_TIGHTENING, 10 ** (missed / 10)) if math.isfinite(missed) else _BROKEN_TIGHTENING
     message = f"no recipe of {backend} keeps {psnr_db:g} dB when it is drawn"
     raise RecipeError(message, fix="ask for less with --within")
 
@@ -157,34 +164,55 @@ def _rounded(studio: Studio, found: Sensitivity, recipe: Recipe) -> dict[str, tu
     return rounded
 
 
-def _options(
-    found: Sensitivity, part: str, layers: Mapping[str, Layer], backend: str, *, fastest: bool
-) -> dict[str, list[Option]]:
-    """Return layer -> what it may have, with its cost and error."""
-    measured = sorted({precision for layer in layers.values() for precision in layer.errors})
+def _mixtures(found: Sensitivity, backend: str, *, fastest: bool) -> list[tuple[str, ...]]:
+    """Return the precisions that were measured as sets that a backend bakes beside each other, and beside `WIDE`.
+
+    Raises:
+        RecipeError: it bakes none of them, or none that is quicker where that is asked for.
+    """
+    measured = sorted({name for layers in found.parts.values() for each in layers.values() for name in each.errors})
     exporter, runtime = plugins.exporter(backend), plugins.runtime(backend)
     able = [name for name in measured if _bakes(exporter, name)]
-    able = [name for name in able if _mix(exporter.layer_precisions, name, able[0])]
     if not able:
-        message = f"{backend} bakes none of {', '.join(measured)} for single layers, which were measured for {part}"
+        message = f"{backend} bakes none of {', '.join(measured)} for single layers, which were measured"
         raise RecipeError(message, fix=f"bakeoff sensitivity MODEL --precisions {','.join(exporter.precisions)}")
-    factor = {name: _factor(found, part, layers, name) for name in able}
-    costs = {
-        name: {
-            each: layer.macs * runtime.relative_time(each) if fastest else _bytes(each, layer.elements)
-            for each in (*able, WIDE)
-        }
-        for name, layer in layers.items()
-    }
-    return {
-        name: [Option(WIDE, costs[name][WIDE], 0.0)]
-        + [
-            Option(each, costs[name][each], layer.errors[each] * factor[each])
-            for each in able
-            if math.isfinite(layer.errors.get(each, math.inf))
-        ]
-        for name, layer in layers.items()
-    }
+    if fastest and min(map(runtime.relative_time, able)) >= 1:
+        message = f"none of {', '.join(able)} is known to be quicker than {WIDE} in {backend} on this processor"
+        raise RecipeError(message, fix="--smallest, or measure w8a8: bakeoff sensitivity … --precisions w8a8")
+    sets = []
+    for first in able:
+        mixing = [first]
+        for other in able:
+            if other != first and all(_mix(exporter.layer_precisions, other, each) for each in mixing):
+                mixing.append(other)
+        sets.append(tuple(sorted(mixing)))
+    return sorted(set(sets))
+
+
+def _options(found: Sensitivity, backend: str, able: Iterable[str], *, fastest: bool) -> dict[str, list[Option]]:
+    """Return layer of a part -> what it may have of some precisions, with its cost and error."""
+    runtime = plugins.runtime(backend)
+
+    def cost(precision: str, layer: Layer) -> float:
+        return layer.macs * runtime.relative_time(precision) if fastest else _bytes(precision, layer.elements)
+
+    options = {}
+    for part, layers in found.parts.items():
+        factor = {name: _factor(found, part, layers, name) for name in able}
+        for name, layer in layers.items():
+            options[_key(part, name)] = [
+                Option(WIDE, cost(WIDE, layer), 0.0),
+                *(
+                    Option(each, cost(each, layer), layer.errors[each] * factor[each])
+                    for each in able
+                    if math.isfinite(layer.errors.get(each, math.inf))
+                ),
+            ]
+    return options
+
+
+def _key(part: str, layer: str) -> str:
+    return json.dumps((part, layer))
 
 
 def _first_able(found: Sensitivity) -> str:
@@ -227,8 +255,10 @@ def _bytes(precision: str, elements: int) -> float:
 
 
 def _part(backend: str, layers: Mapping[str, str]) -> PartRecipe:
-    """Return a part's recipe: what most of its layers have, and those that have something else."""
-    (most, _), *_ = Counter(layers.values()).most_common(1) or [(WIDE, 0)]
+    """Return a part's recipe: what most of its layers have, among which the backend bakes the others, and these."""
+    beside = plugins.exporter(backend).layer_precisions
+    counts = Counter(layers.values()).most_common() or [(WIDE, 0)]
+    most = next(each for each, _ in counts if {*layers.values()} <= {each, *beside.get(each, ())})
     return PartRecipe(backend, most, layers={name: each for name, each in sorted(layers.items()) if each != most})
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import Artifact, scratch
+from .. import plugins
+from ..artifact import Artifact, check_target, scratch
 from ..bake import export
 from ..errors import ParityError, UsageError
 from ..memory import in_child
@@ -95,8 +96,9 @@ def export_repaired(
     """
     if options.get("loras"):
         message = "got --repair and --lora, expected one of them: layers are compared with those of the model as it is"
-        raise UsageError(message, fix="bake the LoRA in first, and repair that model's export")
+        raise UsageError(message, fix="leave out --repair, and keep layers wide in the recipe: [parts.NAME.layers]")
     gate, target = gate or Gate(), Path(output)
+    check_target(target, replace_existing=bool(options.get("force")))
     with scratch(target) as work:
         first = artifact = export(
             model, work / "0", recipe, gate=replace(gate, allow_failing=True), progress=progress, **options
@@ -166,11 +168,6 @@ def _hopeless(problem: str) -> ParityError:
     return ParityError(message, fix="export with --allow-failing, then bakeoff verify DIR --explain --source MODEL")
 
 
-def _layers(artifact: Artifact, part: str) -> dict[str, str]:
-    """Return the layers of a part that have a precision of their own."""
-    return dict(artifact.manifest.parts[part].key_fields["recipe"].get("layers", {}))
-
-
 def _wider_layers(artifact: Artifact, part: str, source: Source, aim: float) -> dict[str, str]:
     """Choose layers to put back of a part that is to come to an error of `aim`.
 
@@ -183,8 +180,8 @@ def _wider_layers(artifact: Artifact, part: str, source: Source, aim: float) -> 
     if not wider and _is_narrow(entry):
         arguments = {"folder": str(artifact.folder), "part": part, **folders_of(source)}
         (errors, widths), _ = in_child("bakeoff.tuning.repair:rank_here", arguments)
-        wider = {layer: widths[layer] for layer in _worst(errors, _largest_error(proof), aim)}
-    fresh = {layer: wide for layer, wide in wider.items() if _layers(artifact, part).get(layer) != wide}
+        wider = {layer: widths[layer] for layer in _worst(errors, _largest_error(proof), aim)} if errors else {}
+    fresh = {layer: wide for layer, wide in wider.items() if entry.layers.get(layer) != wide}
     if not fresh:
         raise _hopeless(proof["problem"] or artifact.manifest.proof["trajectory"]["problem"])
     return fresh
@@ -216,9 +213,14 @@ def _worst(errors: Mapping[str, float], measured: float, allowed: float) -> list
 
 
 def _blamed(artifact: Artifact, part: str, source: Source) -> list[str]:
-    """Return the layer that `explain` finds at fault."""
+    """Return the layer that `explain` finds at fault; none where that lies between layers, which no recipe names."""
     found: list[Explanation] = explain(artifact, source)
-    return [each.layer for each in found if each.part == part and each.layer and each.fault]
+    entries = source.checkpoint(family_part(artifact, part).module).entries
+    return [
+        each.layer
+        for each in found
+        if each.part == part and each.layer and each.fault and f"{each.layer}.weight" in entries
+    ]
 
 
 def rank_here(
@@ -228,7 +230,7 @@ def rank_here(
 
     Returns:
         Layer -> relative error of the part's output with this layer alone as narrow as it is; layer -> bf16 where it has
-        codes, fp32 where it is of two bytes.
+        codes, fp32 where it is of two bytes. Layers for which the backend has no wider precision are left out.
     """
     import torch
 
@@ -236,14 +238,16 @@ def rank_here(
     origin = origin_of(artifact, source, elsewhere)
     found = family_part(artifact, part)
     flat = found.component.flat(found.component.load(origin.path(found.module), torch.float32))
-    config, baked = origin.config(found.module), artifact.folder / part
-    mixture, scales = as_baked(artifact.manifest.parts[part], baked), scales_of(baked)
+    config, baked, entry = origin.config(found.module), artifact.folder / part, artifact.manifest.parts[part]
+    mixture, scales = as_baked(entry, baked), scales_of(baked)
+    possible = plugins.exporter(entry.backend).layer_precisions.get(entry.precision, ())
     cases = recorded(artifact, part).cases
     errors, widths = {}, {}
     for path, name in names_in(flat, origin.checkpoint(found.module)).items():
         alone, layer = _alone(flat, path, name, mixture, scales), flat.get_submodule(path)
-        if alone and [*layer.parameters(recurse=False)]:
-            widths[name] = "bf16" if _has_codes(layer, name, mixture) else "fp32"
+        wide = "bf16" if _has_codes(layer, name, mixture) else "fp32"
+        if alone and wide in possible and [*layer.parameters(recurse=False)]:
+            widths[name] = wide
             with alone:
                 errors[name] = max(
                     measure(eager(found.component, flat, config, given), expected, {}).error
@@ -291,8 +295,8 @@ def _with_layers(recipe: Recipe, wider: Mapping[str, Mapping[str, str]]) -> Reci
 def _compare(before: Artifact, after: Artifact) -> Repair | None:
     """Say what was put back, and what that costs; None if nothing was."""
     put_back = {
-        name: {k: v for k, v in _layers(after, name).items() if _layers(before, name).get(k) != v}
-        for name in after.manifest.parts
+        name: {k: v for k, v in entry.layers.items() if before.manifest.parts[name].layers.get(k) != v}
+        for name, entry in after.manifest.parts.items()
     }
     layers = {name: each for name, each in put_back.items() if each}
     if not layers:

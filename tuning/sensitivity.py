@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import plugins
 from ..errors import UsageError, unknown
-from ..parity.drawing import open_source
-from ..plan import open_calibration
+from ..parity.drawing import open_whole
+from ..plan import module_keys, open_calibration
 from ..progress import Steps
 from ..quantize.sensitivity import Layer, Sensitivity
 from ..sources.source import Source
@@ -81,6 +81,7 @@ def sensitivity(
     info = {
         "model": source.id,
         "revision": source.revision,
+        "modules": module_keys(source),
         "config": config,
         "prompts": [prompt.text for prompt in prompts],
         "steps": steps,
@@ -88,7 +89,7 @@ def sensitivity(
         "calibration": scales.info["sha256"] if scales else None,
     }
     found = _begun(file, info)
-    with open_source(source) as engine:
+    with open_whole(source) as engine:
         studio = Studio(engine, source, [prompt.text for prompt in prompts], {"steps": steps, "size": size})
         for part in parts or list(studio.modules):
             if part not in studio.modules:
