@@ -32,7 +32,7 @@ from .artifact import (
     sweep,
 )
 from .components.component import Sizes
-from .errors import CorruptError, ParityError, RecipeError, UsageError
+from .errors import CorruptError, ParityError, RecipeError
 from .exporters.capture import module_on_hollow, on_hollow
 from .exporters.corrected import lower_corrected
 from .exporters.exporter import Subject
@@ -126,6 +126,7 @@ def export(
         progress(f"{target} is up to date")
         return _proved_later(present, planned, gate, progress) if prove else present
     check_room(planned, target)
+    _note_other_loras(planned, progress)
     donors = [Artifact.open(Path(folder)) for folder in reuse]
     with staged(target, replace_existing=force) as folder, _with_loras(planned, target, progress) as baked:
         with tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work:
@@ -137,6 +138,14 @@ def export(
         else:
             progress("not proved: --no-prove")
     return Artifact.open(target)
+
+
+def _note_other_loras(planned: Plan, progress: Progress) -> None:
+    """Say so where activations were calibrated with other LoRAs than are baked in, or with none."""
+    own = [lora.fields for lora in planned.loras]
+    if planned.calibration and planned.calibration.info.get("loras", []) != own:
+        known = "other LoRAs" if planned.calibration.info.get("loras") else "no LoRA"
+        progress(f"note: activations were calibrated with {known}: bakeoff calibrate MODEL --lora FILE:SCALE sees them")
 
 
 @contextlib.contextmanager
@@ -276,9 +285,6 @@ def _activations(planned: Plan, part: Part) -> dict[str, Grids]:
     recipe = planned.parts[part.name]
     if planned.calibration is None or not is_calibrated(recipe):
         return {}
-    if not planned.calibration.parts.get(part.name):
-        message = f"the calibration says nothing of {part.name}"
-        raise UsageError(message, fix=f"give it another precision, such as --recipe …,{part.name}=BACKEND:bf16")
     return activations(planned.calibration, part.name, recipe, planned.source.checkpoint(part.module))
 
 
@@ -327,7 +333,7 @@ def _uncalibrated(planned: Plan, part: Part, subject: Subject, lowered: Lowered)
         for each in planned.source.parts
         if each.module == part.module
     ]
-    if not subject.activations or not all(seen):
+    if not is_calibrated(planned.parts[part.name]) or not all(seen):
         return []
     reached = {name for layers in seen for name in layer_names(layers, subject.checkpoint).values()}
     entries, mixture = subject.checkpoint.entries, subject.mixture

@@ -91,6 +91,10 @@ def plan(
     needed = [f"{part} of {name}" for name, part in parts.items() if is_calibrated(part)]
     helped = calibration is not None and any(uses_inputs(part) for part in parts.values())
     calibrated = open_calibration(calibration, source, needed[0] if needed else "") if needed or helped else None
+    for name, part_recipe in parts.items():
+        if calibrated and is_calibrated(part_recipe) and not calibrated.parts.get(name):
+            message = f"the calibration says nothing of {name}"
+            raise UsageError(message, fix=f"give it another precision, such as --recipe …,{name}=BACKEND:bf16")
     fields = {
         name: _part_fields(source, source.family.part(name), parts[name], merged, weights, calibrated) for name in parts
     }
@@ -182,7 +186,8 @@ def open_calibration(file: str | Path | None, source: Source, what: str) -> Cali
     other = _differs(found, source)
     if other:
         message = f"{file} was calibrated on {found.info.get('model')}, {other}"
-        raise UsageError(message, fix=f"bakeoff calibrate {source.id} -o {file}")
+        with_variant = f" --{source.variant} DIR" if source.variant else ""
+        raise UsageError(message, fix=f"bakeoff calibrate {source.id} -o {file}{with_variant}")
     return found
 
 
@@ -196,7 +201,13 @@ def _differs(found: Calibration, source: Source) -> str | None:
     known = found.info.get("modules")
     if known is None:  # an older version's
         return None if found.info.get("model") == source.id else f"not on {source.id}"
-    others = [name for name, key in module_keys(source).items() if known.get(name, key) != key]
+    keys = module_keys(source)
+    added = [name for name in known if name not in keys]
+    if added:
+        return f"with a {added[0]}, which this is without"
+    if source.variant and source.variant not in known:
+        return f"without the {source.variant} that this is with"
+    others = [name for name, key in keys.items() if known.get(name, key) != key]
     return f"which has another {' and another '.join(others)} than {source.id}" if others else None
 
 

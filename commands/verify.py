@@ -82,14 +82,17 @@ def _explain(artifact: Artifact, options: argparse.Namespace) -> int:
 
     problems = _hash_all(artifact)
     found = explain(artifact, source_of(artifact, options.source, options.config))
+    drawn = artifact.manifest.proof.get("trajectory", {}).get("problem")
     for problem in problems:
         say(f"warning: {problem}")
     if options.json:
         parts = [as_json(each) for each in found]
-        print_json({"folder": str(options.folder), "problems": problems, "parts": parts})
+        print_json({"folder": str(options.folder), "problems": problems, "parts": parts, "pictures": drawn})
     else:
         print("\n".join(line for each in found for line in in_words(each)))
-    if any(each.departs for each in found):
+        if drawn:
+            print(f"pictures: {drawn}; the part above is the one that is farthest, for its tolerance")
+    if drawn or any(each.departs for each in found):
         return ParityError.exit_code
     return ArtifactError.exit_code if problems else 0
 

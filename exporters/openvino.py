@@ -14,7 +14,7 @@ from .exporter import Cost, Lowered
 from .graphs import Shelf
 from .hollow import lower_hollow
 from .layers import write_layers
-from .openvino_activations import round_activations
+from .openvino_activations import round_activations, shortened
 from .openvino_weights import TENSOR, write_weights
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class OpenVINOExporter:
     computes in is decided by the recipe when the part is loaded, never by OpenVINO's default.
     """
 
-    version: ClassVar[int] = 9
+    version: ClassVar[int] = 10
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic")
     reasons: ClassVar[Mapping[str, str]] = {
         "fp8": "its CPU plugin widens 8-bit floats when it compiles; they keep 32 dB of a normal distribution, int8 40 dB in as many bytes",
@@ -72,12 +72,13 @@ class OpenVINOExporter:
 
     def lower(self, subject: Subject, folder: Path) -> Lowered:
         graph = _hollow_graph(subject, self.packages())
-        round_activations(graph.model, graph.entries, subject.activations)
+        activations = shortened(subject.activations)
+        round_activations(graph.model, graph.entries, activations)
         _keep_wide(graph.model, write_layers(graph.layers, subject.checkpoint, folder), subject.mixture)
         _save(graph.model, folder)
         entries = graph.entries
         del graph
-        written = write_weights(folder / FILE, entries, subject.mixture, subject.activations)
+        written = write_weights(folder / FILE, entries, subject.mixture, activations)
         return Lowered("written", written.weight_bytes, written.kept)
 
 

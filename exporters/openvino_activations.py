@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,10 +86,22 @@ def _rounded(value: Any, grid: Grid, *, up: bool = False) -> Any:  # noqa: ANN40
 
     zero = grid.zeros[0] - (1 if up and grid.zeros == (0,) else 0)
     ends = [np.float32(code - zero) for code in (LEAST, MOST)]
-    steps = _short(np.asarray(grid.steps, dtype=np.float32))
+    steps = np.asarray(grid.steps, dtype=np.float32)
     given = [end * (steps.reshape(1, -1, 1, 1) if grid.by_channel else steps[0]) for end in ends]
     made = ends if grid.by_channel else given
     return opset13.fake_quantize(value, *map(opset13.constant, (*given, *made)), levels=MOST - LEAST + 1)
+
+
+def shortened(grids: Mapping[str, Grids]) -> dict[str, Grids]:
+    """Return grids with steps that the plugin computes with as they are: for activations, and for weights that take them."""
+    return {
+        layer: (_with_short_steps(before), _with_short_steps(after) if after else None)
+        for layer, (before, after) in grids.items()
+    }
+
+
+def _with_short_steps(grid: Grid) -> Grid:
+    return replace(grid, steps=tuple(_short(np.asarray(grid.steps, dtype=np.float32)).tolist()))
 
 
 def _short(steps: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -145,7 +145,8 @@ def _shots(engine: Engine, source: Source, model: str, rounds: int = 1) -> tuple
     multiple, largest = engine.family.size_multiple(configs), engine.family.largest_size(configs)
     each = _pixels_of_a_latent(source)
     texts = reversed(prompt_set(default_prompts(model)))
-    scale = engine.default_guidance(*_start(engine, multiple, multiple))
+    given = given_pictures(engine, (multiple, multiple))
+    scale = engine.default_guidance(given["image"], given["mask"])
     shots: list[Shot] = []
     for sizes in PROOF_SIZES * rounds:
         first = sum(len(shot.prompts) for shot in shots)
@@ -184,16 +185,13 @@ def draw(engine: Engine, shot: Shot, max_batch: int = 8) -> Drawn:
             batches.append([])
         batches[-1].append(latents.detach().float().cpu().clone())
 
-    image, mask = _start(engine, shot.height, shot.width)
     result = engine.generate(
         shot.prompts,
         seeds=shot.seeds,
         guidance_scale=shot.guidance_scale,
         steps=shot.steps,
         size=(shot.height, shot.width),
-        image=image,
-        mask=mask,
-        control_image=_control(engine, shot),
+        **given_pictures(engine, (shot.height, shot.width)),
         callback=keep,
         max_batch=max_batch,
     )
@@ -216,7 +214,7 @@ def _watched(engine: Engine, shot: Shot, seen: dict[str, list[list[Tensors]]]) -
             steps=max(2, engine.family.fewest_steps),
             image=list(drawn.pictures),
             strength=0.5,
-            control_image=_control(engine, shot),
+            control_image=given_pictures(engine, (shot.height, shot.width))["control_image"],
         )
         reached |= {name: given for name, given in again.found.items() if name not in reached}
     engine.watch(None)
@@ -235,20 +233,23 @@ class _Calls:
         self.found[part].append({name: tensor.detach().cpu().clone() for name, tensor in inputs.items()})
 
 
-def _start(engine: Engine, height: int, width: int) -> tuple[Any, Any]:
-    """Return the picture and the mask that a model for inpainting alone starts from."""
+def given_pictures(engine: Engine, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Return made-up pictures that `Engine.generate` needs to draw a prompt: to inpaint, to follow; None where it needs none.
+
+    Args:
+        engine: of the model.
+        size: height and width in pixels; by default the model's own.
+    """
     import numpy as np
 
-    if engine.task != "inpainting":
-        return None, None
-    mask = np.zeros((height, width), np.uint8)
-    mask[height // 4 : -height // 4, width // 4 : -width // 4] = 255
-    return made_up_picture(height, width), mask
-
-
-def _control(engine: Engine, shot: Shot) -> Any:  # noqa: ANN401 - a picture, or none
+    height, width = size or engine.default_size
     controlled = any(part.module == "controlnet" for part in engine.family.parts)
-    return made_up_picture(shot.height, shot.width) if controlled else None
+    given: dict[str, Any] = {"image": None, "mask": None}
+    given["control_image"] = made_up_picture(height, width) if controlled else None
+    if engine.task == "inpainting":
+        given["image"], given["mask"] = made_up_picture(height, width), np.zeros((height, width), np.uint8)
+        given["mask"][height // 4 : -height // 4, width // 4 : -width // 4] = 255
+    return given
 
 
 def made_up_picture(height: int, width: int) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -221,7 +222,8 @@ class Calibration:
                     if seen.channels.least is not None:
                         tensors[f"{name}/channels"] = seen.channels.as_tensor()
         partial = file.with_name(f".{file.name}.partial")
-        save_file(tensors, partial, metadata={"bakeoff": json.dumps(self.info)})
+        about = {"bakeoff": json.dumps(self.info), "tensors_sha256": _digest(tensors)}
+        save_file(tensors, partial, metadata=about)
         partial.replace(file)
 
     @classmethod
@@ -239,8 +241,10 @@ class Calibration:
             raise InputError(message, fix=f"bakeoff calibrate MODEL -o {file}")
         try:
             with safe_open(file, "pt") as stream:
-                info = dict(json.loads((stream.metadata() or {})["bakeoff"]))
+                about = stream.metadata() or {}
+                info = dict(json.loads(about["bakeoff"]))
                 tensors: Mapping[str, Tensor] = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            _refuse_changed(tensors, about.get("tensors_sha256"))
             calibration = cls({**info, "sha256": sha256(file)})
             for name in sorted(tensors):
                 calibration._put(name, tensors[name])
@@ -269,3 +273,19 @@ class Calibration:
                 if any(seen.magnitudes.counts is None for seen in both):
                     message = f"{layer} of {part} has no histogram of its input or of its output"
                     raise ValueError(message)
+
+
+def _refuse_changed(tensors: Mapping[str, Tensor], written: str | None) -> None:
+    """Raise if numbers aren't those that were written; of older versions' files it isn't known."""
+    if written not in {None, _digest(tensors)}:
+        message = "its numbers aren't those that were written"
+        raise ValueError(message)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of names and numbers."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].contiguous().numpy().tobytes())
+    return found.hexdigest()

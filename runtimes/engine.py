@@ -104,6 +104,11 @@ class Engine:
         return self._task
 
     @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width of a picture, in pixels, for which no size is asked."""
+        return self.family.default_size(self._configs)
+
+    @property
     def configuration(self) -> dict[str, dict[str, Any]]:
         """What each part read back that has been open: device, threads, precision executed, fallback, what is lossy.
 

@@ -4,11 +4,12 @@ import random
 
 import pytest
 
-from bakeoff.artifact import MANIFEST, Artifact, inside, list_files, staged
+from bakeoff.artifact import MANIFEST, Artifact, inside, list_files, scratch, staged
 from bakeoff.bake import export
+from bakeoff.cli import main
 from bakeoff.errors import ArtifactError, CorruptError, ParityError, SourceError, UnavailableError
 from bakeoff.plan import plan, why_rebuild
-from bakeoff.recipe import parse
+from bakeoff.recipe import from_toml, parse
 from bakeoff.sources.source import Source
 
 
@@ -220,3 +221,37 @@ def _as_diffusers(artifact, target):
     shutil.rmtree(target / "vae_encoder")
     (target / MANIFEST).unlink()
     return target
+
+
+def test_what_an_earlier_process_of_the_same_number_left_is_swept(tmp_path):
+    """In a container each run may have the number 1."""
+    left = tmp_path / f".out.partial-{os.getpid()}"
+    left.mkdir()
+    (left / "half").write_text("x")
+    with scratch(tmp_path / "out") as work, staged(tmp_path / "out", replace_existing=False) as folder:
+        assert list(folder.iterdir()) == []
+        assert work.is_dir(), "what this process is using stays"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_stays_one_and_the_folder_behind_it_is_replaced(tmp_path):
+    (tmp_path / "v3").mkdir()
+    (tmp_path / "v3" / MANIFEST).write_text("{}")
+    link = tmp_path / "current"
+    link.symlink_to("v3")
+    with staged(link, replace_existing=True) as folder:
+        (folder / "file").write_text("new")
+        (folder / MANIFEST).write_text("{}")
+    assert link.is_symlink()
+    assert (tmp_path / "v3" / "file").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["current", "v3"]
+
+
+def test_an_artifact_with_layers_of_their_own_is_inspected(tmp_path, capsys):
+    recipe = from_toml(
+        'backend = "null"\nprecision = "fp32"\n[parts.unet]\nbackend = "torch"\n'
+        'precision = "bf16"\n[parts.unet.layers]\nconv_in = "fp32"\n'
+    )
+    export("shapes", tmp_path / "out", recipe, prove=False)
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "torch:bf16 but for 1 layer" in capsys.readouterr().out

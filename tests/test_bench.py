@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from bakeoff.bench.lineup import precisions
 from bakeoff.bench.opening import Opener
 from bakeoff.bench.work import prompts, seed_of
 from bakeoff.errors import UsageError
+from bakeoff.models.prompts import prompt_set
 from bakeoff.reports.compare import compare
 from bakeoff.reports.record import read_record
 from bakeoff.reports.summary import summarize
@@ -219,6 +221,53 @@ def test_an_arm_may_be_a_recipe_file(tmp_path):
 def test_a_bad_experiment_is_refused(text, match):
     with pytest.raises(UsageError, match=match):
         from_toml(text)
+
+
+def test_work_that_changed_since_the_record_was_begun_is_refused(tmp_path):
+    texts, folder = tmp_path / "p.txt", tmp_path / "record"
+    *same, other = [prompt.text for prompt in prompt_set("shapes-64")[:4]]
+    texts.write_text("\n".join(same))
+    declared = experiment(drawing("one"), prompts=str(texts), blocks=1, repetitions=1)
+    runner.run(declared, folder)
+    texts.write_text("\n".join([*same[:2], other]))
+    with pytest.raises(UsageError, match="begun with another prompts than what is here now"):
+        runner.run(declared, folder)
+    texts.write_text("\n".join(same))
+    record = json.loads((folder / "record.json").read_text())
+    record["machine"]["cpu"] = "another"
+    (folder / "record.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match="begun with another machine"):
+        runner.run(declared, folder)
+
+
+def test_a_folder_that_was_exported_again_is_refused(baked, tmp_path):
+    folder = tmp_path / "artifact"
+    shutil.copytree(baked("null:fp32", proved=True), folder)
+    declared = experiment(Arm("it", folder=str(folder)), blocks=1, repetitions=1)
+    record = {"arms": {"it": {"entries": {}, "artifact": {"folder": str(folder), "key": "another"}}}}
+    with Opener(declared, tmp_path, record) as opener, pytest.raises(UsageError, match="is another artifact"):
+        runner._Run(opener, record, lambda *_: None)._bake(declared.arms[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"height": 64}, "got height 64 and width None, expected both or neither"),
+        ({"batch": 16, "timed_prompts": 8, "quality_prompts": 4}, "got a batch of 16 and 8 prompts"),
+        ({"sweep": {"batch": [1, 16]}, "timed_prompts": 8, "quality_prompts": 4}, "got a batch of 16 and 8 prompts"),
+        ({"name": "reference"}, "got an arm named 'reference', which is the name of one that every experiment adds"),
+    ],
+)
+def test_work_that_cannot_be_done_as_declared_is_refused(fields, match):
+    arm = Arm(fields.pop("name", "it"), recipe="torch:fp32")
+    with pytest.raises(UsageError, match=match):
+        Experiment("shapes", (arm,), arm.name, **fields)
+
+
+def test_layers_of_fewer_bits_decide_which_gate_an_arm_has(tmp_path):
+    recipe = tmp_path / "mixed.toml"
+    recipe.write_text('backend = "onnx"\nprecision = "bf16"\n[parts.unet.layers]\nconv_in = "int4"\n')
+    assert precisions(Arm("it", recipe=str(recipe))) == {"bf16", "int4"}
 
 
 def test_an_experiment_file_says_what_the_options_say():

@@ -2,17 +2,21 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from bakeoff import bake
 from bakeoff.cli import main
 from bakeoff.errors import CorruptError, InputError, UsageError
-from bakeoff.models.prompts import read_prompts
+from bakeoff.models.prompts import Prompt, read_prompts
+from bakeoff.models.tiny import build
 from bakeoff.parity.proof import relative_error
 from bakeoff.plan import plan
 from bakeoff.quantize.calibration import METHODS, Calibration, Magnitudes
 from bakeoff.quantize.grid import Grid
 from bakeoff.recipe import parse
 from bakeoff.tuning.calibrate import calibrate
+from bakeoff.weights import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +117,83 @@ def test_a_damaged_file_is_refused(file, tmp_path, damage):
         save_file(tensors, target, metadata={"bakeoff": "[1]" if damage == "list" else "{}"})
     with pytest.raises(CorruptError, match="is not a calibration"):
         Calibration.open(target)
+
+
+def test_a_changed_number_is_noticed(file, tmp_path):
+    """A histogram whose top is a thousand times higher is one, too: its layer would be rounded to nought."""
+    with safe_open(file, "pt") as stream:
+        about, tensors = stream.metadata(), {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    first = next(name for name in tensors if name.endswith("/input"))
+    tensors[first][0] *= 1024
+    save_file(tensors, tmp_path / "changed.safetensors", metadata=about)
+    with pytest.raises(CorruptError, match="aren't those that were written"):
+        Calibration.open(tmp_path / "changed.safetensors")
+
+
+def test_a_part_that_was_not_calibrated_is_refused_before_any_work(file, tmp_path):
+    lacking = Calibration.open(file)
+    del lacking.parts["vae_encoder"]
+    lacking.save(tmp_path / "lacking.safetensors")
+    with pytest.raises(UsageError, match="the calibration says nothing of vae_encoder"):
+        plan("shapes", parse("onnx:w8a8")[0], calibration=tmp_path / "lacking.safetensors")
+
+
+@pytest.fixture
+def prompts():
+    return tuple(Prompt(f"p/{number}", f"{number} hats") for number in range(4))
+
+
+def test_a_model_for_inpainting_alone_is_calibrated(tmp_path, prompts):
+    folder = build("stable-diffusion", tmp_path / "model", changes={"unet": {"in_channels": 9}})
+    made = calibrate(str(folder), prompts, steps=2, size=(64, 64))
+    assert set(made.parts) == {"text_encoder", "unet", "vae_encoder", "vae_decoder"}
+
+
+def test_a_controlnet_is_calibrated_with_its_unet(tiny, tmp_path, prompts):
+    folder, module = tiny("stable-diffusion"), tiny("stable-diffusion", "controlnet") / "controlnet"
+    file, plain = tmp_path / "c.safetensors", tmp_path / "plain.safetensors"
+    calibrate(str(folder), prompts, steps=2, size=(64, 64), controlnet=str(module)).save(file)
+    calibrate(str(folder), prompts, steps=2, size=(64, 64)).save(plain)
+    assert "controlnet" in Calibration.open(file).parts
+    recipe = parse("onnx:bf16,unet=onnx:w8a8,controlnet=onnx:w8a8")[0]
+    plan(str(folder), recipe, controlnet=str(module), calibration=file)
+    with pytest.raises(UsageError, match="without the controlnet that this is with") as raised:
+        plan(str(folder), recipe, controlnet=str(module), calibration=plain)
+    assert raised.value.fix.endswith(" --controlnet DIR")
+    with pytest.raises(UsageError, match="with a controlnet, which this is without"):
+        plan(str(folder), parse("onnx:bf16,unet=onnx:w8a8")[0], calibration=file)
+
+
+def test_loras_are_drawn_with(tiny, tmp_path, prompts):
+    folder, lines = tiny("stable-diffusion"), []
+    entries = Checkpoint.open(folder / "unet").entries
+    name = next(each for each in entries if each.endswith("attn1.to_q.weight"))
+    out, into = entries[name].shape
+    generator = torch.Generator().manual_seed(0)
+    halves = {"lora_A": torch.randn(4, into, generator=generator), "lora_B": torch.randn(out, 4, generator=generator)}
+    path = f"unet.{name.removesuffix('.weight')}"
+    lora = tmp_path / "lora.safetensors"
+    save_file({f"{path}.{half}.weight": tensor for half, tensor in halves.items()}, lora)
+    made = {
+        loras: calibrate(str(folder), prompts, steps=2, size=(64, 64), loras=loras) for loras in ((), (f"{lora}:0.5",))
+    }
+    tops = [each.parts["unet"][name.removesuffix(".weight")][1].magnitudes.top for each in made.values()]
+    assert tops[1] > 2 * tops[0]
+    recipe = parse("null:fp32,unet=onnx:w8a8")[0]
+    for index, each in enumerate(made.values()):
+        each.save(tmp_path / f"{index}.safetensors")
+        bake.export(
+            str(folder),
+            tmp_path / f"out-{index}",
+            recipe,
+            loras=[f"{lora}:0.5"],
+            calibration=tmp_path / f"{index}.safetensors",
+            prove=False,
+            progress=lines.append,
+        )
+    assert [line for line in lines if line.startswith("note: ")] == [
+        "note: activations were calibrated with no LoRA: bakeoff calibrate MODEL --lora FILE:SCALE sees them"
+    ]
 
 
 def test_activations_that_are_not_finite_name_their_layer():

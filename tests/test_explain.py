@@ -11,6 +11,7 @@ import torch
 from bakeoff.artifact import INPUTS, Artifact, describe_files
 from bakeoff.bake import export
 from bakeoff.components.component import Sizes
+from bakeoff.errors import ParityError
 from bakeoff.parity import causes
 from bakeoff.parity.anatomy import Anatomy
 from bakeoff.parity.causes import Evidence, Rounding, find_cause
@@ -247,6 +248,31 @@ def test_what_the_recipe_asks_for_is_no_fault(decoders):
 def test_an_exact_artifact_has_no_fault(decoders):
     (found,) = explain(Artifact.open(decoders("onnx:fp32")), Source.open("shapes"))
     assert (found.departs, found.fault, found.cause) == (False, False, NOWHERE)
+
+
+def failing(artifact, **changes):
+    """Let an artifact's manifest say that its proof failed."""
+    told = json.loads(json.dumps(artifact.manifest.proof))
+    for path, problem in changes.items():
+        (told["trajectory"] if path == "trajectory" else told["parts"][path])["problem"] = problem
+    return artifact.with_proof({**told, "status": "failing", "reason": "; ".join(changes.values())})
+
+
+def test_a_part_whose_interval_alone_fails_is_the_one_that_is_looked_into(copied):
+    """Each of its cases is within tolerance, and another part is nearer to its own."""
+    artifact, source = Artifact.open(copied("torch:fp32", proved=True)), Source.open("shapes")
+    (nearest,) = explain(artifact, source)
+    part = next(name for name in artifact.manifest.parts if name != nearest.part)
+    (found,) = explain(failing(artifact, **{part: "its rows' interval is beyond its tolerance"}), source)
+    assert (found.part, found.refused, found.departs) == (part, True, True)
+    assert found.error <= found.tolerance
+
+
+def test_where_pictures_alone_fail_that_is_said(copied, run_cli):
+    artifact = failing(Artifact.open(copied("torch:fp32", proved=True)), trajectory="gate fp32: worst PSNR 40 dB")
+    finished = run_cli("verify", artifact.folder, "--explain", "--source", "shapes")
+    assert finished.returncode == ParityError.exit_code
+    assert "pictures: gate fp32: worst PSNR 40 dB" in finished.stdout
 
 
 def test_another_model_and_none_are_refused(baked, run_cli, tiny):

@@ -17,7 +17,7 @@ from bakeoff.bake import export
 from bakeoff.cli import main
 from bakeoff.errors import LoweringError, ParityError, SourceError
 from bakeoff.parity import proof, prover
-from bakeoff.parity.budget import upper_bound
+from bakeoff.parity.budget import FP32_LEAST, tolerance, upper_bound
 from bakeoff.recipe import PartRecipe, Recipe
 from bakeoff.sources.source import Source
 
@@ -253,6 +253,19 @@ def test_a_row_of_noughts_is_held_to_the_parts_tolerance():
     assert by_row == [0.02, 0.02, 0.02]
     assert prover._upper([0.0] * 3, by_row, 0.02) == 0
     assert prover._upper([0.01, 0.01, 0.04], by_row, 0.02) > 0.02
+
+
+def test_a_part_that_makes_noughts_alone_is_granted_what_float32_is():
+    """A fresh ControlNet makes nothing but noughts, in every dtype."""
+    floors = {"f0": proof.Floor(0.0, (0.0, 0.0)), "f1": proof.Floor(0.0, (0.0, 0.0))}
+    assert proof.justified(floors) == FP32_LEAST
+    assert prover._upper([0.0, 0.0], proof.row_tolerances(floors), FP32_LEAST) == 0
+
+
+def test_no_floor_justifies_that_nothing_is_left_of_an_output():
+    """F1 grows with what a recipe breaks: twice 0.5 would grant an output of noughts."""
+    assert tolerance(1e-7, 0.1) == 0.2
+    assert tolerance(1e-7, 0.5) == tolerance(1e-7, 1.0) == 0.5
 
 
 @settings(max_examples=50, deadline=None)

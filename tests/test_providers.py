@@ -7,7 +7,9 @@ does, and then computes on the real CPU. `make test-interop` runs OpenVINO's pro
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -148,6 +150,34 @@ def test_half_precision_may_use_tf32_and_options_of_ones_own_come_last(model, mo
     with OnnxRuntime(files(model, "bf16"), asked) as runtime:
         told = runtime.configuration["provider_options"]
     assert (told["use_tf32"], told["cudnn_conv_algo_search"], told["gpu_mem_limit"]) == ("1", "HEURISTIC", "1000000000")
+
+
+def test_engines_are_kept_apart_by_weights_and_not_kept_of_loras(model, tmp_path, monkeypatch):
+    """TensorRT's provider tells engines apart by the names in a graph alone."""
+    monkeypatch.setenv("BAKEOFF_HOME", str(tmp_path / "home"))
+    other = shutil.copytree(model, tmp_path / "other")
+    same = shutil.copytree(model, tmp_path / "same")
+    weights = next(file for file in other.iterdir() if file.suffix in {".onnx", ".safetensors", ".data"})
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    name = "TensorrtExecutionProvider"
+    folders = [providers.engine_cache(name, files(each)) for each in (model, other, same)]
+    assert folders[0] == folders[2] != folders[1]
+    assert providers.engine_cache("CUDAExecutionProvider", files(model)) is None
+    adapted = replace(files(model), deltas={"w": ()})
+    assert providers.engine_cache(name, adapted) is None
+    kept = providers.options_of(name, "cuda", "fp32", Placement("cuda"), folders[0])
+    assert kept["trt_engine_cache_path"] == str(folders[0])
+    assert "trt_engine_cache_enable" not in providers.options_of(name, "cuda", "fp32", Placement("cuda"))
+
+
+def test_a_provider_that_computes_in_float16_says_so():
+    asked = providers.options_of("TensorrtExecutionProvider", "cuda", "fp16", Placement("cuda"))
+    assert providers.computes_in_half("TensorrtExecutionProvider", asked)
+    plain = providers.options_of("TensorrtExecutionProvider", "cuda", "fp32", Placement("cuda"))
+    assert not providers.computes_in_half("TensorrtExecutionProvider", plain)
+    assert providers.computes_in_half("OpenVINOExecutionProvider", {"precision": "FP16"})
+    _, behind, _ = providers.listed("TensorrtExecutionProvider", plain, "fp32")
+    assert behind == ("CUDAExecutionProvider", {"device_id": "0", "use_tf32": "0"})
 
 
 def test_an_option_that_the_provider_has_not_is_refused(model, monkeypatch):

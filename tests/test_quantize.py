@@ -403,6 +403,22 @@ def test_a_convolution_that_makes_an_output(source, tmp_path, backend, rounded, 
     assert relative_error(got, expected) < 1.5e-2
 
 
+def test_openvinos_weights_take_the_very_steps_that_activations_are_rounded_with(source, tmp_path):
+    """The plugin's steps have 8 significant bits: weights made for longer ones would scale each channel by up to 0.4 %."""
+    from bakeoff.exporters.openvino_activations import shortened
+
+    made, generator = Lasting(), torch.Generator().manual_seed(0)
+    grids = {"take": (Grid(tuple((0.01 + 0.2 * torch.rand(16, generator=generator)).tolist()), (-40,)), None)}
+    files, _ = lower(made, source, tmp_path, "openvino", "w8a8", grids)
+    inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
+    with torch.no_grad():
+        short = plugins.mixture("w8a8").round_module(made.load(source, torch.float32), {}, shortened(grids))
+        (expected,) = made.flat(short)(*inputs.values())
+    with plugins.runtime("openvino")(files, Placement(device="cpu", threads=1)) as runtime:
+        got = runtime.run(inputs)["made"]
+    assert relative_error(got, expected) < 1e-5
+
+
 @pytest.fixture(scope="module")
 def extreme_source(tmp_path_factory):
     """A module folder whose weights' codes are all 127 or -127, the table's values all 1 or -1."""
@@ -572,11 +588,12 @@ def test_openvino_rounds_nought_to_nought(up):
     openvino = pytest.importorskip("openvino")
     from openvino import opset13
 
-    from bakeoff.exporters.openvino_activations import _rounded
+    from bakeoff.exporters.openvino_activations import _rounded, shortened
 
     generator = torch.Generator().manual_seed(0)
     grids = [Grid((float(step),)) for step in torch.rand(60, generator=generator)]
     grids += [Grid((float(step),), (zero,)) for zero, step in enumerate(torch.rand(60, generator=generator), -30)]
+    grids = [grid for grid, _ in shortened({str(index): (grid, None) for index, grid in enumerate(grids)}).values()]
     taken = opset13.parameter([1, 16, 1, 1], openvino.Type.f32)
     model = openvino.Model([_rounded(taken.output(0), grid, up=up) for grid in grids], [taken])
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})

@@ -6,12 +6,14 @@ import hashlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..commands.source_options import add_adapters
 from ..components.component import WRAPPER
 from ..errors import UsageError
-from ..parity.drawing import open_source
+from ..parity.drawing import given_pictures, open_source
 from ..plan import module_keys
 from ..progress import Steps
 from ..quantize.calibration import Calibration
+from ..sources.lora import Lora
 from ..sources.source import Source
 from ..terminal import print_json
 from .options import add_drawing_options, check_folder, prompts_of, size_of
@@ -40,13 +42,15 @@ def calibrate(
     size: tuple[int, int] | None = None,
     revision: str | None = None,
     config: str | None = None,
+    controlnet: str | None = None,
+    loras: Sequence[str] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Calibration:
     """Draw each prompt in float32 with torch, watching every matrix and convolution at every step.
 
     Guided and unguided halves are seen alike. Where the family has image-to-image, the first pictures are drawn on from,
-    so that the VAE's encoder is seen, too. Memory: the model's, and for each side of a layer 8 KB
-    and 32 bytes a channel.
+    so that the VAE's encoder is seen, too. A model that inpaints, and a ControlNet, get a made-up picture. Memory: the
+    model's, and for each side of a layer 8 KB and 32 bytes a channel.
 
     Args:
         model: a Diffusers folder, a hub id, a single-file checkpoint, or `shapes`.
@@ -56,6 +60,8 @@ def calibrate(
         size: height and width in pixels; by default the model's own.
         revision: of a hub model.
         config: of a single-file checkpoint.
+        controlnet: folder or hub id of one to draw with, for exports with it.
+        loras: `FILE.safetensors` or `FILE.safetensors:SCALE` each, for exports that have them baked in.
         progress: called with a line at each batch.
 
     Raises:
@@ -65,13 +71,14 @@ def calibrate(
     if len(prompts) < FEWEST_PROMPTS:
         message = f"got {len(prompts)} prompts to calibrate with, expected at least {FEWEST_PROMPTS}"
         raise UsageError(message, fix=f"give more: {DEFAULT_PROMPTS} are usual")
-    source = Source.open(model, revision, config=config)
+    source = Source.open(model, revision, "controlnet" if controlnet else None, controlnet or "", config)
     texts = [prompt.text for prompt in prompts]
     made = Calibration(
         {
             "model": source.id,
             "revision": source.revision,
             "modules": module_keys(source),
+            "loras": [Lora.open(text, source).fields for text in loras],
             "prompts": [prompt.id for prompt in prompts],
             "prompts_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
             "steps": steps,
@@ -80,13 +87,15 @@ def calibrate(
     )
     with open_source(source) as engine:
         engine.visit(partial(watch, made))
-        options: dict[str, Any] = {"guidance_scale": guidance_scale}
+        engine.set_loras(*loras)
+        given = {"guidance_scale": guidance_scale, **given_pictures(engine, size)}
         for start in range(0, len(texts), _BATCH):
             progress(f"[{start // _BATCH + 1}/{-(-len(texts) // _BATCH)}] drawing {_BATCH} prompts at a time")
             batch = texts[start : start + _BATCH]
-            drawn = engine.generate(batch, seeds=_SEED + start, steps=steps, size=size, **options)
-            if start == 0 and _PICTURE_TASK in source.family.pipelines:
-                engine.generate(batch, seeds=_SEED, steps=2, image=list(drawn.images), strength=0.5, **options)
+            drawn = engine.generate(batch, seeds=_SEED + start, steps=steps, size=size, **given)
+            if start == 0 and engine.task == "text-to-image" and _PICTURE_TASK in source.family.pipelines:
+                again = {**given, "image": list(drawn.images), "strength": 0.5}
+                engine.generate(batch, seeds=_SEED, steps=2, **again)
     return made
 
 
@@ -112,6 +121,7 @@ def add_calibrate(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - a
     )
     add_drawing_options(command, "calibration.safetensors", DEFAULT_PROMPTS, DEFAULT_STEPS)
     command.add_argument("--guidance-scale", type=float)
+    add_adapters(command, "draw with, as an export will have it baked in")
     command.set_defaults(run=_run)
     return command
 
@@ -127,6 +137,8 @@ def _run(options: argparse.Namespace) -> None:
             size=size_of(options),
             revision=options.revision,
             config=options.config,
+            controlnet=options.controlnet,
+            loras=options.lora,
             progress=progress,
         )
     made.save(options.output)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..components.component import WRAPPER
 from ..errors import ParityError
+from ..parity.drawing import given_pictures
 from ..quantize.calibration import METHODS
 from ..quantize.inputs import with_inputs
 from ..quantize.mixture import rounded_layers
@@ -52,7 +53,8 @@ class Studio:
             options: of `Engine.generate`.
             usual: how steps of activations are chosen, for formats that need no other way; see `Calibration.grids_of`.
         """
-        self._engine, self._source, self._texts, self._options = engine, source, texts, options
+        self._engine, self._source, self._texts = engine, source, texts
+        self._options = {**options, **given_pictures(engine, options.get("size"))}
         self._usual = usual
         self._pictures: list[Any] = []
         self.modules: dict[str, nn.Module] = {}
