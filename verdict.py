@@ -148,6 +148,14 @@ def break_even_images(
     return cost / gain if gain > 0 else None
 
 
+def share_interval(count: int, total: int) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of a share, of which `count` of `total` were seen (Wilson, 1927)."""
+    from scipy import stats
+
+    found = stats.binomtest(count, total).proportion_ci(CONFIDENCE, method="wilson")
+    return float(found.low), float(found.high)
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean of values and its two-sided 95 % t-interval.
 

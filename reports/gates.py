@@ -99,7 +99,10 @@ def _lost_points(
         detail = f"{len(lost)} prompts, at least {LOST_PROMPTS} needed (difference {lost.mean():+.1f} points)"
         return Gate("meaning", holds=None, detail=detail)
     mean, low, _ = mean_interval(list(lost))
-    return Gate("meaning", holds=low >= -most, detail=f"{mean:+.2f} points, at least {low:+.2f}; limit {-most:g}")
+    detail = f"{mean:+.2f} points, at least {low:+.2f}; limit {-most:g}"
+    if low > most:
+        return Gate("meaning", holds=None, detail=f"{detail}: better than what it was made from, by more than that")
+    return Gate("meaning", holds=low >= -most, detail=detail)
 
 
 def _points(figures: dict[str, Any], semantic: tuple[str, float] | None) -> list[float] | None:

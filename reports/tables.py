@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ..pictures import decibels
-from ..verdict import PERCENTILE_SAMPLES
+from ..verdict import PERCENTILE_SAMPLES, share_interval
 from .summary import seconds
 
 if TYPE_CHECKING:
@@ -83,12 +83,17 @@ def _quality(row: Row, summary: Summary) -> dict[str, str]:
         "mean SSIM": f"{statistics.fmean(figures['ssim']):.4f}" if "ssim" in figures else _NONE,
         "mean ꟻLIP": f"{row.flip:.4f}" if row.flip is not None else _NONE,
         "ꟻLIP / bf16's": f"{row.flip / row.floor_flip:.2f}" if row.flip is not None and row.floor_flip else _NONE,
-        "right": f"{statistics.fmean(figures['right']):.1%}" if "right" in figures else _NONE,
+        "right [95 %]": _right(figures["right"]) if "right" in figures else _NONE,
     }
     for name, about in summary.metrics.items():
         few = " (too few pictures)" if name in taken and len(figures["flat"]) < about["fewest"] else ""
         told[about["title"]] = f"{statistics.fmean(taken[name]):.4g}{few}" if name in taken else _NONE
     return told | {"gate": _gate(row)}
+
+
+def _right(each: list[bool]) -> str:
+    low, high = share_interval(sum(each), len(each))
+    return f"{statistics.fmean(each):.1%} [{low:.1%}, {high:.1%}]"
 
 
 def _images(row: Row) -> str:
@@ -130,7 +135,18 @@ def _grid(rows: list[dict[str, str]]) -> list[str]:
     return lines + ["| " + " | ".join(row.values()) + " |" for row in rows]
 
 
-_CARD = ("arm", "median", "ratio [95 %]", "verdict", "peak RSS", "disk", "worst PSNR", "mean ꟻLIP", "right", "gate")
+_CARD = (
+    "arm",
+    "median",
+    "ratio [95 %]",
+    "verdict",
+    "peak RSS",
+    "disk",
+    "worst PSNR",
+    "mean ꟻLIP",
+    "right [95 %]",
+    "gate",
+)
 
 
 def model_card(summary: Summary) -> str:

@@ -144,6 +144,9 @@ def test_a_quantized_arm_is_judged_by_what_its_prompts_say():
     few = gates(["int8"], told([True] * 64), told([True] * 64), None, [])[1]
     assert few.holds is None
     assert "1024 needed" in few.detail
+    better = gates(["int8"], reference, lost, None, [])[1]
+    assert better.holds is None
+    assert "better than what it was made from" in better.detail
 
 
 def test_every_low_bit_format_has_a_limit():

@@ -739,6 +739,8 @@ def test_a_whole_part_in_another_precision_is_an_error(lower, simulation):
     [
         ({"DataType": "Half", "Format": "Row major linear"}, "float16"),
         ({"Datatype": "FP8", "Format": "kLINEAR"}, "float8"),
+        ({"Datatype": "FP8E4M3"}, "float8"),
+        ({"Datatype": "Int4"}, "int4"),
         ({"DataType": "BFloat16"}, "bfloat16"),
         ({"Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format"}, "int8"),
         ({"Format/Datatype": "Row major linear FP32 format"}, "float32"),
@@ -836,6 +838,14 @@ def test_weights_that_tensorrt_combined_go_along(lower, captured, simulation):
         runtime.adapt(a)
         assert runtime.configuration["refit"]["unchanged"] == 1
         assert close(runtime.run(inputs), eager(captured[0], inputs, a))
+
+
+def test_a_stripped_plan_that_takes_no_weights_is_refused(lower, monkeypatch):
+    """It would run with none."""
+    folder, _ = lower("fp32", strip=True)
+    monkeypatch.setattr(STANDIN.Engine, "refittable", False)
+    with pytest.raises(ArtifactError, match="has no weights, and TensorRT says that it takes none"):
+        opened(folder)
 
 
 def test_a_stripped_plan_gets_its_weights_when_it_opens(lower, captured):
@@ -1004,7 +1014,7 @@ def test_the_key_says_what_the_plan_depends_on(simulation):
         "driver": "580.65.06",
         "cuda": "13.0",
     }
-    assert set(fields["lowered_with"]) == {"torch", "onnx", "onnx-ir", "onnxscript"}
+    assert set(fields["lowered_with"]) == {"torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript"}
 
 
 def test_the_files_say_what_was_built(lower):

@@ -509,7 +509,9 @@ def test_an_operator_that_onnx_has_not_in_bfloat16_stays_wide(precision, kept):
         ("fp8", "fp32", 32, 25),
         ("fp8", "fp16", 29, 25),
         ("fp8", "bf16", 27, 24),
+        ("w8a8", "bf16", 28, 25),
         ("int4", "fp32", 90, 18),
+        ("int4", "bf16", 30, 18),
     ],
 )
 def test_the_unet_of_shapes(unet, tmp_path, record_property, precision, compute, to_rounded, to_float32):

@@ -14,6 +14,7 @@ from bakeoff.verdict import (
     outliers,
     paired_ratio,
     percentile,
+    share_interval,
     verdicts,
 )
 
@@ -22,6 +23,13 @@ EXPERIMENTS = 2_000
 
 def judged(ratio, blocks, *, stalls=False):
     return outcomes(ratio, blocks, experiments=EXPERIMENTS, stalls=stalls)
+
+
+def test_a_share_has_wilsons_interval():
+    low, high = share_interval(15, 16)
+    assert (low, high) == pytest.approx((0.7167, 0.9889), abs=1e-3)
+    assert share_interval(4, 4)[1] == 1
+    assert share_interval(4, 4)[0] == pytest.approx(4 / (4 + 1.96**2), abs=1e-3)
 
 
 def share(found, condition):

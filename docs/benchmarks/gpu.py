@@ -52,6 +52,7 @@ SHAPES_ARMS = (
     "torch:int8", "torch:nf4", "torch:w8a8-dynamic", "torch:fp8", "onnx:fp32", "onnx:fp16",
     "onnx:fp16+compute=half", "tensorrt:fp32",
     "tensorrt:fp16", "tensorrt:w8a8", "tensorrt:fp8",
+    "torch:int4", "torch:w8a8", "onnx:bf16", "onnx:int8", "tensorrt:bf16", "tensorrt:int4",
 )  # fmt: skip
 """Those whose backend isn't here are left out, with the reason in the record."""
 TRIED_ARMS = ("torch:fp32", "torch:bf16", "torch:bf16+cuda_graphs", "torch:nf4", "tensorrt:fp16")
