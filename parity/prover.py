@@ -79,8 +79,8 @@ def prove_in_place(
 ) -> Artifact:
     """Prove an artifact again: a twin made of links takes its place once it is proved, else nothing changes on disk.
 
-    What it was granted before holds again, unless the gate says otherwise. One that was let pass stays marked. What the
-    scorer said earlier is kept, where it isn't asked again.
+    What it was granted before holds again, unless the gate says otherwise. One that was let pass stays marked, and one that
+    the scorer fails is marked from then on. What the scorer said earlier is kept, where it isn't asked again.
 
     Args:
         artifact: of any recipe.
@@ -111,22 +111,19 @@ def prove_in_place(
         twin = artifact.twin(folder)
         proof = prove(twin, source, Gate({**known, **gate.budgets}, allowed))
         if scored:
-            proof = _with_scores(proof, scored, allowed=allowed)
+            proof = _with_scores(proof, scored)
         if was_failing and proof["status"] == PROVED:
             proof |= {"status": FAILING, "reason": artifact.manifest.proof["reason"]}
         twin.with_proof(proof)
+    problem = meaning.problem_of(scored) if scored else None
+    if problem and not allowed:
+        raise ParityError(problem, fix="bakeoff recipe chooses layers that stay wide; see docs/quantization.md")
     return Artifact.open(artifact.folder)
 
 
-def _with_scores(proof: dict[str, Any], scored: Mapping[str, Any], *, allowed: bool) -> dict[str, Any]:
-    """Add what the scorer said to a proof.
-
-    Raises:
-        ParityError: it fails the gate, and may not.
-    """
+def _with_scores(proof: dict[str, Any], scored: Mapping[str, Any]) -> dict[str, Any]:
+    """Add what the scorer said to a proof; one that it fails is failing."""
     problem = meaning.problem_of(scored)
-    if problem and not allowed:
-        raise ParityError(problem, fix="bakeoff recipe chooses layers that stay wide; see docs/quantization.md")
     failing = {"status": FAILING, "reason": "; ".join(filter(None, (proof.get("reason"), problem)))} if problem else {}
     return {**proof, **failing, "scorer": dict(scored)}
 

@@ -182,10 +182,20 @@ def test_the_scorers_gate():
     assert meaning._gate({"w8a8", "nf4"}, below, 1024) == {"limit": -5.0, "holds": True}
     assert meaning._gate({"w8a8"}, below, 1023) == {"limit": -2.5, "holds": None}
     failed = {**below, "limit": -2.5, "holds": False}
-    with pytest.raises(ParityError, match="at least -2.5"):
-        prover._with_scores({"status": "proved"}, failed, allowed=False)
-    marked = prover._with_scores({"status": "proved"}, failed, allowed=True)
+    marked = prover._with_scores({"status": "proved"}, failed)
     assert (marked["status"], marked["scorer"]["low"]) == ("failing", -2.6)
+    assert "at least -2.5" in marked["reason"]
+
+
+def test_what_the_scorer_fails_is_marked_for_good(copied, monkeypatch):
+    told = {"low": -2.6, "high": 1.0, "difference": -1.0, "limit": -2.5, "holds": False}
+    monkeypatch.setattr(meaning, "judge", lambda *_: told)
+    folder = copied("torch:fp32", proved=True)
+    with pytest.raises(ParityError, match="at least -2.5 is asked for"):
+        prover.prove_in_place(Artifact.open(folder), None, scorer_prompts=1024)
+    kept = Artifact.open(folder).manifest.proof
+    assert (kept["status"], kept["scorer"]) == ("failing", told)
+    assert prover.prove_in_place(Artifact.open(folder), None).manifest.proof["status"] == "failing"
 
 
 @pytest.mark.slow
