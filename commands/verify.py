@@ -36,6 +36,7 @@ def add_verify(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
         "--explain", action="store_true", help="find where it departs from eager fp32, and why: needs --source"
     )
     command.add_argument("--source", help="the model, to record what eager fp32 gives if the artifact has no record")
+    command.add_argument("--controlnet", metavar="DIR", help="where the ControlNet lies, if it isn't where it was")
     add_config(command)
     command.set_defaults(run=_verify)
     return command
@@ -53,7 +54,9 @@ def _verify(options: argparse.Namespace) -> int:
         return _explain(artifact, options)
     problems = _hash_all(artifact)
     if options.parity and not problems:
-        source = prover.source_of(artifact, options.source, options.config) if options.source else None
+        source = None
+        if options.source:
+            source = prover.source_of(artifact, options.source, options.config, options.controlnet)
         artifact = prover.prove_in_place(artifact, source, scorer_prompts=options.scorer)
     if options.json:
         print_json({"folder": str(options.folder), "problems": problems, "proof": artifact.manifest.proof})
@@ -81,7 +84,7 @@ def _explain(artifact: Artifact, options: argparse.Namespace) -> int:
     from ..parity.prover import source_of
 
     problems = _hash_all(artifact)
-    found = explain(artifact, source_of(artifact, options.source, options.config))
+    found = explain(artifact, source_of(artifact, options.source, options.config, options.controlnet))
     drawn = artifact.manifest.proof.get("trajectory", {}).get("problem")
     for problem in problems:
         say(f"warning: {problem}")

@@ -61,6 +61,8 @@ def prove(
     problems = [each["problem"] for each in (*found["parts"].values(), found["trajectory"]) if each.get("problem")]
     if problems and not gate.allow_failing:
         fix = "bakeoff verify DIR --explain --source MODEL on an export with --allow-failing says where and why"
+        if any("loras" in entry.key_fields for entry in artifact.manifest.parts.values()):
+            fix = "give it a wider precision; an export without --lora, and with --allow-failing, can be explained"
         if source is None and trajectory.is_undecided(found["trajectory"]):
             fix = "the pictures are too few to tell: --source MODEL draws more"
         raise ParityError("; ".join(problems), fix=fix)
@@ -161,8 +163,14 @@ def obstacle(artifact: Artifact, source: Source | None) -> str | None:
     return None
 
 
-def source_of(artifact: Artifact, model: str, config: str | None = None) -> Source:
+def source_of(artifact: Artifact, model: str, config: str | None = None, controlnet: str | None = None) -> Source:
     """Open the model that an artifact was made from: of a hub model the same revision, with its ControlNet if it has one.
+
+    Args:
+        artifact: of any recipe.
+        model: a Diffusers folder, a hub id, a single-file checkpoint, or `shapes`.
+        config: of a single-file checkpoint.
+        controlnet: where its ControlNet lies; by default where it lay then.
 
     Raises:
         SourceError: it is another model, or LoRAs were added to it.
@@ -171,7 +179,7 @@ def source_of(artifact: Artifact, model: str, config: str | None = None) -> Sour
     revision = made_from["revision"] if model == made_from["id"] else None
     module = made_from.get(variant or "") or {"id": "", "revision": None}
     with_revision = f"{module['id']}@{module['revision']}" if module["revision"] else module["id"]
-    source = Source.open(model, revision, variant, with_revision, config)
+    source = Source.open(model, revision, variant, controlnet or with_revision, config)
     for name, entry in artifact.manifest.parts.items():
         if "loras" in entry.key_fields:
             message = f"{artifact.folder} has LoRAs baked into its {name}, which {source.folder} doesn't have"

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 
 import pytest
 
@@ -152,6 +153,18 @@ def test_another_model_is_no_source_of_a_proof(copied, baked, tmp_path):
     other = _as_diffusers(baked("torch:fp32"), tmp_path / "other")
     with pytest.raises(SourceError, match="is not what"):
         prover.source_of(Artifact.open(copied("torch:fp32")), str(other))
+
+
+def test_a_controlnet_may_lie_elsewhere_by_then(tiny, tmp_path):
+    from bakeoff.parity import prover
+
+    folder = tiny("stable-diffusion")
+    module = shutil.copytree(tiny("stable-diffusion", "controlnet") / "controlnet", tmp_path / "edges")
+    artifact = export(str(folder), tmp_path / "out", parse("null:fp32")[0], controlnet=str(module), prove=False)
+    moved = module.rename(tmp_path / "moved")
+    with pytest.raises(SourceError, match="edges"):
+        prover.source_of(artifact, str(folder))
+    assert prover.source_of(artifact, str(folder), controlnet=str(moved)).path("controlnet") == moved
 
 
 def test_what_appears_meanwhile_is_not_replaced(tmp_path):
