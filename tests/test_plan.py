@@ -8,6 +8,7 @@ import pytest
 
 from bakeoff import cli
 from bakeoff import plan as planning
+from bakeoff.artifact import shares_of, stated_share
 from bakeoff.bake import export
 from bakeoff.errors import ResourceError
 from bakeoff.models import fullsize
@@ -111,3 +112,10 @@ def test_the_record_says_what_is_predicted_today(tmp_path, model):
             today = plan(str(source), recipe(row["recipe"])).forecast(tmp_path)
             assert today.peak_anon_bytes == row["predicted"]["peak_anon_bytes"]
             assert today.disk_bytes == row["predicted"]["disk_bytes"]
+
+
+@pytest.mark.parametrize("text", ["onnx:int8", "openvino:int8", "torch:int8+codes=bakeoff", "onnx:w8a8-dynamic"])
+def test_nearly_all_of_a_denoiser_has_the_stated_type(tmp_path, text):
+    """Convolutions, too; bitsandbytes' and torchao's layers are Linear alone, which docs/quantization.md says."""
+    shares = shares_of(plan("shapes", recipe(text)).forecast(tmp_path).parts["unet"].weight_bytes)
+    assert stated_share(shares, "int8") >= 0.95
