@@ -193,14 +193,15 @@ def source_of(artifact: Artifact, model: str, config: str | None = None, control
 def _needed_bytes(artifact: Artifact, source: Source | None) -> int:
     """Estimate the proof's memory: the interpreter, and for the largest part its packed weights and a margin.
 
-    With a source, each part is also recorded from it, in float32, and beside that its copy that gives F1.
+    With a source each part is also recorded from it: in float32, and as its copy that gives F1.
     """
     parts = artifact.manifest.parts
-    weights = 1.3 * max(sum(part.weight_bytes.values()) for part in parts.values())
+    needed = (2.0 if source else 1.3) * max(sum(part.weight_bytes.values()) for part in parts.values())
     for name, part in parts.items() if source else ():
-        wide = source.checkpoint(family_part(artifact, name).module).bytes_in("float32")
-        weights = max(weights, wide * (1.0 if part.precisions == {"fp32"} else 1.5))
-    return int(0.7e9 + weights)
+        if part.backend != "null" and part.precisions != {"fp32"}:
+            wide = source.checkpoint(family_part(artifact, name).module).bytes_in("float32")
+            needed = max(needed, 1.5 * wide)
+    return int(0.7e9 + needed)
 
 
 def prove_here(

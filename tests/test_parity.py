@@ -262,6 +262,14 @@ def test_a_part_that_makes_noughts_alone_is_granted_what_float32_is():
     assert prover._upper([0.0, 0.0], proof.row_tolerances(floors), FP32_LEAST) == 0
 
 
+def test_recording_in_float32_counts_whatever_the_codes_take(baked):
+    artifact, source = Artifact.open(baked("null:fp32,unet=onnx:int8")), Source.open("shapes")
+    wide = source.checkpoint("unet").bytes_in("float32")
+    assert sum(artifact.manifest.parts["unet"].weight_bytes.values()) < 0.3 * wide
+    assert prover._needed_bytes(artifact, source) == int(0.7e9 + 1.5 * wide)
+    assert prover._needed_bytes(artifact, None) < 0.7e9 + 0.5 * wide
+
+
 def test_no_floor_justifies_that_nothing_is_left_of_an_output():
     """F1 grows with what a recipe breaks: twice 0.5 would grant an output of noughts."""
     assert tolerance(1e-7, 0.1) == 0.2
