@@ -24,7 +24,10 @@ def add_source(command: argparse.ArgumentParser) -> None:
         help="auto (default): share unchanged weights with the source where the file system can; link: insist on it; "
         "copy: never, so that any tool may open the folder",
     )
-    add_adapters(command, "bake in")
+    add_lora(command)
+    command.add_argument(
+        "--controlnet", metavar="DIR", help="a ControlNet's folder or hub id, to bake beside the pipeline"
+    )
     command.add_argument(
         "--calibration", type=Path, metavar="FILE", help="what bakeoff calibrate wrote, for recipes such as onnx:w8a8"
     )
@@ -52,11 +55,6 @@ def add_config(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="of a .safetensors checkpoint: Diffusers folder or hub id with its tokenizers, scheduler and configs",
     )
-
-
-def add_adapters(command: argparse.ArgumentParser, purpose: str) -> None:
-    add_lora(command, purpose)
-    command.add_argument("--controlnet", metavar="DIR", help=f"a ControlNet's folder or hub id, to {purpose}")
 
 
 def add_lora(command: argparse.ArgumentParser, purpose: str = "bake in") -> None:

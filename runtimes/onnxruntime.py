@@ -225,7 +225,7 @@ def _nodes_by_provider(session: Any) -> dict[str, int]:  # noqa: ANN401 - onnxru
     return dict(counts)
 
 
-def _precisions(graph: Any, halves: set[str], *, half: bool) -> dict[str, int]:  # noqa: ANN401 - onnx is untyped
+def _precisions(graph: Any, halves: set[str], *, half: bool = False) -> dict[str, int]:  # noqa: ANN401 - onnx is untyped
     """Count the matrix products and convolutions by the precision that they run in: integer ones are operators apart.
 
     Where weights are stored in less than float32 and widened, what runs is float32.

@@ -6,7 +6,6 @@ import hashlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..commands.source_options import add_adapters
 from ..components.component import WRAPPER
 from ..errors import UsageError
 from ..parity.drawing import given_pictures, open_source
@@ -121,7 +120,10 @@ def add_calibrate(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - a
     )
     add_drawing_options(command, "calibration.safetensors", DEFAULT_PROMPTS, DEFAULT_STEPS)
     command.add_argument("--guidance-scale", type=float)
-    add_adapters(command, "draw with, as an export will have it baked in")
+    command.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:SCALE]", help="to draw with, as exports have it baked in"
+    )
+    command.add_argument("--controlnet", metavar="DIR", help="folder or hub id of one to draw with, as exports have it")
     command.set_defaults(run=_run)
     return command
 
