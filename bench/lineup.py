@@ -76,6 +76,6 @@ def precisions(arm: Arm) -> set[str]:
         parts = (recipe.default, *recipe.parts.values())
         return {each for part in parts for each in (part.precision, *part.layers.values())}
     if arm.folder and not arm.adapter and (Path(arm.folder) / MANIFEST).is_file():
-        parts = Artifact.open(Path(arm.folder)).manifest.parts.values()
-        return {each for part in parts for each in part.precisions}
+        baked = Artifact.open(Path(arm.folder)).manifest.parts.values()
+        return {each for entry in baked for each in entry.precisions}
     return set()

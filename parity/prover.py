@@ -196,12 +196,12 @@ def _needed_bytes(artifact: Artifact, source: Source | None) -> int:
     With a source each part is also recorded from it: in float32, and as its copy that gives F1.
     """
     parts = artifact.manifest.parts
-    needed = (2.0 if source else 1.3) * max(sum(part.weight_bytes.values()) for part in parts.values())
-    for name, part in parts.items() if source else ():
-        if part.backend != "null" and part.precisions != {"fp32"}:
-            wide = source.checkpoint(family_part(artifact, name).module).bytes_in("float32")
-            needed = max(needed, 1.5 * wide)
-    return int(0.7e9 + needed)
+    packed = max(sum(part.weight_bytes.values()) for part in parts.values())
+    if source is None:
+        return int(0.7e9 + 1.3 * packed)
+    narrow = [name for name, part in parts.items() if part.backend != "null" and part.precisions != {"fp32"}]
+    wide = [source.checkpoint(family_part(artifact, name).module).bytes_in("float32") for name in narrow]
+    return int(0.7e9 + max(2.0 * packed, 1.5 * max(wide, default=0)))
 
 
 def prove_here(
