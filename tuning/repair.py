@@ -175,16 +175,16 @@ def _wider_layers(artifact: Artifact, part: str, source: Source, aim: float) -> 
         ParityError: none would help.
     """
     entry, proof = artifact.manifest.parts[part], artifact.manifest.proof["parts"][part]
-    by_floats = not mixture_of(entry).formats and proof["problem"]
-    wider = dict.fromkeys(_blamed(artifact, part, source) if by_floats else (), "fp32")
+    mixture = mixture_of(entry)
+    blamed = _blamed(artifact, part, source) if proof["problem"] and not mixture.formats else []
+    wider = {layer: "fp32" for layer in blamed if mixture.precision_of(layer) != "fp32"}
     if not wider and _is_narrow(entry):
         arguments = {"folder": str(artifact.folder), "part": part, **folders_of(source)}
         (errors, widths), _ = in_child("bakeoff.tuning.repair:rank_here", arguments)
         wider = {layer: widths[layer] for layer in _worst(errors, _largest_error(proof), aim)} if errors else {}
-    fresh = {layer: wide for layer, wide in wider.items() if entry.layers.get(layer) != wide}
-    if not fresh:
+    if not wider:
         raise _hopeless(proof["problem"] or artifact.manifest.proof["trajectory"]["problem"])
-    return fresh
+    return wider
 
 
 def _worst(errors: Mapping[str, float], measured: float, allowed: float) -> list[str]:
@@ -202,10 +202,10 @@ def _worst(errors: Mapping[str, float], measured: float, allowed: float) -> list
         return broken
     squares = {name: error**2 for name, error in sorted(errors.items(), key=lambda item: -item[1])}
     total = sum(squares.values())
-    left = total
+    left, scale = total, measured**2 / total if total else math.inf
     chosen: list[str] = []
     for name, square in squares.items():
-        if chosen and left * (measured**2 / total) <= (_MARGIN * allowed) ** 2:
+        if chosen and left * scale <= (_MARGIN * allowed) ** 2:
             break
         chosen.append(name)
         left -= square
