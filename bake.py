@@ -126,7 +126,8 @@ def export(
         progress(f"{target} is up to date")
         return _proved_later(present, planned, gate, progress) if prove else present
     check_room(planned, target)
-    _note_other_loras(planned, progress)
+    if planned.note:
+        progress(f"note: {planned.note}")
     donors = [Artifact.open(Path(folder)) for folder in reuse]
     with staged(target, replace_existing=force) as folder, _with_loras(planned, target, progress) as baked:
         with tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work:
@@ -138,14 +139,6 @@ def export(
         else:
             progress("not proved: --no-prove")
     return Artifact.open(target)
-
-
-def _note_other_loras(planned: Plan, progress: Progress) -> None:
-    """Say so where activations were calibrated with other LoRAs than are baked in, or with none."""
-    own = [lora.fields for lora in planned.loras]
-    if planned.calibration and planned.calibration.info.get("loras", []) != own:
-        known = "other LoRAs" if planned.calibration.info.get("loras") else "no LoRA"
-        progress(f"note: activations were calibrated with {known}: bakeoff calibrate MODEL --lora FILE:SCALE sees them")
 
 
 @contextlib.contextmanager

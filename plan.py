@@ -50,6 +50,17 @@ class Plan:
     def key(self) -> str:
         return key_of(self.key_fields)
 
+    @property
+    def note(self) -> str | None:
+        """Say so where activations were calibrated with other LoRAs than are baked in, or with none."""
+        if self.calibration is None:
+            return None
+        seen = self.calibration.info.get("loras", [])
+        if seen == [lora.fields for lora in self.loras]:
+            return None
+        known = "other LoRAs" if seen else "no LoRA"
+        return f"activations were calibrated with {known}: bakeoff calibrate MODEL --lora FILE:SCALE sees them"
+
     def forecast(self, folder: Path) -> Forecast:
         """Predict what the export into an existing folder takes."""
         shared = self.weights != "copy" and self.source.folder.stat().st_dev == folder.stat().st_dev

@@ -74,12 +74,14 @@ def proof_in_words(proof: Any) -> str:  # noqa: ANN401 - a JSON object
     """Say whether an artifact is proved, what of it was left open, and what that took."""
     if proof["status"] != "proved":
         return f"{proof['status']}: {proof['reason']}"
+    from ..reports.gates import MEANING_GATE
+
     peak = max(proof["peak_anon_bytes"], 0) / 1e9
     took = f"its child process took {proof['seconds']:.1f} s and {peak:.2f} GB of anonymous memory"
     gates = proof.get("trajectory", {}).get("gates", [])
     left = [
         gate["detail"]
         for gate in gates
-        if gate["holds"] is None and not (gate["name"] == "meaning" and "scorer" in proof)
+        if gate["holds"] is None and not (gate["name"] == MEANING_GATE and "scorer" in proof)
     ]
     return f"proved ({'; '.join([took, *left])})"

@@ -79,11 +79,12 @@ class Session:
     obstacle: str | None = None
 
 
-def open_source(source: Source, precision: str = "fp32", threads: int | None = None) -> Engine:
+def open_source(source: Source, precision: str = "fp32", threads: int | None = None, **placed: Any) -> Engine:  # noqa: ANN401 - fields of Placement
     """Open a model as it is, in eager torch on the CPU, by default with as many threads as torch has been given."""
     import torch
 
-    return Engine(of_source(source, precision), Placement(device="cpu", threads=threads or torch.get_num_threads()))
+    placement = Placement(device="cpu", threads=threads or torch.get_num_threads(), **placed)
+    return Engine(of_source(source, precision), placement)
 
 
 def open_whole(source: Source) -> Engine:
@@ -92,10 +93,7 @@ def open_whole(source: Source) -> Engine:
     Raises:
         ResourceError: they don't fit into memory together.
     """
-    import torch
-
-    placement = Placement(device="cpu", threads=torch.get_num_threads(), offload="none", vae_tiling="off")
-    engine = Engine(of_source(source, "fp32"), placement)
+    engine = open_source(source, offload="none", vae_tiling="off")
     if engine.all_bytes > usable_bytes():
         needed, free = engine.all_bytes / 1e9, usable_bytes() / 1e9
         message = f"all parts in float32 take about {needed:.1f} GB of memory, {free:.1f} GB are free"

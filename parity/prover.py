@@ -60,12 +60,7 @@ def prove(
     found, peak = in_child("bakeoff.parity.prover:prove_here", arguments)
     problems = [each["problem"] for each in (*found["parts"].values(), found["trajectory"]) if each.get("problem")]
     if problems and not gate.allow_failing:
-        fix = "bakeoff verify DIR --explain --source MODEL on an export with --allow-failing says where and why"
-        if any("loras" in entry.key_fields for entry in artifact.manifest.parts.values()):
-            fix = "give it a wider precision; an export without --lora, and with --allow-failing, can be explained"
-        if source is None and trajectory.is_undecided(found["trajectory"]):
-            fix = "the pictures are too few to tell: --source MODEL draws more"
-        raise ParityError("; ".join(problems), fix=fix)
+        raise ParityError("; ".join(problems), fix=_fix(artifact, source, found["trajectory"]))
     return {
         "status": FAILING if problems else PROVED,
         **({"reason": "; ".join(problems)} if problems else {}),
@@ -74,6 +69,15 @@ def prove(
         "peak_anon_bytes": peak.anon_bytes,
         "peak_rss_bytes": peak.rss_bytes,
     }
+
+
+def _fix(artifact: Artifact, source: Source | None, drawn: Mapping[str, Any]) -> str:
+    """Say what helps where a proof fails."""
+    if source is None and trajectory.is_undecided(drawn):
+        return "the pictures are too few to tell: --source MODEL draws more"
+    if any("loras" in entry.key_fields for entry in artifact.manifest.parts.values()):
+        return "give it a wider precision; an export without --lora, and with --allow-failing, can be explained"
+    return "bakeoff verify DIR --explain --source MODEL on an export with --allow-failing says where and why"
 
 
 def prove_in_place(
@@ -91,7 +95,7 @@ def prove_in_place(
         scorer_prompts: how many prompts the embedded model's scorer judges; see `meaning.judge`.
 
     Raises:
-        ParityError: as `prove`.
+        ParityError: as `prove`; or the scorer fails it, which is kept.
         UnavailableError: it can't be proved here; the reason is in the message.
     """
     gate = gate or Gate()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import pictures
 from ..errors import InputError, ParityError
-from ..reports.gates import HALF_FLIP, HALF_GATE, LOST_POINTS, LOST_PROMPTS, Gate, gates
+from ..reports.gates import HALF_FLIP, HALF_GATE, LOST_POINTS, LOST_PROMPTS, MEANING_GATE, Gate, gates
 from ..runtimes.engine import Engine
 from ..runtimes.opening import judged_on, of_artifact
 from .drawing import Drawn, Session, Shot, draw, open_source, sit_again
@@ -213,7 +213,7 @@ def judge(kinds: Iterable[str], found: Mapping[str, Any], floor: Mapping[str, An
     kinds = set(kinds)
     if kinds & set(LOST_POINTS):
         told = f"low bits are judged by what pictures show, over {LOST_PROMPTS} prompts: --scorer {LOST_PROMPTS}"
-        return [*gates({"fp32"}, {**found, "psnr_db": [math.inf]}, None, None, [])[:1], Gate("meaning", None, told)]
+        return [*gates({"fp32"}, {**found, "psnr_db": [math.inf]}, None, None, [])[:1], Gate(MEANING_GATE, None, told)]
     lacking = pictures.missing()
     if kinds != {"fp32"} and "flip" in lacking:
         return [Gate(HALF_GATE, holds=None, detail=lacking["flip"])]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 FP32_PSNR_DB = 45.0
-HALF_GATE = "half precision"
+HALF_GATE, MEANING_GATE = "half precision", "meaning"
 HALF_FLIP = 1.5
 """Most mean ꟻLIP of a bf16 or fp16 arm, as a multiple of torch's own bf16."""
 LOST_POINTS = {"int8": 2.0, "fp8": 2.5, "w8a8": 2.5, "w8a8-dynamic": 2.5, "nf4": 5.0, "int4": 8.0}
@@ -93,16 +93,16 @@ def _lost_points(
 ) -> Gate:
     mine, theirs = (_points(each, semantic) for each in (figures, reference or {}))
     if mine is None or theirs is None:
-        return Gate("meaning", holds=None, detail="no scorer for this model: name a semantic metric and its weights")
+        return Gate(MEANING_GATE, holds=None, detail="no scorer for this model: name a semantic metric and its weights")
     lost = np.subtract(mine, theirs)
     if len(lost) < LOST_PROMPTS:
         detail = f"{len(lost)} prompts, at least {LOST_PROMPTS} needed (difference {lost.mean():+.1f} points)"
-        return Gate("meaning", holds=None, detail=detail)
+        return Gate(MEANING_GATE, holds=None, detail=detail)
     mean, low, _ = mean_interval(list(lost))
     detail = f"{mean:+.2f} points, at least {low:+.2f}; limit {-most:g}"
     if low > most:
-        return Gate("meaning", holds=None, detail=f"{detail}: better than what it was made from, by more than that")
-    return Gate("meaning", holds=low >= -most, detail=detail)
+        return Gate(MEANING_GATE, holds=None, detail=f"{detail}: better than what it was made from, by more than that")
+    return Gate(MEANING_GATE, holds=low >= -most, detail=detail)
 
 
 def _points(figures: dict[str, Any], semantic: tuple[str, float] | None) -> list[float] | None:

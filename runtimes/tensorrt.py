@@ -15,7 +15,7 @@ from . import tensorrt_profiles as profiles
 from .crossing import Crossing
 from .runtime import PartFiles, Runtime, as_port
 from .tensorrt_context import Context, Contexts
-from .tensorrt_device import Device
+from .tensorrt_device import ALIGNMENT, Device
 from .tensorrt_files import ABOUT, WEIGHTS, EngineFiles
 from .tensorrt_graphs import Graphs
 from .tensorrt_inspection import inspect, refuse_another_precision
@@ -43,8 +43,6 @@ _DTYPES = {
     "INT8": "int8",
 }
 """TensorRT's dtype -> torch's."""
-_ADDRESSES = 256
-"""Inputs lie at multiples of it, as `setTensorAddress` asks for."""
 _MARGIN_BYTES = 512 << 20
 """Device memory that is left alone when weights are placed: inputs, outputs, and what else runs there."""
 
@@ -384,7 +382,7 @@ class TensorRTRuntime(Runtime):
 
 def _aligned(tensor: Tensor) -> Tensor:
     """Return a device's tensor, or a copy where its address is none that TensorRT takes: a row of another may lie anywhere."""
-    return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % _ADDRESSES else tensor
+    return tensor.clone() if tensor.is_cuda and tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def _key(index: int, given: Mapping[str, tuple[int, ...]]) -> tuple[Any, ...]:

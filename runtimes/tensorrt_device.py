@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_ALIGNMENT = 256
-"""Bytes, of what TensorRT is given."""
+ALIGNMENT = 256
+"""Bytes that addresses are multiples of, as `setTensorAddress` asks for."""
 
 
 class Device:
@@ -135,7 +135,7 @@ class Device:
             self.finish()
             self._block = None
             self.give_back()
-            self._block = self.empty((max(size, _ALIGNMENT),), torch.uint8)
+            self._block = self.empty((max(size, ALIGNMENT),), torch.uint8)
         return self._block.data_ptr(), self._size
 
     @property

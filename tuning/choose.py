@@ -170,7 +170,7 @@ def _mixtures(found: Sensitivity, backend: str, *, fastest: bool) -> list[tuple[
     Raises:
         RecipeError: it bakes none of them, or none that is quicker where that is asked for.
     """
-    measured = sorted({name for layers in found.parts.values() for each in layers.values() for name in each.errors})
+    measured = _measured(found)
     exporter, runtime = plugins.exporter(backend), plugins.runtime(backend)
     able = [name for name in measured if _bakes(exporter, name)]
     if not able:
@@ -211,6 +211,11 @@ def _options(found: Sensitivity, backend: str, able: Iterable[str], *, fastest: 
     return options
 
 
+def _measured(found: Sensitivity) -> list[str]:
+    """Return the precisions that any layer was measured in."""
+    return sorted({name for layers in found.parts.values() for layer in layers.values() for name in layer.errors})
+
+
 def _key(part: str, layer: str) -> str:
     return json.dumps((part, layer))
 
@@ -221,12 +226,12 @@ def _first_able(found: Sensitivity) -> str:
     Raises:
         UsageError: none does.
     """
-    measured = {name for layers in found.parts.values() for layer in layers.values() for name in layer.errors}
+    measured = _measured(found)
     for backend in _USUAL_BACKENDS:
         exporter = plugins.exporter(backend)
         if all(_bakes(exporter, name) for name in measured):
             return backend
-    message = f"none of {', '.join(_USUAL_BACKENDS)} bakes all of {', '.join(sorted(measured))} for single layers"
+    message = f"none of {', '.join(_USUAL_BACKENDS)} bakes all of {', '.join(measured)} for single layers"
     raise UsageError(message, fix="name one with --backend: it takes those that it has")
 
 

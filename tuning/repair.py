@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -100,9 +101,8 @@ def export_repaired(
     gate, target = gate or Gate(), Path(output)
     check_target(target, replace_existing=bool(options.get("force")))
     with scratch(target) as work:
-        first = artifact = export(
-            model, work / "0", recipe, gate=replace(gate, allow_failing=True), progress=progress, **options
-        )
+        attempt = partial(export, model, gate=replace(gate, allow_failing=True), progress=progress)
+        first = artifact = attempt(work / "0", recipe, **options)
         if first.manifest.proof["status"] == UNPROVED:
             raise ParityError(first.manifest.proof["reason"], fix="leave out --repair")
         source = source_of(first, model, options.get("config"))
@@ -117,15 +117,7 @@ def export_repaired(
             recipe = _with_layers(recipe, wider)
             for name, layers in wider.items():
                 progress(f"{name} fails: putting back {', '.join(layers)}")
-            artifact = export(
-                model,
-                work / str(number),
-                recipe,
-                gate=replace(gate, allow_failing=True),
-                progress=progress,
-                reuse=reuse,
-                **options,
-            )
+            artifact = attempt(work / str(number), recipe, reuse=reuse, **options)
             reuse = [artifact.folder, *reuse]
         repaired = _compare(first, artifact)
         final = export(model, target, recipe, gate=gate, progress=progress, reuse=reuse, **options)
@@ -257,8 +249,8 @@ def rank_here(
 
 
 def _has_codes(layer: Any, name: str, mixture: Mixture) -> bool:  # noqa: ANN401 - a layer, with a weight or without
-    weight, weight_format = getattr(layer, "weight", None), mixture.format_of(name)
-    return bool(weight_format and weight is not None and not weight_format.obstacle(weight.shape))
+    weight = getattr(layer, "weight", None)
+    return weight is not None and bool(mixture.formats) and mixture.obstacle(name, weight.shape) is None
 
 
 def _alone(

@@ -33,7 +33,7 @@ from precision_tables import with_tables
 from tqdm import tqdm
 from unet_arms import SIZES, Arm, Resident, inputs, make, source
 
-from bakeoff.hardware import describe
+from bakeoff.hardware import describe, has_instructions
 from bakeoff.memory import available_bytes, in_child
 from bakeoff.parity.proof import relative_error
 from bakeoff.verdict import paired_ratio
@@ -102,7 +102,7 @@ def main() -> None:
 
 def _recorded_as(name: str) -> str:
     """Return what a group or a profile is recorded as: processors that multiply in tiles are kept apart from the others."""
-    return f"{name} (AMX)" if "amx_int8" in describe()["instruction_sets"] else name
+    return f"{name} (AMX)" if has_instructions("amx_int8") else name
 
 
 def _compare(backend: str, precisions: list[str], work: Path, options: argparse.Namespace) -> dict[str, Any]:
