@@ -37,20 +37,12 @@ def read(gpu: str | None = None, rapl: Path = _RAPL) -> dict[str, Counter]:
 
 
 def between(before: dict[str, Counter], after: dict[str, Counter]) -> dict[str, float] | None:
-    """Return the joules of each counter between two readings, or None without counters."""
-    return {name: _difference(before[name], counter) for name, counter in after.items() if name in before} or None
+    """Return the joules of each counter between two readings, or None without any.
 
-
-def of_gpus(joules: dict[str, float] | None) -> float | None:
-    """Return what GPUs took of the counters' joules; None if none of them was read."""
-    found = [value for name, value in (joules or {}).items() if name.startswith("gpu")]
-    return sum(found) if found else None
-
-
-def of_processors(joules: dict[str, float] | None) -> float | None:
-    """Return what processor packages took of the counters' joules; None if none of them was read."""
-    found = [value for name, value in (joules or {}).items() if not name.startswith("gpu")]
-    return sum(found) if found else None
+    A counter that stood still says nothing: GPUs' move some ten times a second, so a short window may lie between two ticks.
+    """
+    spent = {name: _difference(before[name], counter) for name, counter in after.items() if name in before}
+    return {name: joules for name, joules in spent.items() if joules} or None
 
 
 def _difference(before: Counter, after: Counter) -> float:

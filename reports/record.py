@@ -43,3 +43,15 @@ def read_record(folder: Path) -> dict[str, Any]:
 def entry_name(arm: str, point: str) -> str:
     """Return the name under which a record keeps an arm at a point."""
     return f"{arm} | {point}" if point else arm
+
+
+def gpu_joules(joules: dict[str, float] | None) -> float | None:
+    """Return what GPUs took of the counters' joules; None if none of them was read."""
+    found = [value for name, value in (joules or {}).items() if name.startswith("gpu")]
+    return sum(found) if found else None
+
+
+def processor_joules(joules: dict[str, float] | None) -> float | None:
+    """Return what processor packages took of the counters' joules; None if none of them was read."""
+    found = [value for name, value in (joules or {}).items() if not name.startswith("gpu")]
+    return sum(found) if found else None

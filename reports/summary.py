@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,8 +11,20 @@ from ..pictures import decibels
 from ..verdict import FEWEST_BLOCKS, Ratio, Verdict, break_even_images, outliers, paired_ratio, percentile, verdicts
 from .budgets import Budget
 from .gates import Gate, gates
-from .record import ADDED, AGAIN, FLOOR_BF16, FLOOR_FP32, REFERENCE, entry_name
+from .record import (
+    ADDED,
+    AGAIN,
+    FLOOR_BF16,
+    FLOOR_FP32,
+    REFERENCE,
+    entry_name,
+    gpu_joules,
+    processor_joules,
+)
 from .remarks import doubts, unfair
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,9 @@ class Row:
     memory: dict[str, Any] | None
     stages: dict[str, float] | None
     disk_bytes: int | None
-    energy_j: float | None
+    gpu_j: float | None
+    """Joules a picture that GPUs took; `processor_j`: that processor packages took. None without counters."""
+    processor_j: float | None
     """Joules an image, of all counters together."""
     proof: dict[str, float]
     """Each part's worst SQNR in dB against eager fp32, as its artifact says."""
@@ -214,13 +228,20 @@ def _row(record: dict[str, Any], arm: str, name: str, point: str, verdict: Verdi
         memory=memory,
         stages=stages.get("seconds"),
         disk_bytes=artifact.get("bytes"),
-        energy_j=_median(
-            [sum(run["energy_j"].values()) / batch / len(run["samples_s"]) for run in runs if run.get("energy_j")]
-        ),
+        gpu_j=_joules(runs, batch, gpu_joules),
+        processor_j=_joules(runs, batch, processor_joules),
         proof=artifact.get("proof", {}),
         figures=figures,
         floor_flip=float(np.mean(floor["flip"])) if floor and "flip" in floor else None,
     )
+
+
+def _joules(
+    runs: list[dict[str, Any]], batch: int, of: Callable[[dict[str, float] | None], float | None]
+) -> float | None:
+    """Return the median of what runs took a picture, by the counters that `of` sums."""
+    spent = [(of(run.get("energy_j")), len(run["samples_s"]) * batch) for run in runs]
+    return _median([joules / pictures for joules, pictures in spent if joules is not None])
 
 
 def _semantic(record: dict[str, Any]) -> tuple[str, float] | None:

@@ -44,7 +44,8 @@ def _latency(row: Row) -> dict[str, str]:
         "ratio [95 %]": f"{ratio.ratio:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]{mark}" if ratio else _NONE,
         "verdict": row.verdict.word if row.verdict else _NONE,
         "images/s": f"{row.images_per_s:.3g}" if row.images_per_s else _NONE,
-        "J/image": f"{row.energy_j:.3g}" if row.energy_j else _NONE,
+        "GPU J/image": f"{row.gpu_j:.3g}" if row.gpu_j else _NONE,
+        "CPU J/image": f"{row.processor_j:.3g}" if row.processor_j else _NONE,
     }
 
 

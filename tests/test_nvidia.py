@@ -9,6 +9,7 @@ import pytest
 
 from bakeoff import nvidia
 from bakeoff.bench import energy, guard
+from bakeoff.reports.record import gpu_joules, processor_joules
 
 pynvml = pytest.importorskip("pynvml", reason="pip install 'bakeoff[nvidia]'")
 ELSEWHERE = 2**22 + 7
@@ -170,8 +171,8 @@ def test_the_gpu_in_use_alone_is_asked(driver, tmp_path):
     assert nvidia.throttled("GPU-0abc") == ["power cap"]
     assert len(nvidia.clocks("GPU-1abc")) == 1
     spent = {"gpu1": 5.0, "package-0 (intel-rapl:0)": 3.0}
-    assert (energy.of_gpus(spent), energy.of_processors(spent)) == (5.0, 3.0)
-    assert energy.of_gpus(None) is energy.of_processors({"gpu0": 1.0}) is None
+    assert (gpu_joules(spent), processor_joules(spent)) == (5.0, 3.0)
+    assert gpu_joules(None) is processor_joules({"gpu0": 1.0}) is None
 
 
 def test_torch_says_which_gpu_is_in_use(monkeypatch):
@@ -190,6 +191,7 @@ def test_energy_is_counted_in_joules(driver, tmp_path):
     spent = energy.between(before, energy.read(rapl=tmp_path))
     assert spent["gpu0"] == pytest.approx(250.0)
     assert set(spent) == {"gpu0", "gpu1"}
+    assert energy.between(after := energy.read(rapl=tmp_path), after) is None, "counters that stood still say nothing"
 
 
 def test_what_a_gpu_cannot_tell_is_absent(driver):

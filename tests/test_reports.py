@@ -38,7 +38,7 @@ def run(rng, ratio):
         "sample_rows": [0],
         "sample_db": 200.0,
         "guard": {"tainted": [], "others_cores": 0.0},
-        "energy_j": {"package-0": 50.0},
+        "energy_j": {"package-0": 50.0, "gpu0": 100.0},
         "configuration": {
             "adapter": {"unet": {"threads": 2, "device": "cpu", "precision": {"f32": 5}}},
             "python": "3.11",
@@ -234,7 +234,7 @@ def test_metrics_stand_in_the_table_or_are_named_as_missing(record):
     assert row["LPIPS"] == "0.25"
     assert "FID" not in row
     assert "not measured, no weights named: FID" in tables.markdown(summary)
-    assert row["J/image"] == "10"
+    assert (row["CPU J/image"], row["GPU J/image"]) == ("10", "20")
 
 
 def test_a_model_card_has_the_figures_and_how_they_came(record):

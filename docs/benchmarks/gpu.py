@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bakeoff import hardware
-from bakeoff.bench import energy
 from bakeoff.errors import BakeoffError
+from bakeoff.reports.record import gpu_joules, processor_joules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -293,8 +293,8 @@ def _row(name: str, outcome: dict[str, Any]) -> str:
         _figure(outcome.get("step_s"), "{:.2f}", 1e3),
         _figure(outcome.get("first_picture_s"), "{:.1f}"),
         *(_figure(memory.get(kind), "{:.2f}", 1e-9) for kind in _MEMORY),
-        _figure(energy.of_gpus(joules), "{:.0f}"),
-        _figure(energy.of_processors(joules), "{:.0f}"),
+        _figure(gpu_joules(joules), "{:.0f}"),
+        _figure(processor_joules(joules), "{:.0f}"),
         _remark(outcome),
     ]
     return f"| {name} | {' | '.join(cells)} |"
