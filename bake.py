@@ -38,13 +38,13 @@ from .exporters.corrected import lower_corrected
 from .exporters.exporter import Subject
 from .memory import give_back
 from .parity.budget import Gate, check_parts
-from .plan import ACTIVATIONS_OPTION, OUTPUTS_OPTION, check_room, is_calibrated, merged_modules, mixture_of, plan
+from .plan import ACTIVATIONS_OPTION, OUTPUTS_OPTION, check_room, is_calibrated, mixture_of, plan
 from .quantize.calibration import METHODS
 from .quantize.grid import grids_to_json
 from .quantize.inputs import with_inputs, write_inputs
 from .recipe import to_dict
 from .runtimes.opening import port_to_dict
-from .sources.lora import merge
+from .sources.lora import merged
 from .weights import layer_names, place, sha256
 
 if TYPE_CHECKING:
@@ -148,11 +148,7 @@ def _with_loras(planned: Plan, target: Path, progress: Progress) -> Iterator[Pla
         yield planned
         return
     with scratch(target) as work:
-        for module in merged_modules(planned):
-            progress(f"merging {' and '.join(lora.file.name for lora in planned.loras)} into {module}")
-            merge(planned.loras, planned.source, module, work / module)
-        merged = {module: work / module for module in merged_modules(planned)}
-        yield replace(planned, source=replace(planned.source, elsewhere={**planned.source.elsewhere, **merged}))
+        yield replace(planned, source=merged(planned.loras, planned.source, work, progress))
 
 
 def _prove(artifact: Artifact, source: Source, gate: Gate, progress: Progress) -> None:

@@ -16,7 +16,7 @@ from .forecast import Forecast
 from .memory import available_bytes
 from .quantize.calibration import Calibration
 from .recipe import PartRecipe, Recipe
-from .sources.lora import Lora
+from .sources.lora import Lora, changed_modules
 from .sources.source import Source
 from .weights import WEIGHT_MODES, sha256
 
@@ -67,7 +67,7 @@ class Plan:
         parts = {name: self.source.family.part(name) for name in self.parts}
         checkpoints = {name: self.source.checkpoint(part.module) for name, part in parts.items()}
         components = {name: part.component for name, part in parts.items()}
-        merged = [self.source.checkpoint(module) for module in merged_modules(self)]
+        merged = [self.source.checkpoint(module) for module in changed_modules(self.loras)]
         return Forecast.of(checkpoints, self.parts, components, shared=shared, merged=merged)
 
 
@@ -265,11 +265,6 @@ def _part_fields(
         **({"loras": own} if own else {}),
         **(exporter.key_fields(recipe.precision, recipe.options) if isinstance(exporter, BoundExporter) else {}),
     }
-
-
-def merged_modules(planned: Plan) -> list[str]:
-    """Name the modules that LoRAs change."""
-    return sorted({module for lora in planned.loras for module in lora.deltas})
 
 
 def existing_parent(target: Path) -> Path:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, ParityError, UsageError
 from ..terminal import print_json, say
 from .inspect import proof_in_words
-from .source_options import add_config
+from .source_options import add_config, add_lora
 
 if TYPE_CHECKING:
     import argparse
+    from contextlib import AbstractContextManager
 
     from ..artifact import Artifact
+    from ..sources.source import Source
 
 
 def add_verify(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
@@ -37,6 +40,7 @@ def add_verify(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
     )
     command.add_argument("--source", help="the model, to record what eager fp32 gives if the artifact has no record")
     command.add_argument("--controlnet", metavar="DIR", help="where the ControlNet lies, if it isn't where it was")
+    add_lora(command, "add to --source, as it was baked in")
     add_config(command)
     command.set_defaults(run=_verify)
     return command
@@ -49,15 +53,16 @@ def _verify(options: argparse.Namespace) -> int:
     if options.scorer and not options.parity:
         message = "got --scorer without --parity, which it belongs to"
         raise UsageError(message, fix=f"bakeoff verify {options.folder} --parity --scorer {options.scorer}")
+    if options.lora and not options.source:
+        message = "got --lora without --source, to whose weights it is added"
+        raise UsageError(message, fix="add --source MODEL")
     artifact = Artifact.open(options.folder)
     if options.explain:
         return _explain(artifact, options)
     problems = _hash_all(artifact)
     if options.parity and not problems:
-        source = None
-        if options.source:
-            source = prover.source_of(artifact, options.source, options.config, options.controlnet)
-        artifact = prover.prove_in_place(artifact, source, scorer_prompts=options.scorer)
+        with _source(artifact, options) if options.source else contextlib.nullcontext() as source:
+            artifact = prover.prove_in_place(artifact, source, scorer_prompts=options.scorer)
     if options.json:
         print_json({"folder": str(options.folder), "problems": problems, "proof": artifact.manifest.proof})
     elif not problems:
@@ -81,10 +86,10 @@ def _explain(artifact: Artifact, options: argparse.Namespace) -> int:
         message = "--explain got no --source: it runs the model in eager fp32 beside the artifact"
         raise UsageError(message, fix=f"add --source {artifact.manifest.source['id']}")
     from ..parity.explain import as_json, explain, in_words
-    from ..parity.prover import source_of
 
     problems = _hash_all(artifact)
-    found = explain(artifact, source_of(artifact, options.source, options.config, options.controlnet))
+    with _source(artifact, options) as source:
+        found = explain(artifact, source)
     drawn = artifact.manifest.proof.get("trajectory", {}).get("problem")
     for problem in problems:
         say(f"warning: {problem}")
@@ -98,6 +103,12 @@ def _explain(artifact: Artifact, options: argparse.Namespace) -> int:
     if drawn or any(each.departs for each in found):
         return ParityError.exit_code
     return ArtifactError.exit_code if problems else 0
+
+
+def _source(artifact: Artifact, options: argparse.Namespace) -> AbstractContextManager[Source]:
+    from ..parity.origin import source_of
+
+    return source_of(artifact, options.source, options.config, options.controlnet, options.lora)
 
 
 def _hash_all(artifact: Artifact) -> list[str]:

@@ -43,6 +43,8 @@ _LIKE = (0.3, 3.0)
 """An error is of a kind if it is within these multiples of what that kind makes."""
 _LEAST_CHANGE = 0.01
 """A factor is this far from 1, at least, to be a wrong one."""
+_LOST = 4.0
+"""A norm loses precision if it errs more than this many times what rounding its result to the dtype does."""
 _CLIPPED = 0.01
 """A scale that was calibrated for the least error clips less of its activations than this."""
 _MOST_OF = 0.5
@@ -298,7 +300,9 @@ def _low_precision(evidence: Evidence) -> Cause | None:
     for dtype in (torch.bfloat16, torch.float16):
         usual = relative_error(_computed_in(evidence.module, evidence.given, dtype), evidence.expected)
         if _LIKE[0] * usual < evidence.error < _LIKE[1] * usual:
-            name = NORM if "Norm" in type(evidence.module).__name__ else LOW_PRECISION
+            rounding = relative_error(evidence.expected.to(dtype).float(), evidence.expected)
+            loses = "Norm" in type(evidence.module).__name__ and usual > _LOST * rounding
+            name = NORM if loses else LOW_PRECISION
             figures: dict[str, float | str] = {"dtype": str(dtype).removeprefix("torch."), "error of that": usual}
             if name == NORM:
                 figures["mean over deviation"] = _mean_over_deviation(evidence.given)

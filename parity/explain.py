@@ -97,7 +97,7 @@ def explain(artifact: Artifact, source: Source) -> list[Explanation]:
 
     Args:
         artifact: of any backend that can look inside its parts.
-        source: the model that it was made from; see `parity.source_of`.
+        source: the model that it was made from; see `parity.origin.source_of`.
 
     Raises:
         UnavailableError: a backend can't be used here, or no part computes anything.

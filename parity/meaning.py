@@ -12,12 +12,15 @@ from ..models.prompts import read_prompts
 from ..reports.gates import LOST_POINTS, LOST_PROMPTS
 from ..runtimes.engine import Engine
 from ..runtimes.opening import judged_on, of_artifact
-from ..sources.source import EMBEDDED, Source
+from ..sources.source import EMBEDDED
 from . import trajectory
 from .drawing import open_source
+from .origin import folders_of, origin_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from ..sources.source import Source
 
 PROMPTS = "shapes-1024"
 STEPS = 8
@@ -30,7 +33,7 @@ def judge(artifact: Artifact, source: Source, count: int) -> dict[str, Any]:
 
     Args:
         artifact: of the embedded model.
-        source: the embedded model.
+        source: the embedded model, with LoRAs where the artifact has them.
         count: how many prompts.
 
     Returns:
@@ -47,7 +50,7 @@ def judge(artifact: Artifact, source: Source, count: int) -> dict[str, Any]:
     if count < _FEWEST:
         message = f"got {count} prompts for the scorer, expected {_FEWEST} at least, and {LOST_PROMPTS} for the gate"
         raise UsageError(message)
-    arguments = {"folder": str(artifact.folder), "source": str(source.folder), "count": count}
+    arguments = {"folder": str(artifact.folder), **folders_of(source), "count": count}
     found, _ = in_child("bakeoff.parity.meaning:judge_here", arguments)
     return {**found, **_gate(trajectory.precisions(artifact), found, count)}
 
@@ -60,7 +63,7 @@ def _gate(kinds: set[str], found: Mapping[str, Any], count: int) -> dict[str, An
     return {"limit": -max(limits), "holds": found["low"] >= -max(limits) if count >= LOST_PROMPTS else None}
 
 
-def judge_here(folder: str, source: str, count: int) -> dict[str, Any]:
+def judge_here(folder: str, source: str, elsewhere: Mapping[str, str], count: int) -> dict[str, Any]:
     """Draw and score in this process; runs in the child of `judge`."""
     import numpy as np
     import torch
@@ -68,9 +71,9 @@ def judge_here(folder: str, source: str, count: int) -> dict[str, Any]:
     from ..verdict import mean_interval
 
     texts = [prompt.text for prompt in read_prompts(PROMPTS, count)]
-    with open_source(Source.open(source)) as engine:
-        theirs = _right(engine, texts)
     artifact = Artifact.open(Path(folder))
+    with open_source(origin_of(artifact, source, elsewhere)) as engine:
+        theirs = _right(engine, texts)
     with Engine(of_artifact(artifact), judged_on(artifact, torch.get_num_threads())) as engine:
         mine = _right(engine, texts)
     difference = np.subtract(mine, theirs, dtype=float) * 100

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifact import Artifact, staged
-from ..errors import ParityError, SourceError, UnavailableError
+from ..errors import ParityError, UnavailableError
 from ..memory import available_bytes, in_child
-from ..sources.source import Source
 from . import meaning, trajectory
 from .budget import Budget, Gate, decibels, granted, upper_bound
 from .drawing import sit
+from .origin import folders_of, origin_of, source_of
 from .proof import axes_of, family_part, justified, measure, record, recorded, row_errors, row_tolerances, run_case
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ..components.family import Part
+    from ..sources.source import Source
     from .proof import Measured
 
 PROVED, FAILING, UNPROVED = "proved", "failing", "unproved"
@@ -76,7 +78,9 @@ def _fix(artifact: Artifact, source: Source | None, drawn: Mapping[str, Any]) ->
     if source is None and trajectory.is_undecided(drawn):
         return "the pictures are too few to tell: --source MODEL draws more"
     if any("loras" in entry.key_fields for entry in artifact.manifest.parts.values()):
-        return "give it a wider precision; an export without --lora, and with --allow-failing, can be explained"
+        return (
+            "bakeoff verify DIR --explain --source MODEL --lora … on an export with --allow-failing says where and why"
+        )
     return "bakeoff verify DIR --explain --source MODEL on an export with --allow-failing says where and why"
 
 
@@ -112,7 +116,9 @@ def prove_in_place(
     allowed = gate.allow_failing or was_failing
     scored = artifact.manifest.proof.get("scorer")
     if scorer_prompts:
-        scored = meaning.judge(artifact, source or source_of(artifact, artifact.manifest.source["id"]), scorer_prompts)
+        known_source = contextlib.nullcontext(source) if source else source_of(artifact, artifact.manifest.source["id"])
+        with known_source as model:
+            scored = meaning.judge(artifact, model, scorer_prompts)
     with staged(artifact.folder, replace_existing=True) as folder:
         twin = artifact.twin(folder)
         proof = prove(twin, source, Gate({**known, **gate.budgets}, allowed))
@@ -167,33 +173,6 @@ def obstacle(artifact: Artifact, source: Source | None) -> str | None:
     return None
 
 
-def source_of(artifact: Artifact, model: str, config: str | None = None, controlnet: str | None = None) -> Source:
-    """Open the model that an artifact was made from: of a hub model the same revision, with its ControlNet if it has one.
-
-    Args:
-        artifact: of any recipe.
-        model: a Diffusers folder, a hub id, a single-file checkpoint, or `shapes`.
-        config: of a single-file checkpoint.
-        controlnet: where its ControlNet lies; by default where it lay then.
-
-    Raises:
-        SourceError: it is another model, or LoRAs were added to it.
-    """
-    made_from, variant = artifact.manifest.source, artifact.manifest.variant
-    revision = made_from["revision"] if model == made_from["id"] else None
-    module = made_from.get(variant or "") or {"id": "", "revision": None}
-    with_revision = f"{module['id']}@{module['revision']}" if module["revision"] else module["id"]
-    source = Source.open(model, revision, variant, controlnet or with_revision, config)
-    for name, entry in artifact.manifest.parts.items():
-        if "loras" in entry.key_fields:
-            message = f"{artifact.folder} has LoRAs baked into its {name}, which {source.folder} doesn't have"
-            raise SourceError(message, fix="leave out --source: what eager fp32 gave is in the artifact")
-        if source.hashes(family_part(artifact, name).module) != entry.key_fields["source"]:
-            message = f"{source.folder} is not what {artifact.folder} was made from: its {name} has other bytes"
-            raise SourceError(message, fix=f"give the model it was made from, {artifact.manifest.source['id']}")
-    return source
-
-
 def _needed_bytes(artifact: Artifact, source: Source | None) -> int:
     """Estimate the proof's memory: the interpreter, and for the largest part its packed weights and a margin.
 
@@ -226,24 +205,6 @@ def prove_here(
     if origin and trajectory.is_undecided(drawn):
         drawn = trajectory.prove_further(artifact, origin)
     return {"parts": results, "trajectory": drawn}
-
-
-def folders_of(source: Source) -> dict[str, Any]:
-    """Return what a child process is told of a source, which `origin_of` reads."""
-    elsewhere = {module: str(path) for module, path in source.elsewhere.items()}
-    return {"source": str(source.folder), "elsewhere": elsewhere}
-
-
-def origin_of(artifact: Artifact, source: str, elsewhere: Mapping[str, str]) -> Source:
-    """Open the source that an artifact was made from by its folders, as a child process is told them."""
-    opened = Source.open(source)
-    found = {module: Path(path) for module, path in elsewhere.items()}
-    return replace(
-        opened,
-        elsewhere=found,
-        family=opened.family.variant(artifact.manifest.variant),
-        variant=artifact.manifest.variant,
-    )
 
 
 def _record(artifact: Artifact, source: Source) -> dict[str, str]:

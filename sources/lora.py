@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +18,7 @@ from ..errors import PickleError, SourceError, UsageError
 from ..weights import as_bytes, read_tensor, sha256, write_entries
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -131,7 +131,31 @@ def added(weight: Tensor, deltas: Iterable[Delta]) -> Tensor:
     return total.to(weight.dtype)
 
 
-def merge(loras: Sequence[Lora], source: Source, module: str, folder: Path) -> None:
+def changed_modules(loras: Iterable[Lora]) -> list[str]:
+    """Name the modules that LoRAs change."""
+    return sorted({module for lora in loras for module in lora.deltas})
+
+
+def merged(
+    loras: Sequence[Lora], source: Source, folder: Path, progress: Callable[[str], None] = lambda _: None
+) -> Source:
+    """Write the modules that LoRAs change, with these added, into an empty folder; return the source that has them.
+
+    Args:
+        loras: what is added.
+        source: stays as it is.
+        folder: has to be there as long as the source is in use.
+        progress: called with a line for each module.
+    """
+    written = {}
+    for module in changed_modules(loras):
+        progress(f"merging {' and '.join(lora.file.name for lora in loras)} into {module}")
+        written[module] = folder / module
+        _merge(loras, source, module, written[module])
+    return replace(source, elsewhere={**source.elsewhere, **written})
+
+
+def _merge(loras: Sequence[Lora], source: Source, module: str, folder: Path) -> None:
     """Write a module's config and checkpoint with the LoRAs added, in the files' own dtypes, into a new folder."""
     folder.mkdir(parents=True)
     shutil.copyfile(source.path(module) / "config.json", folder / "config.json")

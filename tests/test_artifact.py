@@ -118,12 +118,14 @@ def test_why_rebuild_names_the_fields(baked):
 @pytest.mark.slow
 def test_no_prove_says_unproved_and_verify_proves_it_later(tmp_path):
     from bakeoff.parity import prover
+    from bakeoff.parity.origin import source_of
 
     artifact = export("shapes", tmp_path / "a", parse("torch:fp32")[0], prove=False)
     assert not artifact.manifest.proved
     with pytest.raises(UnavailableError, match="--source"):
         prover.prove_in_place(artifact, None)
-    assert prover.prove_in_place(artifact, prover.source_of(artifact, "shapes")).manifest.proved
+    with source_of(artifact, "shapes") as source:
+        assert prover.prove_in_place(artifact, source).manifest.proved
     assert Artifact.open(tmp_path / "a").verify() == []
 
 
@@ -148,23 +150,27 @@ def test_a_proof_that_fails_changes_nothing(copied, monkeypatch):
 
 
 def test_another_model_is_no_source_of_a_proof(copied, baked, tmp_path):
-    from bakeoff.parity import prover
+    from bakeoff.parity.origin import source_of
 
     other = _as_diffusers(baked("torch:fp32"), tmp_path / "other")
-    with pytest.raises(SourceError, match="is not what"):
-        prover.source_of(Artifact.open(copied("torch:fp32")), str(other))
+    with (
+        pytest.raises(SourceError, match="is not what"),
+        source_of(Artifact.open(copied("torch:fp32")), str(other)),
+    ):
+        pass
 
 
 def test_a_controlnet_may_lie_elsewhere_by_then(tiny, tmp_path):
-    from bakeoff.parity import prover
+    from bakeoff.parity.origin import source_of
 
     folder = tiny("stable-diffusion")
     module = shutil.copytree(tiny("stable-diffusion", "controlnet") / "controlnet", tmp_path / "edges")
     artifact = export(str(folder), tmp_path / "out", parse("null:fp32")[0], controlnet=str(module), prove=False)
     moved = module.rename(tmp_path / "moved")
-    with pytest.raises(SourceError, match="edges"):
-        prover.source_of(artifact, str(folder))
-    assert prover.source_of(artifact, str(folder), controlnet=str(moved)).path("controlnet") == moved
+    with pytest.raises(SourceError, match="edges"), source_of(artifact, str(folder)):
+        pass
+    with source_of(artifact, str(folder), controlnet=str(moved)) as source:
+        assert source.path("controlnet") == moved
 
 
 def test_what_appears_meanwhile_is_not_replaced(tmp_path):

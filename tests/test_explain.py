@@ -398,13 +398,19 @@ class TestCauses:
         return Evidence(made, expected, [(operation, made)], module=module, given=given)
 
     def test_a_norm_of_a_small_deviation_in_half_precision(self):
-        norm = torch.nn.LayerNorm(64)
-        given = 300 + torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            made = norm.bfloat16()(given.bfloat16()).float()
-        cause = find_cause(self.evidence(norm.float(), given, made, "LayerNormalization"))
+        cause = self.in_bfloat16(torch.nn.LayerNorm(64), mean=300)
         assert cause.name == causes.NORM
         assert cause.figures["mean over deviation"] > 100
+
+    @pytest.mark.parametrize("norm", [torch.nn.LayerNorm(64), torch.nn.RMSNorm(64), torch.nn.GroupNorm(8, 64)])
+    def test_a_norm_that_errs_as_bfloat16_does_is_no_fault(self, norm):
+        assert self.in_bfloat16(norm, mean=0).name == causes.LOW_PRECISION
+
+    def in_bfloat16(self, norm, mean):
+        given = mean + torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            made = norm.bfloat16()(given.bfloat16()).float()
+        return find_cause(self.evidence(norm.float(), given, made, "LayerNormalization"))
 
     def rounded(self, kind, step, times=1.0):
         """Return the evidence of a convolution behind SiLU, whose input is rounded to unsigned bytes of a step a channel."""

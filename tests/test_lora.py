@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from bakeoff.artifact import Artifact
 from bakeoff.bake import export
-from bakeoff.errors import PickleError, SourceError, UsageError
+from bakeoff.cli import main
+from bakeoff.errors import ParityError, PickleError, SourceError, UsageError
+from bakeoff.parity.origin import source_of
 from bakeoff.pictures import psnr
 from bakeoff.plan import plan, why_rebuild
 from bakeoff.recipe import parse
@@ -135,11 +137,48 @@ def test_a_lora_is_in_the_key_of_its_parts_and_in_the_manifest(tiny, tmp_path):
     )
 
 
-@pytest.mark.slow
-def test_a_model_with_a_lora_is_proved(tiny, tmp_path):
+def test_the_source_of_an_artifact_with_loras_has_them(tiny, tmp_path):
     folder = tiny("stable-diffusion")
-    file = peft_file(folder, "stable-diffusion", tmp_path / "style.safetensors")
-    assert export(str(folder), tmp_path / "a", RECIPE, loras=[f"{file}:0.8"]).manifest.proved
+    one = peft_file(folder, "stable-diffusion", tmp_path / "one.safetensors")
+    two = peft_file(folder, "stable-diffusion", tmp_path / "two.safetensors", seed=1)
+    artifact = export(str(folder), tmp_path / "a", RECIPE, loras=[f"{one}:0.8", str(two)], prove=False)
+    for loras, message in (
+        ([], "got no LoRA"),
+        ([str(two), f"{one}:0.8"], "another order"),
+        ([str(one)], "other LoRAs"),
+    ):
+        with (
+            pytest.raises(SourceError, match=message) as caught,
+            source_of(artifact, str(folder), loras=loras),
+        ):
+            pass
+        assert "--lora one.safetensors:0.8 --lora two.safetensors:1" in caught.value.fix
+    plain = export(str(folder), tmp_path / "b", RECIPE, prove=False)
+    with pytest.raises(SourceError, match="has no LoRA baked in"), source_of(plain, str(folder), loras=[str(one)]):
+        pass
+    with source_of(artifact, str(folder), loras=[f"{one}:0.8", str(two)]) as source:
+        found = source.checkpoint("unet").entries
+        for name, entry in Checkpoint.open(artifact.folder / "unet").entries.items():
+            assert torch.equal(read_tensor(found[name]), read_tensor(entry)), name
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_model_with_a_lora_is_proved_explained_and_repaired(tiny, tmp_path, capsys):
+    folder = tiny("stable-diffusion")
+    lora = f"{peft_file(folder, 'stable-diffusion', tmp_path / 'style.safetensors')}:0.8"
+    assert export(str(folder), tmp_path / "a", RECIPE, loras=[lora]).manifest.proved
+    low = ["export", str(folder), "--recipe", "torch:fp32,unet=onnx:int4", "--lora", lora, "--budget", "unet=42dB"]
+    assert main([*low, "-o", str(tmp_path / "low"), "--allow-failing"]) == 0
+    explained = ["verify", str(tmp_path / "low"), "--explain", "--source", str(folder)]
+    assert main([*explained, "--lora", lora, "--json"]) == ParityError.exit_code
+    (part,) = json.loads(capsys.readouterr().out)["parts"]
+    assert (part["part"], part["cause"]) == ("unet", "rounded weights: no fault")
+    assert main(explained) == SourceError.exit_code
+    assert main([*low, "-o", str(tmp_path / "high"), "--repair"]) == 0
+    assert Artifact.open(tmp_path / "high").manifest.proved
+    assert "repaired unet: " in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "high"), "--lora", lora]) == UsageError.exit_code
 
 
 @pytest.mark.slow

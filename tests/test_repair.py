@@ -11,7 +11,7 @@ from bakeoff import plugins
 from bakeoff.artifact import Artifact
 from bakeoff.bake import export
 from bakeoff.cli import main
-from bakeoff.errors import ParityError, UsageError
+from bakeoff.errors import ParityError
 from bakeoff.parity.budget import Budget, Gate
 from bakeoff.recipe import parse
 from bakeoff.sources.source import Source
@@ -37,11 +37,6 @@ def test_what_the_backend_kept_wide_is_nothing_to_put_back():
     given, before = torch.rand(4, 64), module["coded"]
     with _alone(module, "coded", "coded", mixture, {}):
         assert not torch.equal(module["coded"](given), before(given))
-
-
-def test_loras_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="--repair and --lora"):
-        export_repaired("shapes", tmp_path / "out", parse("torch:bf16")[0], loras=["some.safetensors"])
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from bakeoff.cli import main
 from bakeoff.errors import PickleError, SourceError, UsageError
 from bakeoff.home import home
 from bakeoff.models.prompts import read_prompts
-from bakeoff.parity.prover import source_of
+from bakeoff.parity.origin import source_of
 from bakeoff.plan import plan, why_rebuild
 from bakeoff.recipe import parse
 from bakeoff.runtimes.engine import load
@@ -328,8 +328,8 @@ def test_every_command_takes_the_config(tiny, saved, tmp_path, capsys):
     assert main(["export", *names, "--no-prove", "-o", str(tmp_path / "out")]) == 0
     assert main(["why-rebuild", str(tmp_path / "out"), *names]) == 0
     assert "up to date" in capsys.readouterr().out
-    opened = source_of(Artifact.open(tmp_path / "out"), str(file), str(tiny("z-image")))
-    assert opened.path("transformer").is_relative_to(home() / "converted")
+    with source_of(Artifact.open(tmp_path / "out"), str(file), str(tiny("z-image"))) as opened:
+        assert opened.path("transformer").is_relative_to(home() / "converted")
     size = {"height": 64, "width": 64, "config": str(tiny("z-image"))}
     drawn = write_latents(str(file), ["a"], file=str(tmp_path / "latents.npy"), **size)
     assert drawn["family"] == "z-image"

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from .. import plugins
 from ..artifact import Artifact, check_target, scratch
 from ..bake import export
-from ..errors import ParityError, UsageError
+from ..errors import ParityError
 from ..memory import in_child
 from ..parity.budget import Gate
 from ..parity.explain import explain
+from ..parity.origin import folders_of, origin_of, source_of
 from ..parity.proof import as_baked, eager, family_part, fed, measure, mixture_of, names_in, recorded, scales_of
-from ..parity.prover import UNPROVED, folders_of, origin_of, source_of
+from ..parity.prover import UNPROVED
 from ..parity.trajectory import NO_PICTURE
 from ..quantize.mixture import replaced, rounded_layers
 from ..runtimes.opening import judged_on, open_part
@@ -93,11 +94,7 @@ def export_repaired(
 
     Raises:
         ParityError: no choice of layers heals it: what is wrong isn't precision.
-        UsageError: LoRAs are to be baked in, too.
     """
-    if options.get("loras"):
-        message = "got --repair and --lora, expected one of them: layers are compared with those of the model as it is"
-        raise UsageError(message, fix="leave out --repair, and keep layers wide in the recipe: [parts.NAME.layers]")
     gate, target = gate or Gate(), Path(output)
     check_target(target, replace_existing=bool(options.get("force")))
     with scratch(target) as work:
@@ -105,20 +102,20 @@ def export_repaired(
         first = artifact = attempt(work / "0", recipe, **options)
         if first.manifest.proof["status"] == UNPROVED:
             raise ParityError(first.manifest.proof["reason"], fix="leave out --repair")
-        source = source_of(first, model, options.get("config"))
         reuse = [*options.pop("reuse", ()), first.folder]
         aims: dict[str, float] = {}
-        for number in range(1, _MOST_ROUNDS + 1):
-            failing = _failing(artifact)
-            if not failing:
-                break
-            aims |= {name: _aim(allowed, aims.get(name), artifact, name) for name, allowed in failing.items()}
-            wider = {name: _wider_layers(artifact, name, source, aims[name]) for name in failing}
-            recipe = _with_layers(recipe, wider)
-            for name, layers in wider.items():
-                progress(f"{name} fails: putting back {', '.join(layers)}")
-            artifact = attempt(work / str(number), recipe, reuse=reuse, **options)
-            reuse = [artifact.folder, *reuse]
+        with source_of(first, model, options.get("config"), loras=options.get("loras", ())) as source:
+            for number in range(1, _MOST_ROUNDS + 1):
+                failing = _failing(artifact)
+                if not failing:
+                    break
+                aims |= {name: _aim(allowed, aims.get(name), artifact, name) for name, allowed in failing.items()}
+                wider = {name: _wider_layers(artifact, name, source, aims[name]) for name in failing}
+                recipe = _with_layers(recipe, wider)
+                for name, layers in wider.items():
+                    progress(f"{name} fails: putting back {', '.join(layers)}")
+                artifact = attempt(work / str(number), recipe, reuse=reuse, **options)
+                reuse = [artifact.folder, *reuse]
         repaired = _compare(first, artifact)
         final = export(model, target, recipe, gate=gate, progress=progress, reuse=reuse, **options)
     return final, repaired
