@@ -33,7 +33,7 @@ from precision_tables import with_tables
 from tqdm import tqdm
 from unet_arms import SIZES, Arm, Resident, inputs, make, source
 
-from bakeoff.hardware import describe, has_instructions
+from bakeoff.hardware import describe, has_instructions, overflows_bytes
 from bakeoff.memory import available_bytes, in_child
 from bakeoff.parity.proof import relative_error
 from bakeoff.verdict import paired_ratio
@@ -46,15 +46,18 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "precisions.md"
 GROUPS = {
+    "openvino, two bytes": ("openvino", ["fp32", "bf16", "fp16"]),
     "openvino, activations too": ("openvino", ["fp32", "bf16", "w8a8", "w8a8-dynamic", "nncf-w8a8"]),
     "openvino, weights alone": ("openvino", ["fp32", "bf16", "int8", "nncf-int8"]),
     "openvino, 4 bits": ("openvino", ["fp32", "bf16", "int4", "nf4"]),
+    "onnx, two bytes": ("onnx", ["fp32", "bf16", "fp16"]),
     "onnx, activations too": (
         "onnx",
         ["fp32", "bf16", "w8a8", "w8a8+outputs=rounded", "w8a8-dynamic", "ort-dynamic", "ort-static"],
     ),
     "onnx, weights alone": ("onnx", ["fp32", "bf16", "int8", "int4", "nf4"]),
     "onnx, attention": ("onnx", ["fp32", "fp32+attention=math"]),
+    "torch, two bytes": ("torch", ["fp32", "bf16", "fp16"]),
     "torch": ("torch", ["fp32", "bf16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic"]),
     "torch, whose codes": ("torch", ["fp32", "bf16", "int8", "int8+codes=bakeoff"]),
 }
@@ -101,8 +104,10 @@ def main() -> None:
 
 
 def _recorded_as(name: str) -> str:
-    """Return what a group or a profile is recorded as: processors that multiply in tiles are kept apart from the others."""
-    return f"{name} (AMX)" if has_instructions("amx_int8") else name
+    """Return what a group or a profile is recorded as: apart by how processors multiply bytes."""
+    if has_instructions("amx_int8"):
+        return f"{name} (AMX)"
+    return f"{name} (no VNNI)" if overflows_bytes() else name
 
 
 def _compare(backend: str, precisions: list[str], work: Path, options: argparse.Namespace) -> dict[str, Any]:
