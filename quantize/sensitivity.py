@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 from ..errors import CorruptError, InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
-SCHEMA = 1
+SCHEMA = 2
+"""1 had no shapes of weights, without which what a backend makes of a layer can't be told."""
 
 
 @dataclass
 class Layer:
     """What is known of one layer."""
 
-    elements: int
+    shape: tuple[int, ...]
+    """Of its weight, output channels first."""
     macs: int
     """Multiplications and additions in one picture."""
     errors: dict[str, float] = field(default_factory=dict)
@@ -60,16 +63,20 @@ class Sensitivity:
             raise InputError(message, fix=f"bakeoff sensitivity MODEL -o {file}")
         try:
             data = json.loads(file.read_text())
+            if data["schema"] != SCHEMA:
+                message = f"{file} is of schema {data['schema']}, expected {SCHEMA}"
+                raise CorruptError(message, fix="measure again, into another file: bakeoff sensitivity MODEL -o FILE")
             parts = {
-                part: {
-                    name: Layer(**{**layer, "errors": _from_json(layer["errors"])}) for name, layer in layers.items()
-                }
-                for part, layers in data["parts"].items()
+                part: {name: _layer(layer) for name, layer in layers.items()} for part, layers in data["parts"].items()
             }
             return cls(data["info"], parts, {part: _from_json(each) for part, each in data["together"].items()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             message = f"{file} doesn't say what layers add to the error: {error}"
             raise CorruptError(message, fix=f"bakeoff sensitivity MODEL -o {file}") from error
+
+
+def _layer(data: Mapping[str, Any]) -> Layer:
+    return Layer(tuple(data["shape"]), data["macs"], _from_json(data["errors"]))
 
 
 def _to_json(errors: dict[str, float]) -> dict[str, float | None]:

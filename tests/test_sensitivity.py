@@ -107,7 +107,7 @@ def test_a_recipe_keeps_what_it_is_asked(measured, tmp_path, capsys):
 
 def made_up(errors, together=None):
     """A measurement of three layers, each with these errors."""
-    layers = {f"layer{number}": Layer(1000 * (number + 1), 1000, dict(errors)) for number in range(3)}
+    layers = {f"layer{number}": Layer((64 * (number + 1), 64), 1000, dict(errors)) for number in range(3)}
     total = {name: 3 * error for name, error in errors.items()}
     return Sensitivity({"calibration": None}, {"unet": layers}, {"unet": together or total})
 
@@ -141,8 +141,33 @@ def test_a_recipe_whose_layers_mostly_stay_wide_can_be_exported(backend, precisi
 def test_of_precisions_that_do_not_mix_the_better_set_is_taken():
     recipe, _ = recipe_within(made_up({"int4": 1e-3, "int8": 1e-5}), "torch", 40)
     assert recipe.parts["unet"] == PartRecipe("torch", "int8"), "int4 would leave all layers wide"
-    recipe, _ = recipe_within(made_up({"int4": 1e-5, "int8": 1e-7}), "torch", 40)
-    assert recipe.parts["unet"] == PartRecipe("torch", "int4")
+    recipe, _ = recipe_within(made_up({"nf4": 1e-5, "int8": 1e-7}), "torch", 40)
+    assert recipe.parts["unet"] == PartRecipe("torch", "nf4")
+
+
+def test_bytes_are_those_that_the_backend_stores():
+    found = made_up({"int4": 1e-5, "int8": 1e-7})
+    assert recipe_within(found, "onnx", 40)[0].parts["unet"].precision == "int4"
+    assert recipe_within(found, "torch", 40)[0].parts["unet"].precision == "int8", "torchao's int4 is in bytes, too"
+    found.parts["unet"]["layer1"] = Layer((64, 64, 3, 3), 1000, {"int4": 1e-5, "int8": 1e-7})
+    part = recipe_within(found, "torch", 40)[0].parts["unet"]
+    assert part == PartRecipe("torch", "int8", layers={"layer1": "bf16"}), "bitsandbytes has no codes for convolutions"
+
+
+def test_the_fastest_takes_layers_without_codes_for_wide_ones(monkeypatch):
+    monkeypatch.setattr(
+        plugins.runtime("torch"), "relative_time", lambda precision: {"w8a8-dynamic": 0.5}.get(precision, 1.0)
+    )
+    found = made_up({"w8a8-dynamic": 1e-5})
+    found.parts["unet"]["layer1"] = Layer((64, 64, 3, 3), 1000, {"w8a8-dynamic": 1e-5})
+    part = recipe_within(found, "torch", 40, fastest=True)[0].parts["unet"]
+    assert part == PartRecipe("torch", "w8a8-dynamic", layers={"layer1": "bf16"})
+
+
+def test_measurements_of_an_older_schema_are_refused(tmp_path):
+    (tmp_path / "layers.json").write_text('{"schema": 1, "info": {}, "parts": {}, "together": {}}')
+    with pytest.raises(CorruptError, match="schema 1, expected 2"):
+        Sensitivity.open(tmp_path / "layers.json")
 
 
 def test_a_choice_that_draws_nan_is_made_again_with_less(measured, monkeypatch):
@@ -185,7 +210,7 @@ def test_a_checked_recipe_is_drawn(measured, tmp_path, capsys):
 
 
 def test_a_backend_that_mixes_nothing_measured_says_so(measured):
-    found = Sensitivity({}, {"unet": {"a": Layer(1, 1, {"fp8": 1.0})}}, {"unet": {"fp8": 1.0}})
+    found = Sensitivity({}, {"unet": {"a": Layer((64, 64), 1, {"fp8": 1.0})}}, {"unet": {"fp8": 1.0}})
     with pytest.raises(RecipeError, match="onnx bakes none of fp8 for single layers"):
         recipe_within(found, "onnx", 30)
 
@@ -199,7 +224,7 @@ def test_an_interrupted_measurement_makes_no_recipe(measured):
 
 
 def test_layers_that_break_the_pictures_are_json(tmp_path):
-    found = Sensitivity({}, {"unet": {"a": Layer(1, 1, {"int4": math.inf})}}, {"unet": {"int4": math.inf}})
+    found = Sensitivity({}, {"unet": {"a": Layer((64, 64), 1, {"int4": math.inf})}}, {"unet": {"int4": math.inf}})
     found.save(tmp_path / "layers.json")
 
     def refuse(name):
@@ -239,7 +264,7 @@ def test_what_cannot_be_meant(tmp_path, capsys):
         Sensitivity.open(broken)
     arguments = ["recipe", str(broken), "-o", str(tmp_path / "r.toml"), "--backend", "onnx", "--within"]
     assert main([*arguments, "much"]) == 4
-    broken.write_text('{"info": {}, "parts": {}, "together": {}}')
+    broken.write_text('{"schema": 2, "info": {}, "parts": {}, "together": {}}')
     assert main([*arguments, "much"]) == 2
     assert "got --within 'much'" in capsys.readouterr().err
     assert main(["recipe", str(broken), "-o", "recipe", "--backend", "onnx", "--within", "30"]) == 2

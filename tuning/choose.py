@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import plugins
 from ..errors import RecipeError, UsageError
+from ..exporters.exporter import SCALES
 from ..parity.drawing import open_whole
 from ..plan import ACTIVATIONS_OPTION, module_keys, open_calibration
 from ..progress import Steps
@@ -19,6 +20,7 @@ from ..quantize.sensitivity import Sensitivity
 from ..recipe import PartRecipe, Recipe, to_toml
 from ..sources.source import Source
 from ..terminal import print_json
+from ..weights import Checkpoint, Entry
 from .options import check_folder
 from .studio import Studio
 
@@ -37,9 +39,7 @@ _BROKEN_TIGHTENING = 10.0
 """The same of a choice whose pictures aren't finite."""
 WIDE = "bf16"
 """What layers have that aren't rounded to a few bits; its error is taken as none."""
-_WIDE_BYTES = 2
 _USUAL_BACKENDS = ("onnx", "openvino", "torch")
-_SCALE_BYTES = 4
 
 
 def recipe_within(
@@ -191,19 +191,21 @@ def _mixtures(found: Sensitivity, backend: str, *, fastest: bool) -> list[tuple[
 
 def _options(found: Sensitivity, backend: str, able: Iterable[str], *, fastest: bool) -> dict[str, list[Option]]:
     """Return layer of a part -> what it may have of some precisions, with its cost and error."""
-    runtime = plugins.runtime(backend)
+    exporter, runtime = plugins.exporter(backend), plugins.runtime(backend)
 
-    def cost(precision: str, layer: Layer) -> float:
-        return layer.macs * runtime.relative_time(precision) if fastest else _bytes(precision, layer.elements)
+    def cost(precision: str, name: str, layer: Layer) -> float:
+        stored = _stored(exporter, precision, name, layer.shape)
+        runs_in = precision if SCALES in stored else WIDE
+        return layer.macs * runtime.relative_time(runs_in) if fastest else float(sum(stored.values()))
 
     options = {}
     for part, layers in found.parts.items():
         factor = {name: _factor(found, part, layers, name) for name in able}
         for name, layer in layers.items():
             options[_key(part, name)] = [
-                Option(WIDE, cost(WIDE, layer), 0.0),
+                Option(WIDE, cost(WIDE, name, layer), 0.0),
                 *(
-                    Option(each, cost(each, layer), layer.errors[each] * factor[each])
+                    Option(each, cost(each, name, layer), layer.errors[each] * factor[each])
                     for each in able
                     if math.isfinite(layer.errors.get(each, math.inf))
                 ),
@@ -251,12 +253,11 @@ def _factor(found: Sensitivity, part: str, layers: Mapping[str, Layer], precisio
     return max(1.0, together / alone) if alone and math.isfinite(together) and math.isfinite(alone) else 1.0
 
 
-def _bytes(precision: str, elements: int) -> float:
-    weight_format = plugins.weight_format(precision)
-    if weight_format is None:
-        return float(_WIDE_BYTES * elements)
-    scales = _SCALE_BYTES * elements / weight_format.group if weight_format.group else 0.0
-    return elements * weight_format.bits / 8 + scales
+def _stored(exporter: Exporter, precision: str, layer: str, shape: tuple[int, ...]) -> Mapping[str, int]:
+    """Return what bytes count as -> how many a backend stores for a layer's weight; `SCALES` among them if it has codes."""
+    entry = Entry(f"{layer}.weight", Path(), "F32", shape, 0, 4 * math.prod(shape))
+    checkpoint, mixture = Checkpoint((), {entry.name: entry}), plugins.mixture(precision)
+    return exporter.cost(checkpoint, mixture, options={}, operations=0, shared=False).weight_bytes
 
 
 def _part(backend: str, layers: Mapping[str, str]) -> PartRecipe:

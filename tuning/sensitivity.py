@@ -131,7 +131,7 @@ def _measure(
         }
         for number, (path, name) in enumerate(own.items(), 1):
             weight: Any = studio.modules[part].get_submodule(path).weight
-            layer = known.setdefault(name, Layer(weight.numel(), studio.macs[part, path]))
+            layer = known.setdefault(name, Layer(tuple(weight.shape), studio.macs[part, path]))
             if precision not in layer.errors:
                 layer.errors[precision] = studio.error({part: ({path: name}, mixture)}, calibration)
                 progress(f"{part}, {precision}: [{number}/{len(own)}] {name} {_decibels(layer.errors[precision])}")
