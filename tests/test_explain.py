@@ -15,8 +15,9 @@ from bakeoff.errors import ParityError
 from bakeoff.parity import causes
 from bakeoff.parity.anatomy import Anatomy
 from bakeoff.parity.causes import Evidence, Rounding, find_cause
-from bakeoff.parity.explain import NOWHERE, _Search, explain
+from bakeoff.parity.explain import NOWHERE, explain
 from bakeoff.parity.proof import as_baked, scales_of
+from bakeoff.parity.search import Search
 from bakeoff.parity.traces import Eager
 from bakeoff.quantize.calibration import Calibration
 from bakeoff.recipe import Placement, parse
@@ -327,7 +328,7 @@ def search(folder, name, check):
     inputs = part.component.example(source.config(part.module), SIZES, 2)
     mixture, scales = as_baked(entry, folder / name), scales_of(folder / name)
     with open_part(folder / name, part, entry, Placement(device="cpu"), vouched=artifact.vouched(name)) as runtime:
-        return check(_Search(runtime, Eager(part, source), inputs, 0.02, mixture, scales))
+        return check(Search(runtime, Eager(part, source), inputs, 0.02, mixture, scales))
 
 
 def own_errors(found):

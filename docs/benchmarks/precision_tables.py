@@ -46,8 +46,8 @@ def _arm(name: str, row: dict[str, Any]) -> str:
     peak = row["step_peak_anon_bytes"] - row["before_anon_bytes"]
     cells = [
         f"{row['median_s']:.{_decimals(row['median_s'])}f}",
-        "1" if name == "fp32" else _ratio(row["to_fp32"]),
-        "1" if name == "bf16" else _ratio(row["to_bf16"]),
+        _ratio(name, row, "fp32"),
+        _ratio(name, row, "bf16"),
         "same" if row["sqnr_db"] > 150 else f"{row['sqnr_db']:.1f}",  # noqa: PLR2004 - of float32
         *(f"{size / 1e9:.2f}" for size in (row["opened_anon_bytes"], peak, row["disk_bytes"])),
         "not timed" if row["export_seconds"] is None else f"{row['export_seconds']:.0f}",
@@ -60,8 +60,11 @@ def _decimals(seconds: float) -> int:
     return 1 if seconds >= 10 else 2  # noqa: PLR2004 - three figures
 
 
-def _ratio(found: dict[str, float] | None) -> str:
-    return "" if found is None else f"{found['middle']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+def _ratio(name: str, row: dict[str, Any], precision: str) -> str:
+    found = row[f"to_{precision}"]
+    if found is None:
+        return "1" if name.partition("+")[0] == precision else ""
+    return f"{found['middle']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
 def _profile(profile: dict[str, Any]) -> list[str]:

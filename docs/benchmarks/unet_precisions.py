@@ -48,6 +48,7 @@ PAGE = HERE.parent / "precisions.md"
 GROUPS = {
     "openvino, two bytes": ("openvino", ["fp32", "bf16", "fp16"]),
     "openvino, activations too": ("openvino", ["fp32", "bf16", "w8a8", "w8a8-dynamic", "nncf-w8a8"]),
+    "openvino, static shapes": ("openvino", ["fp32+static", "bf16+static", "w8a8+static", "nncf-w8a8+static"]),
     "openvino, weights alone": ("openvino", ["fp32", "bf16", "int8", "nncf-int8"]),
     "openvino, 4 bits": ("openvino", ["fp32", "bf16", "int4", "nf4"]),
     "onnx, two bytes": ("onnx", ["fp32", "bf16", "fp16"]),
@@ -126,6 +127,7 @@ def _compare(backend: str, precisions: list[str], work: Path, options: argparse.
     taken = _in_turn(able, opened, options.blocks) if options.in_turn else _together(able, opened, options.blocks)
     after = psutil.cpu_times()
     seconds = {name: [[each] for each in arm.seconds] for name, arm in taken.items()}
+    fp32, bf16 = (_first(seconds, precision) for precision in ("fp32", "bf16"))
     rows = {
         name: {
             **made[name],
@@ -136,8 +138,8 @@ def _compare(backend: str, precisions: list[str], work: Path, options: argparse.
             "step_peak_anon_bytes": arm.peak_anon_bytes,
             "median_s": round(float(np.median(arm.seconds)), 2),
             "seconds": [round(each, 3) for each in arm.seconds],
-            "to_fp32": _interval(seconds["fp32"], seconds[name]),
-            "to_bf16": _interval(seconds["bf16"], seconds[name]) if "bf16" in seconds else None,
+            "to_fp32": _interval(fp32, seconds[name]),
+            "to_bf16": _interval(bf16, seconds[name]),
         }
         for name, arm in taken.items()
     }
@@ -232,8 +234,13 @@ def _shares(before: Any, after: Any) -> dict[str, float]:  # noqa: ANN401 - psut
     return {"busy": round(1 - (spent["idle"] + spent["steal"]) / whole, 3), "stolen": round(spent["steal"] / whole, 3)}
 
 
-def _interval(baseline: list[list[float]], arm: list[list[float]]) -> dict[str, float] | None:
-    if arm is baseline:
+def _first(seconds: dict[str, list[list[float]]], precision: str) -> list[list[float]] | None:
+    """Return the seconds of the first arm of a precision, with whatever options; None where there is none."""
+    return next((each for name, each in seconds.items() if name.partition("+")[0] == precision), None)
+
+
+def _interval(baseline: list[list[float]] | None, arm: list[list[float]]) -> dict[str, float] | None:
+    if baseline is None or arm is baseline:
         return None
     found = paired_ratio(baseline, arm)
     return {"middle": round(found.ratio, 3), "low": round(found.low, 3), "high": round(found.high, 3)}
