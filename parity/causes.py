@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .proof import relative_error
+from .distance import relative_error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

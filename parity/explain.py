@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ParityError, UnavailableError, UsageError
 from ..runtimes.opening import judged_on, open_part, read_folder
 from .causes import CANNOT_RUN, HARMLESS, UNKNOWN
+from .distance import measure
 from .drawing import sit
-from .proof import as_baked, axes_of, measure, recorded, run_case, scales_of
+from .proof import as_baked, axes_of, recorded, run_case, scales_of
 from .search import Search
 from .traces import Eager
 

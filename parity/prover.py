@@ -15,16 +15,17 @@ from ..errors import ParityError, UnavailableError
 from ..memory import available_bytes, in_child
 from . import meaning, trajectory
 from .budget import Budget, Gate, decibels, granted, upper_bound
+from .distance import measure, row_errors
 from .drawing import sit
 from .origin import folders_of, origin_of, source_of
-from .proof import axes_of, family_part, justified, measure, record, recorded, row_errors, row_tolerances, run_case
+from .proof import axes_of, family_part, justified, record, recorded, row_tolerances, run_case
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ..components.family import Part
     from ..sources.source import Source
-    from .proof import Measured
+    from .distance import Measured
 
 PROVED, FAILING, UNPROVED = "proved", "failing", "unproved"
 """What a proof comes to. A failing artifact was let pass; it stays failing until it is exported again."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from .anatomy import Anatomy
 from .causes import GRIDS, Cause, Evidence, Rounding, find_cause, principal
-from .proof import fed, relative_error
+from .distance import relative_error
+from .proof import fed
 from .traces import Eager, Seen
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from bakeoff.cli import main
 from bakeoff.errors import CorruptError, InputError, UsageError
 from bakeoff.models.prompts import Prompt, read_prompts
 from bakeoff.models.tiny import build
-from bakeoff.parity.proof import relative_error
+from bakeoff.parity.distance import relative_error
 from bakeoff.plan import plan
 from bakeoff.quantize.calibration import METHODS, Calibration, Magnitudes
 from bakeoff.quantize.grid import Grid

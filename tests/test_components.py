@@ -7,7 +7,7 @@ from bakeoff import plugins
 from bakeoff.components.component import CAPTURE_SIZES, PROOF_SIZES, Port, Sizes, solve_sizes
 from bakeoff.components.modules.unet_2d_condition import UNet2DCondition, _feed
 from bakeoff.errors import InputError
-from bakeoff.parity.proof import relative_error
+from bakeoff.parity.distance import relative_error
 from bakeoff.sources.source import Source, read_json
 
 

@@ -17,7 +17,7 @@ from bakeoff.components.component import Sizes
 from bakeoff.errors import InputError, UsageError
 from bakeoff.models.tiny import build
 from bakeoff.parity.budget import FP32_LEAST
-from bakeoff.parity.proof import relative_error
+from bakeoff.parity.distance import relative_error
 from bakeoff.recipe import parse
 from bakeoff.runtimes.engine import load
 from bakeoff.runtimes.request import row_generator

@@ -10,7 +10,7 @@ from torch import nn
 from bakeoff import plugins
 from bakeoff.bake import activations
 from bakeoff.errors import CorruptError, InputError, RecipeError
-from bakeoff.parity.proof import relative_error
+from bakeoff.parity.distance import relative_error
 from bakeoff.plan import plan
 from bakeoff.quantize.calibration import METHODS, Calibration
 from bakeoff.quantize.channels import Channels

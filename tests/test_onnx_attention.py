@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 from bakeoff.components.component import Activations
 from bakeoff.errors import UsageError
 from bakeoff.footprint import activation_bytes
-from bakeoff.parity.proof import relative_error
+from bakeoff.parity.distance import relative_error
 from bakeoff.recipe import Placement, parse
 from bakeoff.runtimes import onnx_attention
 from bakeoff.runtimes.engine import load

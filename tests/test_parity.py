@@ -16,7 +16,7 @@ from bakeoff.artifact import Artifact
 from bakeoff.bake import export
 from bakeoff.cli import main
 from bakeoff.errors import LoweringError, ParityError, SourceError
-from bakeoff.parity import proof, prover
+from bakeoff.parity import distance, proof, prover
 from bakeoff.parity.budget import FP32_LEAST, tolerance, upper_bound
 from bakeoff.recipe import PartRecipe, Recipe
 from bakeoff.sources.source import Source
@@ -24,16 +24,16 @@ from bakeoff.sources.source import Source
 
 def test_relative_error():
     expected = torch.tensor([3.0, 4.0])
-    assert proof.relative_error(torch.tensor([3.0, 4.05]), expected) == pytest.approx(0.01, rel=1e-4)
-    assert proof.relative_error(expected, expected) == 0
-    assert math.isinf(proof.relative_error(torch.tensor([3.0, math.nan]), expected))
-    assert math.isinf(proof.relative_error(torch.zeros(3), expected))
-    assert math.isinf(proof.relative_error(expected, torch.tensor([3.0, math.nan])))
+    assert distance.relative_error(torch.tensor([3.0, 4.05]), expected) == pytest.approx(0.01, rel=1e-4)
+    assert distance.relative_error(expected, expected) == 0
+    assert math.isinf(distance.relative_error(torch.tensor([3.0, math.nan]), expected))
+    assert math.isinf(distance.relative_error(torch.zeros(3), expected))
+    assert math.isinf(distance.relative_error(expected, torch.tensor([3.0, math.nan])))
 
 
 def test_sqnr_is_minus_twenty_log10():
     got, expected = {"x": torch.tensor([1.1])}, {"x": torch.tensor([1.0])}
-    assert proof.measure(got, expected, {}).sqnr_db == pytest.approx(20, abs=0.01)
+    assert distance.measure(got, expected, {}).sqnr_db == pytest.approx(20, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -198,9 +198,9 @@ def test_floors_that_are_infinite_in_each_dtype_are_an_error():
 
 
 def test_an_infinite_tolerance_lets_nothing_pass():
-    infinite = proof.Measured({}, math.inf, -math.inf, 0.0, math.inf)
+    infinite = distance.Measured({}, math.inf, -math.inf, 0.0, math.inf)
     assert "granted inf" in prover._problem("unet", [infinite], math.inf, math.inf)
-    exact = proof.Measured({}, 1e-7, 140.0, 1.0, 1e-7)
+    exact = distance.Measured({}, 1e-7, 140.0, 1.0, 1e-7)
     assert prover._problem("unet", [exact], 1e-7, 1e-6) is None
     assert "95 % confidence" in prover._problem("unet", [exact], math.nan, 1e-6)
 

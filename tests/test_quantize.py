@@ -37,7 +37,8 @@ from bakeoff.exporters.corrected import lower_corrected
 from bakeoff.exporters.exporter import Subject
 from bakeoff.exporters.onnx_codes import Encoder
 from bakeoff.exporters.torch import layout_of
-from bakeoff.parity.proof import names_in, relative_error, scales_of
+from bakeoff.parity.distance import relative_error
+from bakeoff.parity.proof import names_in, scales_of
 from bakeoff.plan import plan
 from bakeoff.precisions import cells, markdown
 from bakeoff.quantize.calibration import Calibration

@@ -21,7 +21,8 @@ from bakeoff.exporters.onnx import hollow_graph
 from bakeoff.exporters.onnx_typed import WEIGHTS, typed
 from bakeoff.exporters.onnx_types import Typing
 from bakeoff.exporters.tensorrt_qdq import rounded_rows, scale_up
-from bakeoff.parity.proof import names_in, relative_error
+from bakeoff.parity.distance import relative_error
+from bakeoff.parity.proof import names_in
 from bakeoff.quantize.fp8 import activation_scale
 from bakeoff.quantize.fp8 import rounded as rounded_fp8
 from bakeoff.quantize.grid import Grid

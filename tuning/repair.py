@@ -17,9 +17,10 @@ from ..bake import export
 from ..errors import ParityError
 from ..memory import in_child
 from ..parity.budget import Gate
+from ..parity.distance import measure
 from ..parity.explain import explain
 from ..parity.origin import folders_of, origin_of, source_of
-from ..parity.proof import as_baked, eager, family_part, fed, measure, mixture_of, names_in, recorded, scales_of
+from ..parity.proof import as_baked, eager, family_part, fed, mixture_of, names_in, recorded, scales_of
 from ..parity.prover import UNPROVED
 from ..parity.trajectory import NO_PICTURE
 from ..quantize.mixture import replaced, rounded_layers

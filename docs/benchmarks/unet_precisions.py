@@ -35,7 +35,7 @@ from unet_arms import SIZES, Arm, Resident, inputs, make, source
 
 from bakeoff.hardware import describe, has_instructions, overflows_bytes
 from bakeoff.memory import available_bytes, in_child
-from bakeoff.parity.proof import relative_error
+from bakeoff.parity.distance import relative_error
 from bakeoff.verdict import paired_ratio
 
 if TYPE_CHECKING:
