@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from ..runtimes.runtime import Operation
 
-_ROUNDINGS = {"Cast", "Convert", "DynamicQuantizeLinear", "FakeQuantize", "QuantizeLinear"}
+_ROUNDINGS = {"Cast", "Convert", "DynamicQuantizeLinear", "FakeQuantize", "QuantizeLinear", "To", "TypeAs", "Float"}
 """Operations that bring what a layer takes into its own dtype."""
 
 

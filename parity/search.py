@@ -89,8 +89,8 @@ class Search:
         scales: Mapping[str, Grids],
     ) -> None:
         self._runtime, self._eager, self._inputs, self._limit = runtime, eager, inputs, limit
-        self._anatomy = Anatomy(runtime.operations(), [port.name for port in runtime.inputs])
         self._fed = fed(runtime, inputs)
+        self._anatomy = Anatomy(runtime.operations(self._fed), [port.name for port in runtime.inputs])
         self._mixture, self._scales = mixture, scales
         self._order = [name for name in eager.order(inputs) if self._anatomy.operations(name)]
         self._errors: dict[str, float] = {}

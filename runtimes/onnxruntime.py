@@ -160,7 +160,7 @@ class OnnxRuntime(Runtime):
         self._session.run_with_iobinding(binding)
         return results
 
-    def operations(self) -> list[Operation]:
+    def operations(self, inputs: Mapping[str, Tensor]) -> list[Operation]:  # noqa: ARG002 - as Runtime's
         return onnx_graph.operations(self.part.folder)
 
     def _tap(self, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:

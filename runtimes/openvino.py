@@ -154,7 +154,7 @@ class OpenVINORuntime(Runtime):
         data = request.get_output_tensor(self._positions[name]).data
         return tensor if data.ctypes.data == tensor.data_ptr() else torch.from_numpy(data.copy())
 
-    def operations(self) -> list[Operation]:
+    def operations(self, inputs: Mapping[str, Tensor]) -> list[Operation]:  # noqa: ARG002 - as Runtime's
         return openvino_graph.operations(self._model, self.part.folder)
 
     def _tap(self, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:

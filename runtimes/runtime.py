@@ -192,10 +192,14 @@ class Runtime(ABC):
         message = f"{type(self).__name__} runs a graph: layers can be looked at in torch alone"
         raise UsageError(message, fix="take an artifact of torch:fp32, or the model itself")
 
-    def operations(self) -> list[Operation]:
+    def operations(self, inputs: Mapping[str, Tensor]) -> list[Operation]:  # noqa: ARG002 - graphs are known beforehand
         """Return what the part consists of, in the order in which it runs.
 
+        Args:
+            inputs: as of `run`: those that it is run with, where that is how it is found out.
+
         Raises:
+            InputError: as `run`.
             UsageError: the runtime can't look inside its parts.
         """
         message = f"{type(self).__name__} can't look inside its parts"
@@ -214,14 +218,22 @@ class Runtime(ABC):
             InputError: as `run`.
             UsageError: as `operations`.
         """
-        solve_sizes(self.part.name, self.inputs, inputs)
-        fed = {port.name: as_port(self.part.name, port, inputs[port.name], "cpu") for port in self.inputs}
+        fed = self._checked(inputs)
         wanted = [name for name in dict.fromkeys(names) if name not in fed]
         return {name: fed[name] for name in names if name in fed} | (self._tap(fed, wanted) if wanted else {})
 
+    def _checked(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return inputs in the ports' dtypes, on the CPU.
+
+        Raises:
+            InputError: as `run`.
+        """
+        solve_sizes(self.part.name, self.inputs, inputs)
+        return {port.name: as_port(self.part.name, port, inputs[port.name], "cpu") for port in self.inputs}
+
     def _tap(self, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:  # noqa: ARG002
         """Execute with checked inputs; `names` are none of theirs."""
-        self.operations()
+        self.operations(inputs)
         raise NotImplementedError
 
     def between_runs(self, *, same: bool) -> None:  # noqa: B027 - most keep nothing

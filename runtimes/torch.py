@@ -17,10 +17,11 @@ from . import acceleration, aoti, attention, few_rows, float8, float32
 from .blocks import Blocks
 from .crossing import Crossing
 from .islands import keep_wide
-from .runtime import Operation, PartFiles, Runtime
+from .runtime import PartFiles, Runtime
+from .torch_graph import Recording, layers_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from ..recipe import Placement
     from ..sources.lora import Delta
+    from .runtime import Operation
 
 _DTYPES = {"fp32": "float32", "fp16": "float16"}
 """Precision -> what is computed in, bfloat16 unless said: low-bit precisions are what weights are stored in."""
@@ -45,8 +47,6 @@ _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _TORCH_NAMES = {"rocm": "cuda"}
 _CODED = (".SCB", ".absmax", "._weight_qdata", SCALE)
 """What some names of tensors end in where there are codes of bitsandbytes, torchao or our own."""
-_GIVEN = "/input"
-"""What the name of what a layer is given ends in."""
 _WITHOUT_BFLOAT16 = {"w8a8": 0.2, "int8": 0.74, "w8a8-dynamic": 2.0}
 """Precision -> seconds of a step for one in bf16, on a processor that has no instructions for that."""
 
@@ -268,42 +268,21 @@ class TorchRuntime(Runtime):
         assert self._module is not None, "closed"  # noqa: S101
         return self._module
 
-    def operations(self) -> list[Operation]:
-        found = layer_names(self._layers(), Checkpoint.open(self.part.folder))
-        return [
-            Operation(path, type(layer).__name__, (path + _GIVEN,), (path,), found.get(path))
-            for path, layer in self._layers().items()
-        ]
-
-    def _layers(self) -> dict[str, nn.Module]:
-        """Return the modules that have parameters and no modules of their own."""
-        modules = self._module.named_modules()
-        return {path: layer for path, layer in modules if path and not [*layer.children()] and [*layer.parameters()]}
+    def operations(self, inputs: Mapping[str, Tensor]) -> list[Operation]:
+        return self._recorded(self._checked(inputs)).operations
 
     def _tap(self, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        return self._recorded(inputs, names).kept
+
+    def _recorded(self, inputs: dict[str, Tensor], wanted: Sequence[str] = ()) -> Recording:
         import torch
 
-        seen: dict[str, Tensor] = {}
-
-        def watch(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-            def hook(_: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
-                for name, tensor in ((path + _GIVEN, given[0]), (path, made)):
-                    if name in names:
-                        seen[name] = tensor.detach().to("cpu", copy=True)
-
-            return hook
-
-        paths = {name.removesuffix(_GIVEN) for name in names}
-        layers = {path: layer for path, layer in self._layers().items() if path in paths}
-        handles = [layer.register_forward_hook(watch(path)) for path, layer in layers.items()]
-        arguments = self._arguments(inputs)
-        try:
-            with torch.no_grad(), float32.plain(), _threads(self._threads), self._slicing:
-                self._module(*arguments)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
+        names = layer_names(layers_of(self._module), Checkpoint.open(self.part.folder))
+        recording = Recording(self._module, names, wanted)
+        given = dict(zip((port.name for port in self.inputs), self._arguments(inputs), strict=True))
+        with torch.no_grad(), float32.plain(), _threads(self._threads), self._slicing:
+            recording.run(given, [port.name for port in self.outputs])
+        return recording
 
     def synchronize(self) -> None:
         import torch

@@ -197,6 +197,21 @@ def test_an_overflow_in_float16(shapes, decoders, planted, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_overflow_between_layers_in_torch(shapes, tmp_path):
+    """Two sides of a residual fit into float16, and their sum doesn't."""
+    source = shutil.copytree(shapes, tmp_path / "model")
+    block = "decoder.mid_block.resnets.0"
+    for name in ("decoder.conv_in", f"{block}.conv2"):
+        edit_safetensors(f"{name}.bias", lambda tensor: tensor.index_fill(0, torch.tensor([0]), 4e4))(source / "vae")
+    folder = tmp_path / "baked"
+    export(str(source), folder, parse("null:fp32,vae_decoder=torch:fp16")[0], prove=False)
+    found = only(Artifact.open(folder), source)
+    assert (found.part, found.layer) == ("vae_decoder", block)
+    assert (found.operator, found.cause) == ("Add", causes.OVERFLOW)
+    assert found.figures["largest in eager"] > 65504
+
+
+@pytest.mark.slow
 def test_a_wrong_scale_of_codes(decoders, planted):
     name = "decoder.up_blocks.1.resnets.0.conv2.weight.scales"
     found = only(planted(decoders("onnx:int8"), "vae_decoder", edit_safetensors(name, lambda scales: scales * 2)))
