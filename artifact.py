@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -38,6 +39,7 @@ _WEIGHT_WIDTHS = {
 """dtype or low-bit format -> bytes of a weight."""
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_NUMBERS = itertools.count()
 _LIVE: set[Path] = set()
 """Folders of this process that `_beside` has given out."""
 
@@ -296,8 +298,11 @@ def staged(target: Path, *, replace_existing: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target` for the while; if the process is killed, the next export there removes it."""
-    with _beside(target, "partial-scratch") as folder:
+    """Yield an empty folder beside `target` for the while; if the process is killed, the next export there removes it.
+
+    There may be several at once.
+    """
+    with _beside(target, f"partial-scratch{next(_NUMBERS)}") as folder:
         yield folder
 
 

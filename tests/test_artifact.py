@@ -173,6 +173,13 @@ def test_a_controlnet_may_lie_elsewhere_by_then(tiny, tmp_path):
         assert source.path("controlnet") == moved
 
 
+def test_scratch_folders_lie_beside_each_other(tmp_path):
+    with scratch(tmp_path / "out") as one, scratch(tmp_path / "out") as two:
+        (one / "file").touch()
+        assert not any(two.iterdir())
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_appears_meanwhile_is_not_replaced(tmp_path):
     target = tmp_path / "out"
     with pytest.raises(ArtifactError, match="already exists"), staged(target, replace_existing=False) as folder:
