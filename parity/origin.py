@@ -72,7 +72,8 @@ def _refuse_other_loras(artifact: Artifact, given: Sequence[Lora]) -> None:
     names = " ".join(f"--lora {lora['file']}:{lora['scale']:g}" for lora in baked)
     got = "no LoRA" if not given else "other LoRAs, or in another order"
     message = f"{artifact.folder} has LoRAs baked in, and got {got}"
-    raise SourceError(message, fix=f"give these files: {names}; plain --parity takes neither --source nor LoRAs")
+    model = artifact.manifest.source["id"]
+    raise SourceError(message, fix=f"--source {model} {names}; --parity by itself needs neither")
 
 
 def folders_of(source: Source) -> dict[str, Any]:
