@@ -8,7 +8,6 @@ import json
 import math
 import shutil
 import tempfile
-from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ from .exporters.corrected import lower_corrected
 from .exporters.exporter import Subject
 from .memory import give_back
 from .parity.budget import Gate, check_parts
-from .plan import ACTIVATIONS_OPTION, OUTPUTS_OPTION, check_room, is_calibrated, mixture_of, plan
+from .plan import ACTIVATIONS_OPTION, OUTPUTS_OPTION, as_bf16, check_room, is_calibrated, mixture_of, plan, unchanged
 from .quantize.calibration import METHODS
 from .quantize.grid import grids_to_json
 from .quantize.inputs import with_inputs, write_inputs
@@ -247,7 +246,9 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
         write_inputs(mixture.known, folder / INPUTS)
     recapture = partial(on_hollow, name, part.component, config, origin, work / part.module)
     lowered = lower_corrected(exporter, subject, recapture, work / f"{name}.biases.safetensors", folder)
-    _refuse_unchanged(subject, lowered)
+    if why := unchanged(mixture, lowered.weight_bytes, lowered.kept):
+        message = f"{mixture.precision} changes no weight of {name}: {why}"
+        raise RecipeError(message, fix=f"give it another precision: {as_bf16([name], planned.parts)}")
     shares, weight_format = shares_of(lowered.weight_bytes), subject.mixture.formats.get(recipe.precision)
     uncalibrated = _uncalibrated(planned, part, subject, lowered)
     missed = sum(math.prod(checkpoint.entries[each].shape) for each in uncalibrated)
@@ -296,18 +297,6 @@ def activations(calibration: Calibration, part: str, recipe: PartRecipe, checkpo
         usual=usual.get(ACTIVATIONS_OPTION, METHODS[0]),
         outputs=outputs == "rounded",
     )
-
-
-def _refuse_unchanged(subject: Subject, lowered: Lowered) -> None:
-    """Raise if a low-bit recipe changed no weight of a part."""
-    formats = subject.mixture.formats.values()
-    if formats and not any(
-        label.startswith(each.name) for each in formats for label, size in lowered.weight_bytes.items() if size
-    ):
-        reasons = Counter(lowered.kept.values()).most_common(3)
-        why = "; ".join(f"{count} × {reason}" for reason, count in reasons)
-        message = f"{subject.mixture.precision} changes no weight of {subject.part}: {why or 'it has none'}"
-        raise RecipeError(message, fix=f"give it another precision, such as --recipe …,{subject.part}=BACKEND:bf16")
 
 
 def _uncalibrated(planned: Plan, part: Part, subject: Subject, lowered: Lowered) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from .sources.source import Source
 from .weights import WEIGHT_MODES, sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from .artifact import Artifact
     from .components.family import Part
@@ -99,13 +100,14 @@ def plan(
         _check_backend(name, part_recipe)
     parts = {name: _without_idle_options(source, name, part_recipe) for name, part_recipe in parts.items()}
     parts = {name: _with_layers(source, name, part_recipe) for name, part_recipe in parts.items()}
+    _refuse_unchanged(source, parts)
     needed = [f"{part} of {name}" for name, part in parts.items() if is_calibrated(part)]
     helped = calibration is not None and any(uses_inputs(part) for part in parts.values())
     calibrated = open_calibration(calibration, source, needed[0] if needed else "") if needed or helped else None
     for name, part_recipe in parts.items():
         if calibrated and is_calibrated(part_recipe) and not calibrated.parts.get(name):
             message = f"the calibration says nothing of {name}"
-            raise UsageError(message, fix=f"give it another precision, such as --recipe …,{name}=BACKEND:bf16")
+            raise UsageError(message, fix=f"give it another precision: {as_bf16([name], parts)}")
     fields = {
         name: _part_fields(source, source.family.part(name), parts[name], merged, weights, calibrated) for name in parts
     }
@@ -182,6 +184,45 @@ def _with_layers(source: Source, name: str, recipe: PartRecipe) -> PartRecipe:
             fitting = [each for each in possible if each != recipe.precision]
             raise RecipeError(message, fix=f"give it {' or '.join(fitting)}" if fitting else "leave out layers")
     return named
+
+
+def _refuse_unchanged(source: Source, parts: Mapping[str, PartRecipe]) -> None:
+    """Refuse low-bit recipes of parts of which no weight can change, as far as shapes tell.
+
+    Raises:
+        RecipeError: with what to type instead.
+    """
+    whys = {}
+    for name, recipe in parts.items():
+        mixture, checkpoint = mixture_of(recipe), source.checkpoint(source.family.part(name).module)
+        exporter = plugins.exporter(recipe.backend)
+        cost = exporter.cost(checkpoint, mixture, options=recipe.options, operations=0, shared=False)
+        entries = (each for each in checkpoint.entries.values() if len(each.shape) > 1)
+        kept = {each.name: mixture.obstacle(each.name, each.shape) or "it has no codes there" for each in entries}
+        if why := unchanged(mixture, cost.weight_bytes, kept):
+            whys[name] = f"{mixture.precision} changes no weight of {name}: {why}"
+    if whys:
+        raise RecipeError("; ".join(whys.values()), fix=f"give it another precision: {as_bf16([*whys], parts)}")
+
+
+def unchanged(mixture: Mixture, weight_bytes: Mapping[str, int], kept: Mapping[str, str]) -> str | None:
+    """Say why a low-bit recipe changed no weight, if it didn't.
+
+    Args:
+        mixture: of the part.
+        weight_bytes: dtype or format -> bytes of weights in it.
+        kept: weight -> why it is left as it is.
+    """
+    stored = {label for label, size in weight_bytes.items() if size}
+    if not mixture.formats or any(label.startswith(each.name) for each in mixture.formats.values() for label in stored):
+        return None
+    reasons = Counter(kept.values()).most_common(3)
+    return "; ".join(f"{count} × {reason}" for reason, count in reasons) or "it has none"
+
+
+def as_bf16(names: Iterable[str], parts: Mapping[str, PartRecipe]) -> str:
+    """Return the option that leaves some parts in bf16, of their own backends."""
+    return f"--recipe …,{','.join(f'{name}={parts[name].backend}:bf16' for name in names)}"
 
 
 def open_calibration(file: str | Path | None, source: Source, what: str) -> Calibration:

@@ -336,8 +336,8 @@ def _offsets(evidence: Evidence) -> list[Tensor]:
 
 
 def _channels(evidence: Evidence) -> int:
-    """Return the axis of channels: the second one of feature maps, the last one of tokens."""
-    return 1 if evidence.made.ndim == 4 else -1  # noqa: PLR2004 - batch, channels, height, width
+    """Return the axis of channels: the second one of feature maps, of pictures or films, the last one of tokens."""
+    return 1 if evidence.made.ndim >= 4 else -1  # noqa: PLR2004 - batch, channels, (frames,) height, width
 
 
 def _factor(got: Tensor, expected: Tensor) -> tuple[float, float]:

@@ -480,6 +480,15 @@ class TestCauses:
         assert cause.figures["channels"] == "1 of 8"
         assert cause.figures["factor, most"] == pytest.approx(4, rel=1e-4)
 
+    def test_a_scale_in_a_convolution_of_films(self):
+        layer = torch.nn.Conv3d(4, 8, 3)
+        given = torch.randn(1, 4, 4, 8, 9, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            made = (layer(given) - layer.bias[:, None, None, None]) * 2 + layer.bias[:, None, None, None]
+        cause = find_cause(self.evidence(layer, given, made))
+        assert cause.name == causes.SCALE
+        assert cause.figures["factor"] == pytest.approx(2, rel=1e-4)
+
     def test_noise_is_not_recognised(self):
         layer = torch.nn.Linear(64, 64)
         given = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))

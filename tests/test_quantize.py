@@ -682,6 +682,10 @@ def test_a_recipe_that_changes_nothing_is_an_error(tiny, tmp_path):
     with pytest.raises(RecipeError, match="int4 changes no weight of vae_encoder: .* not convolutions"):
         export(str(tiny("flux")), tmp_path / "out", parse("null:fp32,vae_encoder=torch:int4")[0], prove=False)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(RecipeError, match=r"changes no weight of vae_encoder: .*; .* of vae_decoder: ") as caught:
+        plan(str(tiny("flux")), parse("torch:nf4")[0])
+    assert "--recipe …,vae_encoder=torch:bf16,vae_decoder=torch:bf16" in caught.value.fix
+    assert plan(str(tiny("flux")), parse(f"torch:nf4,{caught.value.fix.partition('…,')[2]}")[0])
 
 
 def test_the_manifest_says_what_was_kept_and_why(baked):
