@@ -45,6 +45,7 @@ _LEAST_CHANGE = 0.01
 """A factor is this far from 1, at least, to be a wrong one."""
 _LOST = 4.0
 """A norm loses precision if it errs more than this many times what rounding its result to the dtype does."""
+_HALF_BYTES = 2
 _CLIPPED = 0.01
 """A scale that was calibrated for the least error clips less of its activations than this."""
 _MOST_OF = 0.5
@@ -292,11 +293,11 @@ def _offset(evidence: Evidence) -> Cause | None:
 
 
 def _low_precision(evidence: Evidence) -> Cause | None:
-    """Recognise the error that the layer has in bfloat16 or float16."""
+    """Recognise the error that the layer has in bfloat16 or float16, or that rounding between layers makes."""
     import torch
 
     if evidence.module is None or evidence.given is None:
-        return None
+        return _rounded_between(evidence)
     for dtype in (torch.bfloat16, torch.float16):
         usual = relative_error(_computed_in(evidence.module, evidence.given, dtype), evidence.expected)
         if _LIKE[0] * usual < evidence.error < _LIKE[1] * usual:
@@ -307,6 +308,17 @@ def _low_precision(evidence: Evidence) -> Cause | None:
             if name == NORM:
                 figures["mean over deviation"] = _mean_over_deviation(evidence.given)
             return Cause(name, principal(evidence.inner), figures)
+    return None
+
+
+def _rounded_between(evidence: Evidence) -> Cause | None:
+    """Recognise operations in a narrow dtype that err as much as rounding after each of them may."""
+    floats = {tensor.dtype for _, tensor in evidence.inner if tensor.is_floating_point()}
+    for dtype in (each for each in floats if each.itemsize == _HALF_BYTES):
+        usual = relative_error(evidence.expected.to(dtype).float(), evidence.expected)
+        if evidence.error < _LOST * math.sqrt(len(evidence.inner)) * usual:
+            figures: dict[str, float | str] = {"dtype": str(dtype).removeprefix("torch."), "error of that": usual}
+            return Cause(LOW_PRECISION, principal(evidence.inner), figures)
     return None
 
 

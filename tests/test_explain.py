@@ -422,6 +422,15 @@ class TestCauses:
     def test_a_norm_that_errs_as_bfloat16_does_is_no_fault(self, norm):
         assert self.in_bfloat16(norm, mean=0).name == causes.LOW_PRECISION
 
+    def test_rounding_between_layers_is_no_fault_in_half_precision(self):
+        expected = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+        inner = [(Operation(name, "Mul", ("x",), ("y",), "block"), expected.bfloat16()) for name in "abcd"]
+        assert find_cause(Evidence(expected.bfloat16().float(), expected, inner)).name == causes.LOW_PRECISION
+        noise = 0.05 * torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+        assert find_cause(Evidence(expected + noise, expected, inner)).name == causes.UNKNOWN
+        wide = [(operation, tensor.float()) for operation, tensor in inner]
+        assert find_cause(Evidence(expected.bfloat16().float(), expected, wide)).name == causes.UNKNOWN
+
     def in_bfloat16(self, norm, mean):
         given = mean + torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
