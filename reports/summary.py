@@ -54,9 +54,9 @@ class Row:
     stages: dict[str, float] | None
     disk_bytes: int | None
     gpu_j: float | None
-    """Joules a picture that GPUs took; `processor_j`: that processor packages took. None without counters."""
+    """Joules a picture that GPUs took."""
     processor_j: float | None
-    """Joules an image, of all counters together."""
+    """Joules a picture that processor packages took."""
     proof: dict[str, float]
     """Each part's worst SQNR in dB against eager fp32, as its artifact says."""
     figures: dict[str, Any] | None
