@@ -25,7 +25,7 @@ class Recording:
     """One run of a module: a layer is one operation, named by its path; so is each torch function outside of layers.
 
     Names are the same in each run on tensors of the same shapes: `PATH` is what a layer makes, `PATH#2` what it makes the
-    second time, `MODULE:function:12` what the twelfth function does, in the module that called it.
+    second time, `MODULE:function:12` what a function gives that a module calls as operation 12.
     """
 
     def __init__(self, module: nn.Module, names: Mapping[str, str], wanted: Collection[str] = ()) -> None:
