@@ -51,7 +51,7 @@ bench-memory: $(READY)  ## Anonymous memory of opened full-size parts, by backen
 bench-attention: $(READY)  ## Attention slicing and token merging in torch: seconds, memory, distance (4 GB of disk, ten minutes).
 	$(BIN)/python -P docs/benchmarks/torch_attention.py docs/benchmarks/torch_attention.json
 
-bench-precisions: $(READY)  ## Seconds, memory and distance of every recipe on a UNet of SD 1.5's size (25 GB of disk, two hours; NNCF_PYTHON=…/python for NNCF's).
+bench-precisions: $(READY)  ## Seconds, memory and distance of every recipe on a UNet of SD 1.5's size (25 GB of disk, some hours; NNCF_PYTHON=…/python for NNCF's).
 	$(BIN)/python docs/benchmarks/unet_precisions.py docs/benchmarks/unet_precisions.json $(if $(NNCF_PYTHON),--nncf-python $(NNCF_PYTHON))
 
 families: $(READY)  ## The table of docs/families.md: every pipeline with every backend.
