@@ -122,7 +122,7 @@ def test_whoever_judges_places_code_on_the_device_that_it_was_made_for(baked, sh
         lambda: prover._prove_part(artifact, part, None),
         lambda: explain.explain(artifact, Source.open(str(shapes))),
         lambda: trajectory.prove(artifact),
-        lambda: meaning.judge_here(str(artifact.folder), str(shapes), 2),
+        lambda: meaning.judge_here(str(artifact.folder), str(shapes), {}, 2),
     ):
         with pytest.raises(Placed):
             judge()
