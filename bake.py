@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import math
@@ -24,30 +23,38 @@ from .artifact import (
     PartEntry,
     describe_files,
     key_of,
-    scratch,
     shares_of,
     staged,
     stated_share,
     sweep,
 )
 from .components.component import Sizes
-from .errors import CorruptError, ParityError, RecipeError
+from .errors import CorruptError, ParityError
 from .exporters.capture import module_on_hollow, on_hollow
 from .exporters.corrected import lower_corrected
 from .exporters.exporter import Subject
 from .memory import give_back
 from .parity.budget import Gate, check_parts
-from .plan import ACTIVATIONS_OPTION, OUTPUTS_OPTION, as_bf16, check_room, is_calibrated, mixture_of, plan, unchanged
+from .plan import (
+    ACTIVATIONS_OPTION,
+    OUTPUTS_OPTION,
+    check_room,
+    is_calibrated,
+    mixture_of,
+    plan,
+    refuse_unchanged,
+    unchanged,
+)
 from .quantize.calibration import METHODS
 from .quantize.grid import grids_to_json
 from .quantize.inputs import with_inputs, write_inputs
 from .recipe import to_dict
 from .runtimes.opening import port_to_dict
-from .sources.lora import merged
+from .sources.lora import with_loras
 from .weights import layer_names, place, sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from .components.component import Port
     from .components.family import Part
@@ -128,26 +135,19 @@ def export(
     if planned.note:
         progress(f"note: {planned.note}")
     donors = [Artifact.open(Path(folder)) for folder in reuse]
-    with staged(target, replace_existing=force) as folder, _with_loras(planned, target, progress) as baked:
+    with (
+        staged(target, replace_existing=force) as folder,
+        with_loras(planned.source, planned.loras, target, progress) as source,
+    ):
         with tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work:
-            entries = _write_parts(baked, folder, Path(work), donors, progress)
+            entries = _write_parts(replace(planned, source=source), folder, Path(work), donors, progress)
         _copy_host_files(planned.source, folder)
         _write_manifest(planned, folder, entries)
         if prove:
-            _prove(Artifact.open(folder), baked.source, gate, progress)
+            _prove(Artifact.open(folder), source, gate, progress)
         else:
             progress("not proved: --no-prove")
     return Artifact.open(target)
-
-
-@contextlib.contextmanager
-def _with_loras(planned: Plan, target: Path, progress: Progress) -> Iterator[Plan]:
-    """Write the modules that LoRAs change, with these added; yield the plan with a source that has them, for the while."""
-    if not planned.loras:
-        yield planned
-        return
-    with scratch(target) as work:
-        yield replace(planned, source=merged(planned.loras, planned.source, work, progress))
 
 
 def _prove(artifact: Artifact, source: Source, gate: Gate, progress: Progress) -> None:
@@ -174,9 +174,9 @@ def _proved_later(artifact: Artifact, planned: Plan, gate: Gate, progress: Progr
     if reason:
         progress(f"not proved: {reason}")
         return artifact
-    with _with_loras(planned, artifact.folder, progress) as baked:
+    with with_loras(planned.source, planned.loras, artifact.folder, progress) as source:
         progress("proving each part in a child process")
-        return prover.prove_in_place(artifact, baked.source, gate)
+        return prover.prove_in_place(artifact, source, gate)
 
 
 def _present(target: Path, key: str) -> Artifact | None:
@@ -246,9 +246,7 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
         write_inputs(mixture.known, folder / INPUTS)
     recapture = partial(on_hollow, name, part.component, config, origin, work / part.module)
     lowered = lower_corrected(exporter, subject, recapture, work / f"{name}.biases.safetensors", folder)
-    if why := unchanged(mixture, lowered.weight_bytes, lowered.kept):
-        message = f"{mixture.precision} changes no weight of {name}: {why}"
-        raise RecipeError(message, fix=f"give it another precision: {as_bf16([name], planned.parts)}")
+    refuse_unchanged({name: unchanged(mixture, lowered.weight_bytes, lowered.kept)}, planned.parts)
     shares, weight_format = shares_of(lowered.weight_bytes), subject.mixture.formats.get(recipe.precision)
     uncalibrated = _uncalibrated(planned, part, subject, lowered)
     missed = sum(math.prod(checkpoint.entries[each].shape) for each in uncalibrated)

@@ -100,14 +100,14 @@ def plan(
         _check_backend(name, part_recipe)
     parts = {name: _without_idle_options(source, name, part_recipe) for name, part_recipe in parts.items()}
     parts = {name: _with_layers(source, name, part_recipe) for name, part_recipe in parts.items()}
-    _refuse_unchanged(source, parts)
+    refuse_unchanged({name: _unchanged_by_shapes(source, name, part) for name, part in parts.items()}, parts)
     needed = [f"{part} of {name}" for name, part in parts.items() if is_calibrated(part)]
     helped = calibration is not None and any(uses_inputs(part) for part in parts.values())
     calibrated = open_calibration(calibration, source, needed[0] if needed else "") if needed or helped else None
     for name, part_recipe in parts.items():
         if calibrated and is_calibrated(part_recipe) and not calibrated.parts.get(name):
             message = f"the calibration says nothing of {name}"
-            raise UsageError(message, fix=f"give it another precision: {as_bf16([name], parts)}")
+            raise UsageError(message, fix=f"give it another precision: {_as_bf16([name], parts)}")
     fields = {
         name: _part_fields(source, source.family.part(name), parts[name], merged, weights, calibrated) for name in parts
     }
@@ -186,23 +186,35 @@ def _with_layers(source: Source, name: str, recipe: PartRecipe) -> PartRecipe:
     return named
 
 
-def _refuse_unchanged(source: Source, parts: Mapping[str, PartRecipe]) -> None:
-    """Refuse low-bit recipes of parts of which no weight can change, as far as shapes tell.
+def _unchanged_by_shapes(source: Source, name: str, recipe: PartRecipe) -> str | None:
+    """Say why a low-bit recipe of a part can change no weight, as far as shapes tell, if it can't."""
+    mixture, checkpoint = mixture_of(recipe), source.checkpoint(source.family.part(name).module)
+    if not mixture.formats:
+        return None
+    exporter = plugins.exporter(recipe.backend)
+    cost = exporter.cost(checkpoint, mixture, options=recipe.options, operations=0, shared=False)
+    entries = (each for each in checkpoint.entries.values() if len(each.shape) > 1)
+    kept = {each.name: mixture.obstacle(each.name, each.shape) or "it has no codes there" for each in entries}
+    return unchanged(mixture, cost.weight_bytes, kept)
+
+
+def refuse_unchanged(whys: Mapping[str, str | None], parts: Mapping[str, PartRecipe]) -> None:
+    """Refuse low-bit recipes of parts of which no weight changes.
+
+    Args:
+        whys: part -> what `unchanged` says of it.
+        parts: their recipes.
 
     Raises:
         RecipeError: with what to type instead.
     """
-    whys = {}
-    for name, recipe in parts.items():
-        mixture, checkpoint = mixture_of(recipe), source.checkpoint(source.family.part(name).module)
-        exporter = plugins.exporter(recipe.backend)
-        cost = exporter.cost(checkpoint, mixture, options=recipe.options, operations=0, shared=False)
-        entries = (each for each in checkpoint.entries.values() if len(each.shape) > 1)
-        kept = {each.name: mixture.obstacle(each.name, each.shape) or "it has no codes there" for each in entries}
-        if why := unchanged(mixture, cost.weight_bytes, kept):
-            whys[name] = f"{mixture.precision} changes no weight of {name}: {why}"
-    if whys:
-        raise RecipeError("; ".join(whys.values()), fix=f"give it another precision: {as_bf16([*whys], parts)}")
+    told = {
+        name: f"{mixture_of(parts[name]).precision} changes no weight of {name}: {why}"
+        for name, why in whys.items()
+        if why
+    }
+    if told:
+        raise RecipeError("; ".join(told.values()), fix=f"give it another precision: {_as_bf16(told, parts)}")
 
 
 def unchanged(mixture: Mixture, weight_bytes: Mapping[str, int], kept: Mapping[str, str]) -> str | None:
@@ -220,7 +232,7 @@ def unchanged(mixture: Mixture, weight_bytes: Mapping[str, int], kept: Mapping[s
     return "; ".join(f"{count} × {reason}" for reason, count in reasons) or "it has none"
 
 
-def as_bf16(names: Iterable[str], parts: Mapping[str, PartRecipe]) -> str:
+def _as_bf16(names: Iterable[str], parts: Mapping[str, PartRecipe]) -> str:
     """Return the option that leaves some parts in bf16, of their own backends."""
     return f"--recipe …,{','.join(f'{name}={parts[name].backend}:bf16' for name in names)}"
 

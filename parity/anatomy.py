@@ -18,25 +18,16 @@ class Anatomy:
     """The operations of a part that depend on its inputs; what is made of constants alone is left out."""
 
     def __init__(self, operations: Iterable[Operation], inputs: Collection[str]) -> None:
-        listed = list(operations)
-        made = {name for operation in listed for name in operation.outputs}
-        self._fed = set(inputs)
-        self._joined = any(name in made for operation in listed for name in operation.inputs)
         self._live = set(inputs)
         self._by_layer: dict[str, list[Operation]] = defaultdict(list)
         self._producers: dict[str, Operation] = {}
-        for operation in listed:
-            if self._joined and self._live.isdisjoint(operation.inputs):
+        for operation in operations:
+            if self._live.isdisjoint(operation.inputs):
                 continue
             self._live |= set(operation.outputs)
             self._producers |= dict.fromkeys(operation.outputs, operation)
             if operation.layer is not None:
                 self._by_layer[operation.layer].append(operation)
-
-    @property
-    def joined(self) -> bool:
-        """Whether it is known which operation takes what another one gives."""
-        return self._joined
 
     def operations(self, layer: str) -> list[Operation]:
         return self._by_layer.get(layer, [])
@@ -45,8 +36,6 @@ class Anatomy:
         """Return tensors from outside that a layer takes; before they are brought into its dtype, where they are."""
         inside = {name for operation in self.operations(layer) for name in operation.outputs}
         taken = [name for operation in self.operations(layer) for name in operation.inputs]
-        if not self._joined:
-            return list(dict.fromkeys(taken))
         return list(dict.fromkeys(self._wide(name) for name in taken if name in self._live and name not in inside))
 
     def made(self, layer: str) -> list[str]:

@@ -301,8 +301,7 @@ def _low_precision(evidence: Evidence) -> Cause | None:
     for dtype in (torch.bfloat16, torch.float16):
         usual = relative_error(_computed_in(evidence.module, evidence.given, dtype), evidence.expected)
         if _LIKE[0] * usual < evidence.error < _LIKE[1] * usual:
-            rounding = relative_error(evidence.expected.to(dtype).float(), evidence.expected)
-            loses = "Norm" in type(evidence.module).__name__ and usual > _LOST * rounding
+            loses = "Norm" in type(evidence.module).__name__ and usual > _LOST * _rounding(evidence.expected, dtype)
             name = NORM if loses else LOW_PRECISION
             figures: dict[str, float | str] = {"dtype": str(dtype).removeprefix("torch."), "error of that": usual}
             if name == NORM:
@@ -315,11 +314,16 @@ def _rounded_between(evidence: Evidence) -> Cause | None:
     """Recognise operations in a narrow dtype that err as much as rounding after each of them may."""
     floats = {tensor.dtype for _, tensor in evidence.inner if tensor.is_floating_point()}
     for dtype in (each for each in floats if each.itemsize == _HALF_BYTES):
-        usual = relative_error(evidence.expected.to(dtype).float(), evidence.expected)
+        usual = _rounding(evidence.expected, dtype)
         if evidence.error < _LOST * math.sqrt(len(evidence.inner)) * usual:
             figures: dict[str, float | str] = {"dtype": str(dtype).removeprefix("torch."), "error of that": usual}
             return Cause(LOW_PRECISION, principal(evidence.inner), figures)
     return None
+
+
+def _rounding(tensor: Tensor, dtype: torch.dtype) -> float:
+    """Return the relative error that a dtype has of a tensor."""
+    return relative_error(tensor.to(dtype).float(), tensor)
 
 
 def _computed_in(module: nn.Module, given: Tensor, dtype: torch.dtype) -> Tensor:

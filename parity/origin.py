@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import scratch
 from ..errors import SourceError
-from ..sources.lora import Lora, merged
+from ..sources.lora import Lora, with_loras
 from ..sources.source import Source
 from .proof import family_part
 
@@ -52,8 +51,8 @@ def source_of(
             raise SourceError(message, fix=f"give the model it was made from, {made_from['id']}")
     given = [Lora.open(text, source) for text in loras]
     _refuse_other_loras(artifact, given)
-    with scratch(artifact.folder) if given else contextlib.nullcontext() as work:
-        yield merged(given, source, work) if work else source
+    with with_loras(source, given, artifact.folder) as merged:
+        yield merged
 
 
 def _refuse_other_loras(artifact: Artifact, given: Sequence[Lora]) -> None:

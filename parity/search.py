@@ -1,7 +1,7 @@
 """Search one case of one part for the first layer, as eager runs them, that is at fault.
 
-By bisection on the backend's own tensors against eager's. A layer that is off is believed to be at fault once eager, given the very input that the backend gave it, makes something
-else of it; so what came from before isn't blamed on it.
+By bisection on the backend's own tensors against eager's. A layer that is off is believed to be at fault once eager, given
+the very input that the backend gave it, makes something else of it; so what came from before isn't blamed on it.
 """
 
 from __future__ import annotations
@@ -116,8 +116,6 @@ class Search:
 
     def outputs(self, expected: Tensors) -> Suspect | None:
         """Return what lies between the last layers and the part's outputs, if that is at fault."""
-        if not self._anatomy.joined:
-            return None
         got = self._runtime.run(self._fed)
         for name in sorted(set(got) & set(expected)):
             suspect = self._between(name, name, relative_error(got[name], expected[name]), expected[name])
@@ -195,7 +193,7 @@ class Search:
 
     def _between(self, tensor: str, layer: str, error: float, expected: Tensor) -> Suspect | None:
         """Suspect what lies between the layers before a tensor and the tensor, if that is where it goes off."""
-        if error <= self._limit or not self._anatomy.joined:
+        if error <= self._limit:
             return None
         self._place()
         operations, begins = self._anatomy.between(tensor, self._made)

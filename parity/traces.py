@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..components.component import WRAPPER
+from ..runtimes.torch_graph import layers_of
 from ..weights import layer_names
 
 if TYPE_CHECKING:
@@ -53,11 +54,7 @@ class Eager:
         config = source.config(part.module)
         self._ports = part.component.inputs(config)
         self._flat = part.component.flat(part.component.load(source.path(part.module), torch.float32)).eval()
-        leaves = {
-            path.removeprefix(WRAPPER): module
-            for path, module in self._flat.named_modules()
-            if path and not [*module.children()] and [*module.parameters()]
-        }
+        leaves = {path.removeprefix(WRAPPER): module for path, module in layers_of(self._flat).items()}
         names = layer_names(leaves, source.checkpoint(part.module))
         self.layers: dict[str, nn.Module] = {names[path]: module for path, module in leaves.items() if path in names}
 

@@ -45,13 +45,7 @@ def entry_name(arm: str, point: str) -> str:
     return f"{arm} | {point}" if point else arm
 
 
-def gpu_joules(joules: dict[str, float] | None) -> float | None:
-    """Return what GPUs took of the counters' joules; None if none of them was read."""
-    found = [value for name, value in (joules or {}).items() if name.startswith("gpu")]
-    return sum(found) if found else None
-
-
-def processor_joules(joules: dict[str, float] | None) -> float | None:
-    """Return what processor packages took of the counters' joules; None if none of them was read."""
-    found = [value for name, value in (joules or {}).items() if not name.startswith("gpu")]
+def joules_of(counters: dict[str, float] | None, *, gpus: bool) -> float | None:
+    """Return what GPUs, or else processor packages, took of the counters' joules; None if none of them was read."""
+    found = [value for name, value in (counters or {}).items() if name.startswith("gpu") == gpus]
     return sum(found) if found else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -11,20 +11,8 @@ from ..pictures import decibels
 from ..verdict import FEWEST_BLOCKS, Ratio, Verdict, break_even_images, outliers, paired_ratio, percentile, verdicts
 from .budgets import Budget
 from .gates import Gate, gates
-from .record import (
-    ADDED,
-    AGAIN,
-    FLOOR_BF16,
-    FLOOR_FP32,
-    REFERENCE,
-    entry_name,
-    gpu_joules,
-    processor_joules,
-)
+from .record import ADDED, AGAIN, FLOOR_BF16, FLOOR_FP32, REFERENCE, entry_name, joules_of
 from .remarks import doubts, unfair
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 @dataclass(frozen=True)
@@ -228,19 +216,17 @@ def _row(record: dict[str, Any], arm: str, name: str, point: str, verdict: Verdi
         memory=memory,
         stages=stages.get("seconds"),
         disk_bytes=artifact.get("bytes"),
-        gpu_j=_joules(runs, batch, gpu_joules),
-        processor_j=_joules(runs, batch, processor_joules),
+        gpu_j=_joules(runs, batch, gpus=True),
+        processor_j=_joules(runs, batch, gpus=False),
         proof=artifact.get("proof", {}),
         figures=figures,
         floor_flip=float(np.mean(floor["flip"])) if floor and "flip" in floor else None,
     )
 
 
-def _joules(
-    runs: list[dict[str, Any]], batch: int, of: Callable[[dict[str, float] | None], float | None]
-) -> float | None:
-    """Return the median of what runs took a picture, by the counters that `of` sums."""
-    spent = [(of(run.get("energy_j")), len(run["samples_s"]) * batch) for run in runs]
+def _joules(runs: list[dict[str, Any]], batch: int, *, gpus: bool) -> float | None:
+    """Return the median of what runs took a picture, by the counters of GPUs, or of processors."""
+    spent = [(joules_of(run.get("energy_j"), gpus=gpus), len(run["samples_s"]) * batch) for run in runs]
     return _median([joules / pictures for joules, pictures in spent if joules is not None])
 
 

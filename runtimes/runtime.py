@@ -178,8 +178,7 @@ class Runtime(ABC):
         Raises:
             InputError: a tensor's name, rank, shape or dtype doesn't fit the ports.
         """
-        sizes = solve_sizes(self.part.name, self.inputs, inputs)
-        fed = {port.name: as_port(self.part.name, port, inputs[port.name], "cpu") for port in self.inputs}
+        fed, sizes = self._checked(inputs)
         results = self._run(fed, {port.name: port.shape(sizes) for port in self.outputs})
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in results.items()}
 
@@ -218,18 +217,18 @@ class Runtime(ABC):
             InputError: as `run`.
             UsageError: as `operations`.
         """
-        fed = self._checked(inputs)
+        fed, _ = self._checked(inputs)
         wanted = [name for name in dict.fromkeys(names) if name not in fed]
         return {name: fed[name] for name in names if name in fed} | (self._tap(fed, wanted) if wanted else {})
 
-    def _checked(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return inputs in the ports' dtypes, on the CPU.
+    def _checked(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Return inputs in the ports' dtypes, on the CPU, and the sizes of their dimensions by name.
 
         Raises:
             InputError: as `run`.
         """
-        solve_sizes(self.part.name, self.inputs, inputs)
-        return {port.name: as_port(self.part.name, port, inputs[port.name], "cpu") for port in self.inputs}
+        sizes = solve_sizes(self.part.name, self.inputs, inputs)
+        return {port.name: as_port(self.part.name, port, inputs[port.name], "cpu") for port in self.inputs}, sizes
 
     def _tap(self, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:  # noqa: ARG002
         """Execute with checked inputs; `names` are none of theirs."""

@@ -269,7 +269,8 @@ class TorchRuntime(Runtime):
         return self._module
 
     def operations(self, inputs: Mapping[str, Tensor]) -> list[Operation]:
-        return self._recorded(self._checked(inputs)).operations
+        fed, _ = self._checked(inputs)
+        return self._recorded(fed).operations
 
     def _tap(self, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         return self._recorded(inputs, names).kept

@@ -46,10 +46,9 @@ class Recording:
         self._within: list[str] = []
         """Paths of the modules that are running, outermost first."""
         self._inputs: tuple[str, ...] = ()
-        self._in_layer = 0
         self._times: Counter[str] = Counter()
         self._taken: list[tuple[str, ...]] = []
-        """Of each layer that is running, the tensors that it was given."""
+        """Of each layer that is running, the tensors that it was given; what functions do then is the layer's own."""
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> None:
         """Run the module on tensors by name, in its order; `outputs` are the names of what it returns."""
@@ -90,8 +89,8 @@ class Recording:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401 - a module's own
             self._within.append(path)
             if path in self._layers:
-                self._in_layer += 1
-                self._taken.append(self._known((args, kwargs)) or self._sized(path, _tensors((args, kwargs))))
+                self._taken.append(self._known((args, kwargs)))
+                self._taken[-1] = self._taken[-1] or self._sized(path, _tensors((args, kwargs)))
 
         return hook
 
@@ -107,8 +106,8 @@ class Recording:
         def hook(module: nn.Module, _: Any, made: Any) -> None:  # noqa: ANN401 - a module's own
             self._within.pop()
             if path in self._layers:
-                self._made(path, type(module).__name__, self._taken.pop(), made, self._layer_names.get(path))
-                self._in_layer -= 1
+                self._made(path, type(module).__name__, self._taken[-1], made, self._layer_names.get(path))
+                self._taken.pop()
 
         return hook
 
@@ -128,7 +127,7 @@ class Recording:
             def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
                 given = recording._known((args, kwargs))
                 made = func(*args, **(kwargs or {}))
-                if given and not recording._in_layer and _tensors(made):
+                if given and not recording._taken and _tensors(made):
                     recording._called(func.__name__, given, made)
                 return made
 

@@ -6,6 +6,7 @@ Diffusers, PEFT and Kohya are brought to one form by Diffusers' own converters; 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..artifact import scratch
 from ..errors import PickleError, SourceError, UsageError
 from ..weights import as_bytes, read_tensor, sha256, write_entries
 
@@ -136,23 +138,28 @@ def changed_modules(loras: Iterable[Lora]) -> list[str]:
     return sorted({module for lora in loras for module in lora.deltas})
 
 
-def merged(
-    loras: Sequence[Lora], source: Source, folder: Path, progress: Callable[[str], None] = lambda _: None
-) -> Source:
-    """Write the modules that LoRAs change, with these added, into an empty folder; return the source that has them.
+@contextlib.contextmanager
+def with_loras(
+    source: Source, loras: Sequence[Lora], target: Path, progress: Callable[[str], None] = lambda _: None
+) -> Iterator[Source]:
+    """Write the modules that LoRAs change, with these added, and yield the source that has them, for the while.
 
     Args:
+        source: stays as it is; without LoRAs it is yielded itself.
         loras: what is added.
-        source: stays as it is.
-        folder: has to be there as long as the source is in use.
+        target: an artifact's folder, beside which they are written.
         progress: called with a line for each module.
     """
-    written = {}
-    for module in changed_modules(loras):
-        progress(f"merging {' and '.join(lora.file.name for lora in loras)} into {module}")
-        written[module] = folder / module
-        _merge(loras, source, module, written[module])
-    return replace(source, elsewhere={**source.elsewhere, **written})
+    if not loras:
+        yield source
+        return
+    with scratch(target) as work:
+        written = {}
+        for module in changed_modules(loras):
+            progress(f"merging {' and '.join(lora.file.name for lora in loras)} into {module}")
+            written[module] = work / module
+            _merge(loras, source, module, written[module])
+        yield replace(source, elsewhere={**source.elsewhere, **written})
 
 
 def _merge(loras: Sequence[Lora], source: Source, module: str, folder: Path) -> None:

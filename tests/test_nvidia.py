@@ -9,7 +9,7 @@ import pytest
 
 from bakeoff import nvidia
 from bakeoff.bench import energy, guard
-from bakeoff.reports.record import gpu_joules, processor_joules
+from bakeoff.reports.record import joules_of
 
 pynvml = pytest.importorskip("pynvml", reason="pip install 'bakeoff[nvidia]'")
 ELSEWHERE = 2**22 + 7
@@ -171,8 +171,8 @@ def test_the_gpu_in_use_alone_is_asked(driver, tmp_path):
     assert nvidia.throttled("GPU-0abc") == ["power cap"]
     assert len(nvidia.clocks("GPU-1abc")) == 1
     spent = {"gpu1": 5.0, "package-0 (intel-rapl:0)": 3.0}
-    assert (gpu_joules(spent), processor_joules(spent)) == (5.0, 3.0)
-    assert gpu_joules(None) is processor_joules({"gpu0": 1.0}) is None
+    assert (joules_of(spent, gpus=True), joules_of(spent, gpus=False)) == (5.0, 3.0)
+    assert joules_of(None, gpus=True) is joules_of({"gpu0": 1.0}, gpus=False) is None
 
 
 def test_torch_says_which_gpu_is_in_use(monkeypatch):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from bakeoff import hardware
 from bakeoff.errors import BakeoffError
-from bakeoff.reports.record import gpu_joules, processor_joules
+from bakeoff.reports.record import joules_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -293,8 +293,8 @@ def _row(name: str, outcome: dict[str, Any]) -> str:
         _figure(outcome.get("step_s"), "{:.2f}", 1e3),
         _figure(outcome.get("first_picture_s"), "{:.1f}"),
         *(_figure(memory.get(kind), "{:.2f}", 1e-9) for kind in _MEMORY),
-        _figure(gpu_joules(joules), "{:.0f}"),
-        _figure(processor_joules(joules), "{:.0f}"),
+        _figure(joules_of(joules, gpus=True), "{:.0f}"),
+        _figure(joules_of(joules, gpus=False), "{:.0f}"),
         _remark(outcome),
     ]
     return f"| {name} | {' | '.join(cells)} |"
