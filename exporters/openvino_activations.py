@@ -35,7 +35,7 @@ def round_activations(  # openvino is untyped
     """
     layers = {f"{TENSOR}{number}": entry.name.removesuffix(".weight") for number, entry in enumerate(entries)}
     _round_attention(model, layers, grids)
-    rounded: dict[tuple[str, int, Grid, bool], Any] = {}
+    rounded: dict[tuple[str, int, Grid], Any] = {}
     for parameter in model.get_parameters():
         layer = layers.get(parameter.get_friendly_name())
         if layer is None or layer not in grids or not _is_whole(parameter, entries):
@@ -46,10 +46,9 @@ def round_activations(  # openvino is untyped
             if operation.get_type_name() not in _ROUNDING or target.get_index() != 1:
                 continue
             given = operation.input_value(0)
-            product = operation.get_type_name() == "MatMul"
-            key = (given.get_node().get_friendly_name(), given.get_index(), grid, product)
+            key = (given.get_node().get_friendly_name(), given.get_index(), grid)
             if key not in rounded:
-                rounded[key] = _rounded(given, grid, up=product)
+                rounded[key] = _rounded(given, grid)
             operation.input(0).replace_source_output(rounded[key].output(0))
 
 
@@ -73,19 +72,15 @@ def _round_attention(model: Any, layers: Mapping[str, str], grids: Mapping[str, 
                     user.replace_source_output(rounded.output(0))
 
 
-def _rounded(value: Any, grid: Grid, *, up: bool = False) -> Any:  # noqa: ANN401
+def _rounded(value: Any, grid: Grid) -> Any:  # noqa: ANN401
     """Round a value; the steps of channels, along its second axis, are left to the weights of what takes it.
 
-    Args:
-        value: OpenVINO's output of an operation.
-        grid: what to round to.
-        up: one code up on an even grid: the plugin makes bytes around 127 of it and not around nought, which its kernels
-            for matrices are quicker with.
+    Around nought on an even grid, so that the plugin makes signed bytes of it: with AMX its kernels for matrices take
+    0.8 of the time that they take for unsigned ones, with AVX512-VNNI alone 1.08.
     """
     from openvino import opset13
 
-    zero = grid.zeros[0] - (1 if up and grid.zeros == (0,) else 0)
-    ends = [np.float32(code - zero) for code in (LEAST, MOST)]
+    ends = [np.float32(code - grid.zeros[0]) for code in (LEAST, MOST)]
     steps = np.asarray(grid.steps, dtype=np.float32)
     given = [end * (steps.reshape(1, -1, 1, 1) if grid.by_channel else steps[0]) for end in ends]
     made = ends if grid.by_channel else given

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import ArtifactError
 from ..hardware import OVERFLOWS, Availability, choose_device, has_instructions, overflows_bytes, usable_cores
 from . import openvino_graph, openvino_weights
+from .openvino_splits import split_weights
 from .runtime import Operation, PartFiles, Runtime
 
 if TYPE_CHECKING:
@@ -112,7 +113,10 @@ class OpenVINORuntime(Runtime):
     def _compile(self) -> Any:  # noqa: ANN401 - openvino is untyped
         import openvino
 
-        compiled = openvino.Core().compile_model(self._model, self._device, self._settings)
+        model = self._model.clone()
+        if self._device == "CPU":
+            split_weights(model)
+        compiled = openvino.Core().compile_model(model, self._device, self._settings)
         self.configuration |= {
             "threads": compiled.get_property("INFERENCE_NUM_THREADS") if self._device == "CPU" else None,
             "precision": _executed_precision(compiled),
