@@ -23,7 +23,7 @@ import argparse
 import json
 import random
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ GROUPS = {
     "torch": ("torch", ["fp32", "bf16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic"]),
     "torch, whose codes": ("torch", ["fp32", "bf16", "int8", "int8+codes=bakeoff"]),
 }
-PROFILED = ["openvino:bf16", "openvino:w8a8", "openvino:nncf-w8a8", "onnx:fp32", "onnx:w8a8"]
+PROFILED = ["openvino:bf16+static", "openvino:w8a8+static", "openvino:nncf-w8a8+static", "onnx:fp32", "onnx:w8a8"]
 REFERENCE = Arm("torch", "fp32")
 
 
@@ -259,13 +259,13 @@ def _profile(found: dict[str, Any], work: Path, options: argparse.Namespace) -> 
     given = inputs(folder, SIZES[options.model], 7, 501.0)
     np.savez(file, **{name: tensor.numpy() for name, tensor in given.items()})
     for name in PROFILED:
-        arm, recorded = Arm(*name.split(":")), _recorded_as(name)
+        arm, recorded = Arm.read(*name.split(":")), _recorded_as(name)
         wanted = (options.again or recorded not in found) and (not options.arms or name in options.arms)
         if not wanted or not _is_possible(arm.precision, options):
             continue
         make(arm, folder, work, options.nncf_python)
         arguments = {"folder": str(arm.folder(folder, work)), "inputs": str(file)}
-        arguments |= {"threads": options.threads}
+        arguments |= {"threads": options.threads, "arm": asdict(arm)}
         made, _ = in_child(f"node_profile:{arm.backend}_here", arguments, extra_path=str(HERE))
         found[recorded] = {"machine": describe(), **made}
         yield name
