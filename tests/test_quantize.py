@@ -521,9 +521,10 @@ def test_whose_codes_is_asked_of_int8_alone():
 
 
 class Attending(Mixed):
-    """One attention of two heads, its queries with a bias, its keys without one."""
+    """One attention, its queries with a bias, its keys without one."""
 
     name = "attending"
+    heads = 2
 
     def inputs(self, config):
         return (Port("given", "float32", ("batch", "sequence", 64)),)
@@ -537,7 +538,7 @@ class Attending(Mixed):
         return module.to(dtype).eval()
 
     def flat(self, module):
-        return FlatAttention(module)
+        return FlatAttention(module, self.heads)
 
     def example(self, config, sizes, seed):
         shape = self.inputs(config)[0].shape(sizes.as_dict())
@@ -552,35 +553,38 @@ class Projections(nn.Module):
 
 
 class FlatAttention(nn.Module):
-    def __init__(self, module):
+    def __init__(self, module, heads):
         super().__init__()
-        self.module = module
+        self.module, self.heads = module, heads
 
     def forward(self, given):
         made = (self.module.query(given), self.module.key(given), self.module.value(given))
-        heads = (each.unflatten(-1, (2, 32)).transpose(1, 2) for each in made)
+        heads = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in made)
         return (nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2),)
 
 
-def test_openvino_rounds_queries_and_keys_but_no_values(tmp_path):
+@pytest.mark.parametrize(("heads", "rounded"), [(1, True), (2, False)], ids=["heads of 64", "heads of 32"])
+def test_openvino_rounds_queries_and_keys_of_large_heads_but_no_values(tmp_path, heads, rounded):
+    """Small ones it doesn't: OpenVINO gets them wrong on processors with AMX, where there are as many keys as channels."""
     made, source = Attending(), tmp_path / "source"
+    made.heads = heads
     source.mkdir()
     torch.manual_seed(0)
     save_file(Projections().to(torch.bfloat16).state_dict(), source / "model.safetensors")
     (source / "config.json").write_text("{}")
     scales = even({"query": (0.03, 0.5), "key": (0.03, 0.25), "value": (0.03, 0.02)})
     files, _ = lower(made, source, tmp_path, "openvino", "w8a8", scales)
-    inputs = made.example({}, Sizes(2, 8, 8, 12), seed=1)
+    inputs = made.example({}, Sizes(2, 8, 8, 32), seed=1)
     eager = plugins.mixture("w8a8").round_module(made.load(source, torch.float32), {}, scales)
     with torch.no_grad():
         wide = made.flat(eager)(inputs["given"])[0]
         for path in ("query", "key"):
             getattr(eager, path).register_forward_hook(lambda *step, grid=scales[path][1]: grid.round(step[-1], -1))
-        expected = made.flat(eager)(inputs["given"])[0]
+        coarse = made.flat(eager)(inputs["given"])[0]
     with plugins.runtime("openvino")(files, Placement(device="cpu", threads=1)) as runtime:
         got = runtime.run(inputs)["tokens"]
-    assert relative_error(got, expected) < 2e-2
-    assert relative_error(wide, expected) > 5e-2  # so coarse are these steps that leaving them out would show
+    assert relative_error(got, coarse if rounded else wide) < 2e-2
+    assert relative_error(wide, coarse) > 5e-2  # so coarse are these steps that leaving them out would show
 
 
 def test_openvino_rounds_nought_to_nought():
