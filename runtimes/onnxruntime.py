@@ -51,7 +51,7 @@ class OnnxRuntime(Runtime):
     def relative_time(cls, precision: str) -> float:
         if precision != "w8a8":
             return 1.0
-        return 0.8 if overflows_bytes() else 0.3
+        return 0.8 if overflows_bytes() else 0.88
 
     @classmethod
     def probe(cls) -> Availability:

@@ -54,7 +54,7 @@ class OpenVINORuntime(Runtime):
     def relative_time(cls, precision: str) -> float:
         if precision != "w8a8" or overflows_bytes():
             return 1.0
-        return 0.77 if has_instructions("amx_bf16") else 0.35
+        return 0.55 if has_instructions("amx_bf16") else 0.35
 
     @classmethod
     def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:

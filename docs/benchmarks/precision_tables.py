@@ -19,11 +19,17 @@ def with_tables(page: str, record: dict[str, Any]) -> str:
     for model, found in record.items():
         if model == "command":
             continue
-        for name, group in found["groups"].items():
+        for name, group in sorted(found["groups"].items(), key=_place):
             lines += [f"### {model}: {name}", "", *_group(group), ""]
-        for name, profile in found["profiles"].items():
+        for name, profile in sorted(found["profiles"].items(), key=_place):
             lines += [f"### {model}: one step of {name}, node class by node class", "", *_profile(profile), ""]
     return f"{before}{chr(10).join([*lines, END])}{after}"
+
+
+def _place(named: tuple[str, Any]) -> int:
+    """Return a place for what is recorded: those with AMX first, those without VNNI last."""
+    name, _ = named
+    return 0 if name.endswith("(AMX)") else 2 if name.endswith("(no VNNI)") else 1
 
 
 def _machine(machine: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -155,7 +156,10 @@ def _by_nncf(arm: Arm, folder: Path, work: Path, python: str) -> int:
         subprocess.Popen(command, stdout=log, stderr=log, text=True) as process,  # noqa: S603 - our own script
         Watch(process.pid) as watch,
     ):
-        if process.wait():
+        if process.wait() == -signal.SIGKILL:
+            message = f"killed for memory, of which it held {watch.peak.anon_bytes / 1e9:.1f} GB"
+            raise MemoryError(message)
+        if process.returncode:
             log.seek(0)
             message = f"NNCF failed: {log.read()[-2000:]}"
             raise SystemExit(message)
