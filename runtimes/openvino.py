@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import ArtifactError
 from ..hardware import OVERFLOWS, Availability, choose_device, has_instructions, overflows_bytes, usable_cores
 from . import openvino_graph, openvino_weights
+from .openvino_gates import keep_gates_apart
 from .openvino_splits import split_weights
 from .runtime import Operation, PartFiles, Runtime
 
@@ -116,6 +117,8 @@ class OpenVINORuntime(Runtime):
         model = self._model.clone()
         if self._device == "CPU":
             split_weights(model)
+            if self._settings["INFERENCE_NUM_THREADS"] == 1 or usable_cores() == 1:
+                keep_gates_apart(model)
         compiled = openvino.Core().compile_model(model, self._device, self._settings)
         self.configuration |= {
             "threads": compiled.get_property("INFERENCE_NUM_THREADS") if self._device == "CPU" else None,
