@@ -94,6 +94,9 @@ class OpenVINORuntime(Runtime):
         }
         if device == "cpu":
             settings["INFERENCE_NUM_THREADS"] = placement.threads or usable_cores()
+            fuses_gates = has_instructions("amx_bf16") and settings["INFERENCE_PRECISION_HINT"] == "bf16"
+            if fuses_gates and 1 in {settings["INFERENCE_NUM_THREADS"], usable_cores()}:
+                keep_gates_apart(model)
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _ROUNDED.get(part.precision, "0")
             widened = _avoid_overflow(model, part.precision, settings)
             fallback = "; ".join(filter(None, (fallback, widened))) or None
@@ -117,8 +120,6 @@ class OpenVINORuntime(Runtime):
         model = self._model.clone()
         if self._device == "CPU":
             split_weights(model)
-            if self._settings["INFERENCE_NUM_THREADS"] == 1 or usable_cores() == 1:
-                keep_gates_apart(model)
         compiled = openvino.Core().compile_model(model, self._device, self._settings)
         self.configuration |= {
             "threads": compiled.get_property("INFERENCE_NUM_THREADS") if self._device == "CPU" else None,
