@@ -34,6 +34,7 @@ _ROUNDED = {"w8a8-dynamic": "128"}
 """Precision -> how many activations in a row the products round with one scale, as they come."""
 _WIDENED = {"w8a8": f"{OVERFLOWS}: layers of w8a8 are multiplied in floats"}
 _WIDE = {"w8a8-dynamic": f"{OVERFLOWS}: OpenVINO doesn't round activations as they come"}
+_WIDE_WITH_AMX = {"w8a8-dynamic": "with AMX OpenVINO multiplies in bfloat16 and doesn't round activations as they come"}
 _PRODUCTS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention"}
 _INTEGERS, _FLOATS = {"i8", "u8", "i4", "u4", "nf4"}, {"f32", "bf16", "f16"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
@@ -72,7 +73,7 @@ class OpenVINORuntime(Runtime):
 
     @classmethod
     def obstacle(cls, precision: str) -> Availability | None:
-        said = {**_WIDENED, **_WIDE}.get(precision) if overflows_bytes() else None
+        said = (_WIDENED if overflows_bytes() else {}).get(precision) or _left_wide(precision)
         return Availability(ok=True, reason=said) if said else None
 
     def __init__(self, part: PartFiles, placement: Placement) -> None:
@@ -180,11 +181,18 @@ def _avoid_overflow(model: Any, precision: str, settings: dict[str, Any]) -> str
     low-precision transformations FakeQuantize still rounds activations: what comes out is the same.
     """
     if not overflows_bytes():
-        return None
+        return _left_wide(precision)
     if any(operation.get_type_name() == "FakeQuantize" for operation in model.get_ops()):
         settings["LP_TRANSFORMS_MODE"] = False
         return _WIDENED["w8a8"]
-    return _WIDE.get(precision)
+    return _left_wide(precision)
+
+
+def _left_wide(precision: str) -> str | None:
+    """Say that activations stay as they are which this precision rounds elsewhere; None where they don't."""
+    if overflows_bytes():
+        return _WIDE.get(precision)
+    return _WIDE_WITH_AMX.get(precision) if has_instructions("amx_int8") else None
 
 
 def _name(node: Any, declared: set[str]) -> str:  # noqa: ANN401 - openvino is untyped
