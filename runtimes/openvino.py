@@ -32,9 +32,6 @@ _HINTS = {
 """Precision -> what is computed in; of those of low bits, what their products give."""
 _ROUNDED = {"w8a8-dynamic": "128"}
 """Precision -> how many activations in a row the products round with one scale, as they come."""
-_WIDENED = {"w8a8": f"{OVERFLOWS}: layers of w8a8 are multiplied in floats"}
-_WIDE = {"w8a8-dynamic": f"{OVERFLOWS}: OpenVINO doesn't round activations as they come"}
-_WIDE_WITH_AMX = {"w8a8-dynamic": "with AMX OpenVINO multiplies in bfloat16 and doesn't round activations as they come"}
 _PRODUCTS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention"}
 _INTEGERS, _FLOATS = {"i8", "u8", "i4", "u4", "nf4"}, {"f32", "bf16", "f16"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
@@ -73,7 +70,7 @@ class OpenVINORuntime(Runtime):
 
     @classmethod
     def obstacle(cls, precision: str) -> Availability | None:
-        said = (_WIDENED if overflows_bytes() else {}).get(precision) or _left_wide(precision)
+        said = _limits().get(precision)
         return Availability(ok=True, reason=said) if said else None
 
     def __init__(self, part: PartFiles, placement: Placement) -> None:
@@ -95,8 +92,7 @@ class OpenVINORuntime(Runtime):
         }
         if device == "cpu":
             settings["INFERENCE_NUM_THREADS"] = placement.threads or usable_cores()
-            fuses_gates = has_instructions("amx_bf16") and settings["INFERENCE_PRECISION_HINT"] == "bf16"
-            if fuses_gates and 1 in {settings["INFERENCE_NUM_THREADS"], usable_cores()}:
+            if _fuses_gates_wrongly(settings):
                 keep_gates_apart(model)
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _ROUNDED.get(part.precision, "0")
             widened = _avoid_overflow(model, part.precision, settings)
@@ -118,7 +114,7 @@ class OpenVINORuntime(Runtime):
     def _compile(self) -> Any:  # noqa: ANN401 - openvino is untyped
         import openvino
 
-        model = self._model.clone()
+        model = self._model.clone()  # what `operations` names stays
         if self._device == "CPU":
             split_weights(model)
         compiled = openvino.Core().compile_model(model, self._device, self._settings)
@@ -174,25 +170,34 @@ class OpenVINORuntime(Runtime):
         self._model = None
 
 
+def _fuses_gates_wrongly(settings: Mapping[str, Any]) -> bool:
+    """Say whether compiling gated layers would end the process: in bfloat16, with AMX, on one thread."""
+    one_thread = 1 in {settings["INFERENCE_NUM_THREADS"], usable_cores()}
+    return one_thread and settings["INFERENCE_PRECISION_HINT"] == "bf16" and has_instructions("amx_bf16")
+
+
 def _avoid_overflow(model: Any, precision: str, settings: dict[str, Any]) -> str | None:  # noqa: ANN401 - openvino is untyped
-    """Let products of integers run in floats where this CPU's would be wrong; return that in words.
+    """Let products of integers run in floats where this CPU's would be wrong; return in words what it doesn't do.
 
     oneDNN has no other kernels for unsigned and signed bytes there, and OpenVINO asks for no reduced range. Without its
     low-precision transformations FakeQuantize still rounds activations: what comes out is the same.
     """
-    if not overflows_bytes():
-        return _left_wide(precision)
-    if any(operation.get_type_name() == "FakeQuantize" for operation in model.get_ops()):
+    limits = _limits()
+    if overflows_bytes() and any(operation.get_type_name() == "FakeQuantize" for operation in model.get_ops()):
         settings["LP_TRANSFORMS_MODE"] = False
-        return _WIDENED["w8a8"]
-    return _left_wide(precision)
+        return limits["w8a8"]
+    return limits.get(precision) if precision in _ROUNDED else None
 
 
-def _left_wide(precision: str) -> str | None:
-    """Say that activations stay as they are which this precision rounds elsewhere; None where they don't."""
+def _limits() -> dict[str, str]:
+    """Return precision -> what of it this CPU doesn't do."""
     if overflows_bytes():
-        return _WIDE.get(precision)
-    return _WIDE_WITH_AMX.get(precision) if has_instructions("amx_int8") else None
+        return {
+            "w8a8": f"{OVERFLOWS}: layers of w8a8 are multiplied in floats",
+            "w8a8-dynamic": f"{OVERFLOWS}: OpenVINO doesn't round activations as they come",
+        }
+    wide = "with AMX OpenVINO multiplies in bfloat16 and doesn't round activations as they come"
+    return {"w8a8-dynamic": wide} if has_instructions("amx_int8") else {}
 
 
 def _name(node: Any, declared: set[str]) -> str:  # noqa: ANN401 - openvino is untyped

@@ -24,15 +24,11 @@ STEPS = 4
 def openvino_here(folder: str, inputs: str, threads: int, arm: dict[str, str]) -> dict[str, Any]:
     """Take steps of an IR of `static` shapes as the runtime does, and return the profile of all but the first one."""
     import torch
-    from unet_arms import Arm, opened
+    from unet_arms import Arm, fed_to, opened
 
     with opened(Arm(**arm), Path(folder), Path(folder), threads) as runtime:
         runtime._settings["PERF_COUNT"] = True  # noqa: SLF001 - nothing else asks for it; what is static is compiled later
-        fed = {
-            port.name: torch.from_numpy(value).reshape(port.shape({}) if not port.rank else value.shape)
-            for port in runtime.inputs
-            for value in [_fed(inputs)[port.name]]
-        }
+        fed = fed_to(runtime, {name: torch.from_numpy(value) for name, value in _fed(inputs).items()})
         runtime.run(fed)
         (request,) = runtime._requests.values()  # noqa: SLF001
         first = _spent(request)

@@ -235,16 +235,21 @@ def _serve(connection: Connection, arm: Arm, source: Path, folder: Path, sizes: 
     started = time.perf_counter()
     with opened(arm, source, folder, threads) as runtime:
         took = round(time.perf_counter() - started, 1)
-        fed = {
-            port.name: given[port.name].reshape(port.shape({})) if not port.rank else given[port.name]
-            for port in runtime.inputs
-        }
+        fed = fed_to(runtime, given)
         connection.send({"open_seconds": took, "before_anon_bytes": before, "ran": runtime.configuration})
         output = _timed(connection, runtime, fed)
         connection.send({"opened_anon_bytes": rss_bytes("RssAnon") - before})
         connection.send(output.numpy())
         while connection.recv() == "step":
             _timed(connection, runtime, fed)
+
+
+def fed_to(runtime: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:  # noqa: ANN401 - some runtime
+    """Return inputs in the shapes that a runtime takes, of whose ports a timestep's has no or one dimension."""
+    return {
+        port.name: given[port.name].reshape(port.shape({})) if not port.rank else given[port.name]
+        for port in runtime.inputs
+    }
 
 
 def _timed(connection: Connection, runtime: Any, fed: dict[str, Tensor]) -> Tensor:  # noqa: ANN401 - some runtime
