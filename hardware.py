@@ -62,16 +62,26 @@ def has_instructions(*names: str) -> bool:
     return bool({*names} & {*_cpuinfo().get("flags", "").split()})
 
 
+def instruction_sets() -> list[str]:
+    """Return the instruction sets of this processor that decide how it multiplies, as Linux names them."""
+    flags = _cpuinfo().get("flags", "").split()
+    return [name for name in _INSTRUCTION_SETS if name in flags]
+
+
+def processor() -> dict[str, Any]:
+    """Return this processor's name and its instruction sets."""
+    name = _cpuinfo().get("model name") or platform.processor() or platform.machine()
+    return {"cpu": name, "instruction_sets": instruction_sets()}
+
+
 def describe() -> dict[str, Any]:
     """Describe processor, instruction sets, caches, memory and GPUs."""
     import psutil
 
-    info = _cpuinfo()
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "cpu": info.get("model name") or platform.processor() or platform.machine(),
-        "instruction_sets": [name for name in _INSTRUCTION_SETS if name in info.get("flags", "").split()],
+        **processor(),
         "exact_byte_products": not overflows_bytes(),
         "caches_bytes": _caches(),
         "physical_cores": psutil.cpu_count(logical=False),

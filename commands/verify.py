@@ -66,11 +66,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"folder": str(options.folder), "problems": problems, "proof": artifact.manifest.proof})
     elif not problems:
-        print(
-            f"{options.folder}: all {len(artifact.manifest.files)} files are as written; {proof_in_words(artifact.manifest.proof)}"
-        )
-        if options.parity:
-            print(*(f"  {line}" for line in prover.in_words(artifact.manifest.proof)), sep="\n")
+        _show_sound(artifact, parity=options.parity)
     for problem in problems:
         say(f"error: {problem}")
     if problems:
@@ -78,6 +74,20 @@ def _verify(options: argparse.Namespace) -> int:
             f"hint: export it again: bakeoff export {artifact.manifest.source['id']} -o {options.folder} --force --recipe …"
         )
     return ArtifactError.exit_code if problems else 0
+
+
+def _show_sound(artifact: Artifact, *, parity: bool) -> None:
+    """Print what the proof is of an artifact whose files are as written."""
+    from ..parity import prover
+    from ..runtimes.opening import of_artifact, proved_elsewhere
+
+    manifest = artifact.manifest
+    print(f"{artifact.folder}: all {len(manifest.files)} files are as written; {proof_in_words(manifest.proof)}")
+    note = proved_elsewhere(of_artifact(artifact))
+    if note:
+        say(f"note: {note}")
+    if parity:
+        print(*(f"  {line}" for line in prover.in_words(manifest.proof)), sep="\n")
 
 
 def _explain(artifact: Artifact, options: argparse.Namespace) -> int:

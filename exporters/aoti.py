@@ -41,7 +41,7 @@ def facts() -> dict[str, Any]:
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         return {**found, "gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
-    return {**found, "instruction_sets": hardware.describe()["instruction_sets"]}
+    return {**found, "instruction_sets": hardware.instruction_sets()}
 
 
 def write(subject: Subject, folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..artifact import Artifact, staged
 from ..errors import ParityError, UnavailableError
+from ..hardware import processor
 from ..memory import available_bytes, in_child
 from . import meaning, trajectory
 from .budget import Budget, Gate, decibels, granted, upper_bound
@@ -68,6 +69,7 @@ def prove(
         "status": FAILING if problems else PROVED,
         **({"reason": "; ".join(problems)} if problems else {}),
         **found,
+        "processor": processor(),
         "seconds": round(time.perf_counter() - started, 2),
         "peak_anon_bytes": peak.anon_bytes,
         "peak_rss_bytes": peak.rss_bytes,

@@ -7,7 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, CorruptError, InputError, UnavailableError
-from ..hardware import describe
+from ..hardware import instruction_sets
 from ..weights import sha256
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _refuse_elsewhere(part: PartFiles, device: str) -> None:
     if made["device"] == "cuda" and device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         here |= {"gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
-    lacking = sorted(set(made.get("instruction_sets", ())) - set(describe()["instruction_sets"]))
+    lacking = sorted(set(made.get("instruction_sets", ())) - set(instruction_sets()))
     differing = [f"{name} {made[name]}, here {here[name]}" for name in here if made.get(name) != here[name]]
     differing += [f"instruction sets that aren't here: {', '.join(lacking)}"] if lacking and device == "cpu" else []
     if differing:

@@ -17,7 +17,7 @@ from ..sources.lora import Lora, deltas_of
 from .idle import refuse_idle_options
 from .image import as_pictures
 from .keeper import Keeper
-from .opening import Baked, read_folder
+from .opening import Baked, proved_elsewhere, read_folder
 from .pipeline import build_pipeline, for_task
 from .request import Limits, row_generator, task_of
 from .station import Station
@@ -49,7 +49,7 @@ class Result:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Host clock, by part, and `total`."""
     notes: tuple[str, ...] = ()
-    """What was done about memory, and what of it is lossy, in sentences."""
+    """What was done about memory, and what of it is lossy; that the proof is of another processor. In sentences."""
 
 
 class RowGuidance:
@@ -239,7 +239,8 @@ class Engine:
             station.seconds, station.stages = 0.0, stages
         pipeline.set_progress_bar_config(disable=not progress)
         images: dict[int, Any] = {}
-        notes: dict[str, None] = {}
+        elsewhere = proved_elsewhere(self._baked)
+        notes: dict[str, None] = {elsewhere: None} if elsewhere else {}
         for rows in self._batches(request, max_batch):
             images |= zip(rows, self._make(pipeline, request.rows(rows), callback), strict=True)
             notes |= dict.fromkeys(self._keeper.notes)

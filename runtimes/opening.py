@@ -9,6 +9,7 @@ from .. import plugins
 from ..artifact import MANIFEST, Artifact, PartEntry
 from ..components.component import Port
 from ..errors import ArtifactError, UnavailableError, UsageError
+from ..hardware import processor
 from ..recipe import Placement
 from ..sources.source import family_of, parts_of, read_json
 from ..weights import Checkpoint
@@ -157,6 +158,31 @@ def judged_on(artifact: Artifact, threads: int | None = None) -> Placement:
         for name, part in artifact.manifest.parts.items()
     }
     return Placement("cpu", {name: device for name, device in found.items() if device != "cpu"}, threads=threads)
+
+
+def proved_elsewhere(baked: Baked) -> str | None:
+    """Say that an artifact was proved on a processor that multiplies otherwise than this one, if it was.
+
+    Backends choose their kernels of two bytes and of low bits by instruction sets: what such a proof vouches for, other
+    kernels compute. Of parts in float32 they are of one arithmetic, but for the order of sums.
+    """
+    there, here = baked.proof.get("processor"), processor()
+    if there is None or there["instruction_sets"] == here["instruction_sets"]:
+        return None
+    if all(part.backend == "null" or part.precisions == {"fp32"} for part in baked.parts.values()):
+        return None
+    lacking = [
+        f"{where} alone has {', '.join(sorted(names))}"
+        for where, names in (
+            ("that one", set(there["instruction_sets"]) - set(here["instruction_sets"])),
+            ("this one", set(here["instruction_sets"]) - set(there["instruction_sets"])),
+        )
+        if names
+    ]
+    return (
+        f"it was proved on another processor, {there['cpu']} ({'; '.join(lacking)}), whose kernels may differ: "
+        f"bakeoff verify {baked.folder} --parity proves it on this one"
+    )
 
 
 def _foreign(folder: Path, part: Part) -> tuple[Path, PartEntry] | None:

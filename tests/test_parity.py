@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bakeoff import plugins
+from bakeoff import hardware, plugins
 from bakeoff.artifact import Artifact
 from bakeoff.bake import export
 from bakeoff.cli import main
@@ -19,6 +19,7 @@ from bakeoff.errors import LoweringError, ParityError, SourceError
 from bakeoff.parity import distance, proof, prover
 from bakeoff.parity.budget import FP32_LEAST, tolerance, upper_bound
 from bakeoff.recipe import PartRecipe, Recipe
+from bakeoff.runtimes.engine import load
 from bakeoff.sources.source import Source
 
 
@@ -47,11 +48,33 @@ def test_each_part_is_proved_at_three_shapes(baked, recipe):
     proved = Artifact.open(baked(recipe, proved=True)).manifest.proof
     assert proved["status"] == "proved"
     assert proved["peak_anon_bytes"] > 0
+    assert proved["processor"] == hardware.processor()
     for part in proved["parts"].values():
         assert part["inputs"] == "recorded"
         assert len({str(case["sizes"]) for case in part["cases"]}) == 3
         assert all(0 < case["error"] <= part["tolerance"] for case in part["cases"])
         assert part["tolerance"] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("recipe", "there", "noted"),
+    [
+        ("torch:bf16", ["avx2", "amx_bf16"], True),
+        ("torch:bf16", None, False),
+        ("torch:fp32", ["avx2", "amx_bf16"], False),
+    ],
+)
+def test_a_proof_of_another_kind_of_processor_is_said_to_be(copied, monkeypatch, capsys, recipe, there, noted):
+    """Kernels of narrow dtypes are chosen by instruction sets; those of float32 are alike."""
+    monkeypatch.setattr(hardware, "instruction_sets", lambda: ["avx2", "fma"])
+    artifact = Artifact.open(copied(recipe))
+    processor = {"cpu": "another one", "instruction_sets": there} if there else hardware.processor()
+    artifact = artifact.with_proof({"status": "proved", "seconds": 1, "peak_anon_bytes": 1, "processor": processor})
+    with load(artifact.folder) as engine:
+        notes = engine.generate("a red circle", seeds=0, steps=1).notes
+    assert main(["verify", str(artifact.folder)]) == 0
+    said = "another one (that one alone has amx_bf16; this one alone has fma)"
+    assert any(said in note for note in notes) == noted == (said in capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("recipe", ["onnx:fp32", pytest.param("openvino:fp32", marks=pytest.mark.slow)])
