@@ -239,13 +239,14 @@ def _write_part(planned: Plan, name: str, key: str, folder: Path, work: Path) ->
         origin={field: planned.part_fields[name].get(field) for field in ("source", "component", "loras")},
     )
     shutil.copyfile(origin / "config.json", folder / "config.json")
-    if subject.activations:
-        told = {layer: grids_to_json(grids) for layer, grids in subject.activations.items()}
-        (folder / ACTIVATIONS).write_text(json.dumps(told) + "\n")
     if mixture.known:
         write_inputs(mixture.known, folder / INPUTS)
     recapture = partial(on_hollow, name, part.component, config, origin, work / part.module)
     lowered = lower_corrected(exporter, subject, recapture, work / f"{name}.biases.safetensors", folder)
+    if subject.activations:
+        rounded = subject.activations if lowered.activations is None else lowered.activations
+        told = {layer: grids_to_json(grids) for layer, grids in rounded.items()}
+        (folder / ACTIVATIONS).write_text(json.dumps(told) + "\n")
     refuse_unchanged({name: unchanged(mixture, lowered.weight_bytes, lowered.kept)}, planned.parts)
     shares, weight_format = shares_of(lowered.weight_bytes), subject.mixture.formats.get(recipe.precision)
     uncalibrated = _uncalibrated(planned, part, subject, lowered)

@@ -78,6 +78,8 @@ class Lowered:
     """dtype -> bytes of weights in it; codes of a low-bit format under its name, their scales as `SCALES`."""
     kept: Mapping[str, str] = field(default_factory=dict)
     """Matrix or convolution that a low-bit recipe left in a wider dtype -> why."""
+    activations: Mapping[str, Grids] | None = None
+    """Layer -> what its input and output are rounded to, where that isn't just what `Subject.activations` asked for."""
 
 
 class Exporter(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +17,7 @@ from .hollow import lower_hollow
 from .layers import write_layers
 from .openvino_activations import round_activations, shortened
 from .openvino_weights import TENSOR, write_weights
+from .openvino_wide import keep_wide
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -33,6 +35,8 @@ FILE = "openvino_model.xml"
 _ABOUT = "graph.json"
 _LEAST_BYTES = 1024
 """Smaller constants are OpenVINO's to write."""
+_DECOMPOSED = {"conv": "convolution", "layer_norm": "native_layer_norm", "group_norm": "native_group_norm"}
+"""Part of a torch operation's name -> what OpenVINO calls the node that it makes of it."""
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32", "boolean": "bool"}
 
 
@@ -43,7 +47,7 @@ class OpenVINOExporter:
     computes in is decided by the recipe when the part is loaded, never by OpenVINO's default.
     """
 
-    version: ClassVar[int] = 11
+    version: ClassVar[int] = 12
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic")
     reasons: ClassVar[Mapping[str, str]] = {
         "fp8": "its CPU plugin widens 8-bit floats when it compiles; they keep 32 dB of a normal distribution, int8 40 dB in as many bytes",
@@ -74,12 +78,12 @@ class OpenVINOExporter:
         graph = _hollow_graph(subject, self.packages())
         activations = shortened(subject.activations)
         round_activations(graph.model, graph.entries, activations)
-        _keep_wide(graph.model, write_layers(graph.layers, subject.checkpoint, folder), subject.mixture)
+        keep_wide(graph.model, write_layers(graph.layers, subject.checkpoint, folder), subject.mixture)
         _save(graph.model, folder)
         entries = graph.entries
         del graph
         written = write_weights(folder / FILE, entries, subject.mixture, activations)
-        return Lowered("written", written.weight_bytes, written.kept)
+        return Lowered("written", written.weight_bytes, written.kept, activations)
 
 
 @dataclass
@@ -196,14 +200,6 @@ def _take_weights_out(model: Any, hollow: Hollow) -> tuple[list[Any], list[Entry
     return parameters, entries
 
 
-def _keep_wide(model: Any, layers: Mapping[str, list[str]], mixture: Mixture) -> None:  # noqa: ANN401
-    """Mark the operations of layers that the recipe has in float32, where others are in less."""
-    wide = {name for layer, names in layers.items() if mixture.layers.get(layer) == "fp32" for name in names}
-    for operation in model.get_ops() if wide else []:
-        if operation.get_friendly_name() in wide:
-            operation.get_rt_info()["precise_0"] = ""
-
-
 def _fit(parameter: Any, port: Port) -> Any:  # noqa: ANN401
     import openvino
     from openvino import opset13
@@ -237,18 +233,19 @@ def _numpy_dtype(dtype: str) -> Any:  # noqa: ANN401
 def _layers(model: Any, program: ExportedProgram) -> Iterator[tuple[str, str]]:  # noqa: ANN401
     """Yield (module path, friendly name) of each operation that came from a module.
 
-    OpenVINO names operations after the program's nodes, once it has decomposed them: convolutions are counted anew.
+    OpenVINO names operations after the program's nodes, once it has decomposed them: those of `_DECOMPOSED` are counted anew.
     """
-    paths, convolutions = {}, 0
+    paths, counts = {}, Counter[str]()
     for node in program.graph.nodes:
         stack = node.meta.get("nn_module_stack")
         if not stack:
             continue
         path, _ = list(stack.values())[-1]
         paths[node.name] = path
-        if "conv" in str(node.target):
-            paths[f"convolution_{convolutions}" if convolutions else "convolution"] = path
-            convolutions += 1
+        renamed = next((name for target, name in _DECOMPOSED.items() if target in str(node.target)), None)
+        if renamed:
+            paths[f"{renamed}_{counts[renamed]}" if counts[renamed] else renamed] = path
+            counts[renamed] += 1
     for operation in model.get_ordered_ops():
         name = operation.get_friendly_name()
         if name.partition("/")[0] in paths:

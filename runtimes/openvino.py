@@ -33,6 +33,7 @@ _HINTS = {
 _ROUNDED = {"w8a8-dynamic": "128"}
 """Precision -> how many activations in a row the products round with one scale, as they come."""
 _PRODUCTS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention"}
+_PRODUCTS |= {"LLMMLP", "QKVProjection"}  # several in one, with AMX
 _INTEGERS, _FLOATS = {"i8", "u8", "i4", "u4", "nf4"}, {"f32", "bf16", "f16"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 
@@ -92,8 +93,6 @@ class OpenVINORuntime(Runtime):
         }
         if device == "cpu":
             settings["INFERENCE_NUM_THREADS"] = placement.threads or usable_cores()
-            if _fuses_gates_wrongly(settings):
-                keep_gates_apart(model)
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _ROUNDED.get(part.precision, "0")
             widened = _avoid_overflow(model, part.precision, settings)
             fallback = "; ".join(filter(None, (fallback, widened))) or None
@@ -114,15 +113,23 @@ class OpenVINORuntime(Runtime):
     def _compile(self) -> Any:  # noqa: ANN401 - openvino is untyped
         import openvino
 
-        model = self._model.clone()  # what `operations` names stays
-        if self._device == "CPU":
-            split_weights(model)
+        model = self._copy(split=True)
         compiled = openvino.Core().compile_model(model, self._device, self._settings)
         self.configuration |= {
             "threads": compiled.get_property("INFERENCE_NUM_THREADS") if self._device == "CPU" else None,
             "precision": _executed_precision(compiled),
         }
         return compiled.create_infer_request()
+
+    def _copy(self, *, split: bool) -> Any:  # noqa: ANN401 - openvino is untyped
+        """Return a copy of the model to compile; what `operations` names is there unless weights are split."""
+        model = self._model.clone()
+        if self._device == "CPU":
+            if split:
+                split_weights(model)
+            if _fuses_gates_wrongly(self._settings):
+                keep_gates_apart(model)
+        return model
 
     def _request_for(self, inputs: dict[str, Tensor]) -> Any:  # noqa: ANN401 - openvino is untyped
         """Return the request of the model compiled for any shapes, or for these alone."""
@@ -163,7 +170,7 @@ class OpenVINORuntime(Runtime):
         return openvino_graph.operations(self._model, self.part.folder)
 
     def _tap(self, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-        return openvino_graph.tap(self._model, self._device, self._settings, inputs, names)
+        return openvino_graph.tap(self._copy(split=False), self._device, self._settings, inputs, names)
 
     def close(self) -> None:
         self._requests.clear()

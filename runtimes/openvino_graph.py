@@ -39,13 +39,12 @@ def tap(
     inputs: dict[str, Tensor],
     names: list[str],
 ) -> dict[str, Tensor]:
-    """Run a copy of the model as far as these tensors."""
+    """Run a model as far as these tensors."""
     import openvino
     import torch
 
-    copy = model.clone()
-    outputs = {_tensor(output): output for node in copy.get_ordered_ops() for output in node.outputs()}
-    cut = openvino.Model([outputs[name] for name in names], copy.get_parameters(), "tapped")
+    outputs = {_tensor(output): output for node in model.get_ordered_ops() for output in node.outputs()}
+    cut = openvino.Model([outputs[name] for name in names], model.get_parameters(), "tapped")
     compiled = openvino.Core().compile_model(cut, device, settings)
     results = compiled({name: tensor.numpy() for name, tensor in inputs.items()})
     return {name: torch.from_numpy(results[index].copy()) for index, name in enumerate(names)}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _SPLITS = {"Split", "VariadicSplit"}
 _MARKS = {"decompression_0"}
 """What a conversion to float32 is marked with that compiling leaves to the kernels."""
+_WIDE = {"precise_0", "DisablePrecisionConversion_0"}
+"""What a product is marked with that is to stay in float32, as it is set and as it is read: a new one can't be marked."""
 _TOKENS = 3
 """Rank of the activations that it pays for; splitting a vector costs nothing."""
 
@@ -17,7 +20,7 @@ def split_weights(model: Any) -> int:  # noqa: ANN401 - openvino is untyped
     """Split weights instead of what they make; return of how many products.
 
     The CPU plugin copies what it splits, and computes an activation function by itself behind a copy but within a product.
-    Each part's weight is a view of the whole one: nothing is copied here.
+    Each part's weight is a view of the whole one, which has to live as long as what is compiled: nothing is copied here.
     """
     found = [split for split in model.get_ordered_ops() if split.get_type_name() in _SPLITS and _is_of_weights(split)]
     for split in found:
@@ -32,12 +35,12 @@ def split_weights(model: Any) -> int:  # noqa: ANN401 - openvino is untyped
 
 def _is_of_weights(split: Any) -> bool:  # noqa: ANN401
     """Say whether a split is of a product with a weight, along its outputs, that nothing else takes."""
-    made = split.input_value(0)
+    made, axis = split.input_value(0), split.input_value(1).get_node()
     rank = made.get_partial_shape().rank
-    if (
-        rank.is_dynamic
-        or rank.get_length() != _TOKENS
-        or int(split.input_value(1).get_node().data) % _TOKENS != _TOKENS - 1
+    if rank.is_dynamic or rank.get_length() != _TOKENS or axis.get_type_name() != "Constant":
+        return False
+    if axis.data.item() % _TOKENS != _TOKENS - 1 or any(
+        output.get_partial_shape()[-1].is_dynamic for output in split.outputs()
     ):
         return False
     product, biases = made.get_node(), []
@@ -46,17 +49,31 @@ def _is_of_weights(split: Any) -> bool:  # noqa: ANN401
             return False
         product, biases = product.input_value(0).get_node(), [product.input_value(1)]
     alone = product.get_output_size() == 1 and len(product.output(0).get_target_inputs()) == 1
-    if product.get_type_name() != "MatMul" or not alone or not product.get_attributes()["transpose_b"]:
+    if product.get_type_name() != "MatMul" or not alone or _WIDE & set(product.get_rt_info()):
         return False
-    return all(map(_is_stored, (product.input_value(1), *biases)))
+    layout = product.get_attributes()
+    if layout["transpose_a"] or not layout["transpose_b"] or not _is_stored(product.input_value(1), _is_matrix):
+        return False
+    return all(_is_stored(bias, _is_vector) for bias in biases)
 
 
-def _is_stored(value: Any) -> bool:  # noqa: ANN401
+def _is_stored(value: Any, fits: Callable[[Any], bool]) -> bool:  # noqa: ANN401
     """Say whether a value is a constant, perhaps widened and scaled, of which some outputs can be taken."""
     node = value.get_node()
     if node.get_type_name() == "Constant":
-        return bool(node.get_element_type().bitwidth >= 8)  # noqa: PLR2004 - of a byte
-    return node.get_type_name() in {"Convert", "Multiply"} and all(map(_is_stored, node.input_values()))
+        return bool(node.get_element_type().bitwidth >= 8) and fits(list(node.get_output_shape(0)))  # noqa: PLR2004 - of a byte
+    stored = node.get_type_name() in {"Convert", "Multiply"}
+    return stored and all(_is_stored(each, fits) for each in node.input_values())
+
+
+def _is_matrix(shape: list[int]) -> bool:
+    """Say whether it is a weight or its scales, whose first axis is that of outputs."""
+    return len(shape) in {0, 2}
+
+
+def _is_vector(shape: list[int]) -> bool:
+    """Say whether it has no axis but its last: parts of it are views, then."""
+    return all(size == 1 for size in shape[:-1])
 
 
 def _part(value: Any, start: int, end: int) -> Any:  # noqa: ANN401
@@ -89,5 +106,5 @@ def _taken(value: Any, start: int, end: int, axis: int) -> Any:  # noqa: ANN401
     data = node.data
     if data.ndim == 0 or data.shape[axis] == 1:
         return node
-    part = data[start:end] if axis == 0 else np.ascontiguousarray(data[..., start:end])
+    part = data[start:end] if axis == 0 else data[..., start:end]
     return openvino.op.Constant(openvino.Tensor(part, part.shape, node.get_element_type()), shared_memory=True)

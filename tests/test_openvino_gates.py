@@ -9,6 +9,7 @@ openvino = pytest.importorskip("openvino")
 from openvino import opset13  # noqa: E402
 
 from bakeoff.runtimes.openvino_gates import keep_gates_apart  # noqa: E402
+from bakeoff.runtimes.openvino_splits import split_weights  # noqa: E402
 
 CHANNELS, WIDTH = 64, 128
 
@@ -46,6 +47,17 @@ def test_one_thread_compiles_and_computes_gated_layers(activation):
     settings |= {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": 1}
     got = openvino.Core().compile_model(model, "CPU", settings)([given])[0]
     assert np.linalg.norm(got - expected) < 0.02 * np.linalg.norm(expected)
+
+
+def test_what_splitting_makes_is_kept_apart_too():
+    """Two products of one input, that were one before: such a layer, of which OpenVINO would make one operation again."""
+    given = opset13.parameter([-1, -1, CHANNELS], openvino.Type.f32)
+    both = opset13.matmul(given, weight(2 * WIDTH, CHANNELS, 0), transpose_a=False, transpose_b=True)
+    value, gate = opset13.split(both, opset13.constant(2), 2).outputs()
+    model = openvino.Model([opset13.multiply(value, gelu(gate))], [given], "gated")
+    assert keep_gates_apart(model) == 0
+    assert split_weights(model) == 1
+    assert keep_gates_apart(model) == 1
 
 
 def test_other_layers_stay():

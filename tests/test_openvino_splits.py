@@ -33,15 +33,22 @@ def fours():
     return opset13.multiply(opset13.convert(stored, "f32"), opset13.constant(np.float32(0.5)))
 
 
-def gated(weight, *, bias=True, rank=3, transposed=True, shared=False):
+def each_of_a_batch():
+    return opset13.constant(VALUES[None])
+
+
+def gated(weight, *, bias=True, rank=3, transposed=True, shared=False, turned=False, positions=1, marked=False):
     """A gated linear unit, of which `shared` says whether something else takes what is split, too."""
-    given = opset13.parameter([-1] * (rank - 1) + [COLUMNS], openvino.Type.f32)
-    biases = np.arange(ROWS, dtype=np.float32)
+    shape = [-1, COLUMNS, -1] if turned else [-1] * (rank - 1) + [COLUMNS]
+    given = opset13.parameter(shape, openvino.Type.f32)
+    biases = np.tile(np.arange(ROWS, dtype=np.float32), (positions, 1))
     made = opset13.matmul(
-        given, weight if transposed else opset13.constant(VALUES.T.copy()), transpose_a=False, transpose_b=transposed
+        given, weight if transposed else opset13.constant(VALUES.T.copy()), transpose_a=turned, transpose_b=transposed
     )
+    if marked:
+        made.get_rt_info()["precise_0"] = ""
     if bias:
-        made = opset13.add(made, opset13.constant(biases.reshape([1] * (rank - 1) + [ROWS])))
+        made = opset13.add(made, opset13.constant(biases.reshape([1] * (rank - 2) + [positions, ROWS])))
     axis, lengths = opset13.constant(-1), opset13.constant(np.array([5, ROWS - 5]))
     value, gate = opset13.variadic_split(made, axis, lengths).outputs()
     results = [opset13.gelu(gate, "ERF").output(0), value]
@@ -52,6 +59,11 @@ def outputs(model, rank=3):
     given = np.random.default_rng(1).standard_normal([2, 3, COLUMNS][3 - rank :]).astype(np.float32)
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return list(compiled([given]).values())
+
+
+def test_a_file_says_what_is_to_stay_in_float32(tmp_path):
+    openvino.save_model(gated(floats(), marked=True), tmp_path / "model.xml", compress_to_fp16=False)
+    assert split_weights(openvino.Core().read_model(tmp_path / "model.xml")) == 0
 
 
 @pytest.mark.parametrize("weight", [floats, halves, codes])
@@ -84,8 +96,22 @@ def test_a_part_of_a_weight_is_a_view():
         (floats, {"shared": True}),
         (floats, {"shared": True, "bias": False}),
         (fours, {}),
+        (floats, {"turned": True}),
+        (each_of_a_batch, {}),
+        (floats, {"positions": 3}),
+        (floats, {"marked": True}),
     ],
-    ids=["vectors", "another layout", "taken elsewhere", "taken elsewhere, no bias", "four bits"],
+    ids=[
+        "vectors",
+        "another layout",
+        "taken elsewhere",
+        "taken elsewhere, no bias",
+        "four bits",
+        "inputs turned round",
+        "a batch of weights",
+        "a bias for each position",
+        "to stay in float32",
+    ],
 )
 def test_other_splits_stay(weight, options):
     assert split_weights(gated(weight(), **options)) == 0

@@ -626,6 +626,37 @@ def test_openvino_adds_loras_to_codes(source, tmp_path, name):
         assert relative_error(runtime.run(inputs)["tokens"], expected) < 1e-2
 
 
+def test_openvino_adds_loras_to_weights_of_channels_steps(source, tmp_path):
+    """Such weights are multiplied by the steps in which the convolution takes each channel."""
+    made, generator = Lasting(), torch.Generator().manual_seed(0)
+    grids = {"take": (Grid(tuple((0.01 + 0.2 * torch.rand(16, generator=generator)).tolist()), (-40,)), None)}
+    files, lowered = lower(made, source, tmp_path, "openvino", "w8a8", grids)
+    delta = Delta(rows(64, 4, seed=1), rows(4, 16 * 9, seed=2), 0.1)
+    inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
+    with torch.no_grad():
+        eager = plugins.mixture("w8a8").round_module(made.load(source, torch.float32), {}, lowered.activations)
+        eager.take.weight += delta.tensor(eager.take.weight.shape)
+        (expected,) = made.flat(eager)(*inputs.values())
+    with plugins.runtime("openvino")(replace(files, deltas={"take.weight": [delta]}), Placement()) as runtime:
+        assert relative_error(runtime.run(inputs)["made"], expected) < 1e-2
+
+
+def test_openvino_keeps_float16_where_loras_are_added(source, tmp_path, monkeypatch):
+    from bakeoff.runtimes import openvino
+
+    monkeypatch.setitem(openvino._HINTS, "fp16", "f32")
+    made = Mixed()
+    files, _ = lower(made, source, tmp_path, "openvino", "fp16")
+    delta = Delta(rows(192, 4, seed=1), rows(4, 128, seed=2), 0.1)
+    inputs = made.example({}, Sizes(3, 6, 10, 5), seed=1)
+    eager = made.load(source, torch.float32)
+    with torch.no_grad():
+        eager.matrix.weight += delta.tensor((192, 128))
+        expected = made.flat(eager)(*inputs.values())[0]
+    with plugins.runtime("openvino")(replace(files, deltas={"matrix.weight": [delta]}), Placement()) as runtime:
+        assert relative_error(runtime.run(inputs)["tokens"], expected) < 5e-4
+
+
 MIXED = {
     "onnx": ("w8a8", {"matrix": "nf4", "vector": "fp32", "take": "int8"}),
     "openvino": ("w8a8", {"matrix": "nf4", "vector": "fp32", "take": "int8"}),

@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 BEGIN, END = "<!-- tables: make bench-precisions -->", "<!-- end of tables -->"
+_IN_TURN = {
+    "first": " Opened in turn: each step is the first after opening.",
+    "later": " Opened anew for each block, whose step is the median of three behind the first.",
+}
 HEAD = (
     "| arm | step, s | to fp32 | to bf16 | SQNR, dB | opened, GB | peak of a step, GB | on disk, GB | export, s | its peak, GB |",
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -42,8 +46,13 @@ def _group(group: dict[str, Any]) -> list[str]:
     load = f"all cores were {busy['busy']:.0%} busy, {busy['stolen']:.0%} stolen"
     told = f"{_machine(group['machine'])}. Threads: {group['threads']}; blocks: {group['blocks']}; {load}."
     if group.get("in_turn"):
-        told += " Opened in turn: each step is the first after opening."
+        told += _IN_TURN[group["in_turn"]]
+    told += "".join(_beside(name, row["to_nncf"]) for name, row in group["arms"].items() if row.get("to_nncf"))
     return [told, "", *HEAD, *(_arm(name, row) for name, row in group["arms"].items())]
+
+
+def _beside(name: str, ratio: dict[str, float]) -> str:
+    return f" {name} takes {_interval(ratio)} of the seconds of NNCF's."
 
 
 def _arm(name: str, row: dict[str, Any]) -> str:
@@ -70,6 +79,10 @@ def _ratio(name: str, row: dict[str, Any], precision: str) -> str:
     found = row[f"to_{precision}"]
     if found is None:
         return "1" if name.partition("+")[0] == precision else ""
+    return _interval(found)
+
+
+def _interval(found: dict[str, float]) -> str:
     return f"{found['middle']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 

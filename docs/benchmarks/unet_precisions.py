@@ -3,7 +3,7 @@
 A UNet of SD 1.5's (or SDXL's) size with random float32 weights is exported once a recipe, calibrated on four timesteps
 of small latents in eager float32. Arms run in groups, each with fp32 and bf16 of the same runtime. All arms of a group
 stay open in processes of their own; each block runs every arm once, in another order, with the same inputs. Per arm:
-the ratios of its seconds to fp32's and to bf16's with their 95 % intervals over blocks, the SQNR of its prediction to
+the ratios of its seconds to fp32's and to bf16's, and to NNCF's of the same precision, with their 95 % intervals over blocks, the SQNR of its prediction to
 torch's in float32, anonymous memory opened and at the peak of a step, bytes on disk, and what the export took.
 
 `nncf-int8` and `nncf-w8a8` are one call of NNCF (`compress_weights`; `quantize` for transformers) on our fp32 IR, and
@@ -11,7 +11,8 @@ torch's in float32, anonymous memory opened and at the peak of a step, bytes on 
 weights, the same inputs to calibrate with, the same runtime and settings to run. NNCF lives in an environment of its
 own: without `--nncf-python` its arms are left out.
 
-With `--in-turn` arms are opened one at a time, anew for each step; what is timed is the first step then. A group's
+With `--in-turn` arms are opened one at a time, anew for each block; what is timed is the first step then, with
+`--in-turn later` the median of three steps behind it, so that intervals hold for how processes differ, too. A group's
 table says so.
 
 Groups and profiles that the record has are kept; the tables of `docs/precisions.md` are written anew.
@@ -25,6 +26,7 @@ import random
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +51,8 @@ GROUPS = {
     "openvino, two bytes": ("openvino", ["fp32", "bf16", "fp16"]),
     "openvino, activations too": ("openvino", ["fp32", "bf16", "w8a8", "w8a8-dynamic", "nncf-w8a8"]),
     "openvino, static shapes": ("openvino", ["fp32+static", "bf16+static", "w8a8+static", "nncf-w8a8+static"]),
+    "openvino, beside NNCF": ("openvino", ["bf16", "w8a8", "nncf-w8a8"]),
+    "openvino, beside NNCF, static shapes": ("openvino", ["bf16+static", "w8a8+static", "nncf-w8a8+static"]),
     "openvino, weights alone": ("openvino", ["fp32", "bf16", "int8", "nncf-int8"]),
     "openvino, 4 bits": ("openvino", ["fp32", "bf16", "int4", "nf4"]),
     "onnx, two bytes": ("onnx", ["fp32", "bf16", "fp16"]),
@@ -63,6 +67,8 @@ GROUPS = {
     "torch, whose codes": ("torch", ["fp32", "bf16", "int8", "int8+codes=bakeoff"]),
 }
 PROFILED = ["openvino:bf16+static", "openvino:w8a8+static", "openvino:nncf-w8a8+static", "onnx:fp32", "onnx:w8a8"]
+STEPS = {"first": 0, "later": 3}
+"""Which steps `--in-turn` times -> how many are taken behind the first."""
 REFERENCE = Arm("torch", "fp32")
 
 
@@ -82,8 +88,10 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument(
         "--in-turn",
-        action="store_true",
-        help="open each arm for its step alone, which is its first: for arms that don't fit in memory together",
+        nargs="?",
+        const="first",
+        choices=STEPS,
+        help="open each arm anew for each block, and time its first step, for arms that don't fit in memory together; or later ones",
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--nncf-python", help="python of an environment with NNCF")
@@ -124,7 +132,7 @@ def _compare(backend: str, precisions: list[str], work: Path, options: argparse.
 
     able = [name for name in arms if "refused" not in made[name]]
     before = psutil.cpu_times()
-    taken = _in_turn(able, opened, options.blocks) if options.in_turn else _together(able, opened, options.blocks)
+    taken = _in_turn(able, opened, options) if options.in_turn else _together(able, opened, options.blocks)
     after = psutil.cpu_times()
     seconds = {name: [[each] for each in arm.seconds] for name, arm in taken.items()}
     fp32, bf16 = (_first(seconds, precision) for precision in ("fp32", "bf16"))
@@ -140,6 +148,7 @@ def _compare(backend: str, precisions: list[str], work: Path, options: argparse.
             "seconds": [round(each, 3) for each in arm.seconds],
             "to_fp32": _interval(fp32, seconds[name]),
             "to_bf16": _interval(bf16, seconds[name]),
+            "to_nncf": _interval(seconds.get(f"nncf-{name}"), seconds[name]),
         }
         for name, arm in taken.items()
     }
@@ -210,13 +219,16 @@ def _together(names: list[str], opened: Callable[[str], Resident], blocks: int) 
     return taken
 
 
-def _in_turn(names: list[str], opened: Callable[[str], Resident], blocks: int) -> dict[str, Taken]:
-    """Open each arm in each block for its first step alone: of models of which two don't fit."""
+def _in_turn(names: list[str], opened: Callable[[str], Resident], options: argparse.Namespace) -> dict[str, Taken]:
+    """Open each arm anew in each block: of models of which two don't fit, or where processes differ."""
     taken: dict[str, Taken] = {}
-    for name in _order(names, blocks):
+    for name in _order(names, options.blocks):
         arm = opened(name)
-        taken.setdefault(name, Taken(arm.opened, arm.output)).add(*arm.first)
+        steps = [arm.first, *(arm.step() for _ in range(STEPS[options.in_turn]))]
         arm.close()
+        timed = steps[1:] or steps
+        of_arm = taken.setdefault(name, Taken(arm.opened, arm.output))
+        of_arm.add(median(seconds for seconds, _ in timed), max(peak for _, peak in steps))
     return {name: taken[name] for name in names}
 
 
