@@ -54,7 +54,9 @@ def _add_device_options(command: argparse.ArgumentParser) -> None:
         help="torch: torch.compile; full, or regional: repeated blocks alone",
     )  # fmt: skip
     device.add_argument("--cuda-graphs", action="store_true", help="record launches on a GPU, and replay them")
-    device.add_argument("--attention", choices=ATTENTIONS, help="torch: the attention kernel")
+    device.add_argument(
+        "--attention", choices=ATTENTIONS, help="the attention kernel: of torch, or of ONNX Runtime (flash, math)"
+    )
     device.add_argument("--channels-last", choices=SWITCHES, default="auto", help="torch: the layout of convolutions")
     device.add_argument("--static", action="store_true", help="OpenVINO: compile for the shapes that parts get")
     device.add_argument("--provider", help="ONNX Runtime: an execution provider, by name")

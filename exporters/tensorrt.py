@@ -68,12 +68,13 @@ class TensorRTExporter:
             RecipeError: an option's value means nothing.
             UnavailableError: the GPU is too old.
         """
-        Settings.read(precision, options)
+        compute = Settings.read(precision, options).compute
         device = nvinfer.device()
-        if not device.at_least(*_LEAST_CAPABILITY[precision]):
-            least = ".".join(map(str, _LEAST_CAPABILITY[precision]))
-            message = f"{device.name} has compute capability {device.capability}; {precision} takes {least}"
-            raise UnavailableError(message, fix="--recipe tensorrt:fp16")
+        for each, fix in ((precision, "tensorrt:fp16"), (compute, f"tensorrt:{precision}+compute=fp16")):
+            if not device.at_least(*_LEAST_CAPABILITY[each]):
+                least = ".".join(map(str, _LEAST_CAPABILITY[each]))
+                message = f"{device.name} has compute capability {device.capability}; {each} takes {least}"
+                raise UnavailableError(message, fix=f"--recipe {fix}")
 
     def key_fields(self, precision: str, options: Mapping[str, str]) -> dict[str, Any]:
         """Return what decides the plan besides the model and the recipe: all settings, the tools, the machine.

@@ -1030,6 +1030,10 @@ def test_old_gpus_are_told_which_precision_they_lack(simulation, monkeypatch):
     TensorRTExporter().check("w8a8", {})
     with pytest.raises(UnavailableError, match=r"compute capability 8\.6; fp8 takes 8\.9"):
         TensorRTExporter().check("fp8", {})
+    monkeypatch.setattr(nvinfer, "device", lambda: replace(GPU, capability="7.5"))
+    TensorRTExporter().check("w8a8", {"compute": "fp16"})
+    with pytest.raises(UnavailableError, match=r"compute capability 7\.5; bf16 takes 8\.0"):
+        TensorRTExporter().check("w8a8", {})
 
 
 def test_without_a_gpu_an_export_is_refused_before_any_work(run_cli, tmp_path):

@@ -158,7 +158,12 @@ def add_sensitivity(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 -
         "--precisions", default=",".join(DEFAULT_PRECISIONS), help=f"of low bits ({','.join(DEFAULT_PRECISIONS)})"
     )
     command.add_argument("--parts", default="", help="of the pipeline, separated by commas (all)")
-    command.add_argument("--calibration", type=Path, metavar="FILE", help="what bakeoff calibrate wrote, for w8a8")
+    command.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="what bakeoff calibrate wrote: w8a8 takes it, weights alone may use it",
+    )
     command.set_defaults(run=_run)
     return command
 
