@@ -12,21 +12,27 @@ if TYPE_CHECKING:
     from ..quantize.mixture import Mixture
 
 _MARK = "precise_0"
+_CONVOLUTIONS = {"Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData"}
 _CHANNELS = 1
 
 
 def keep_wide(model: Any, layers: Mapping[str, list[str]], mixture: Mixture) -> None:  # noqa: ANN401 - openvino is untyped
     """Mark the operations of layers that the recipe has in float32.
 
-    The plugin loses marks of what it fuses or takes apart: products are kept from their biases, group norms are taken apart here.
+    The plugin loses marks of what it fuses or takes apart, so products are kept from their biases and group norms are taken
+    apart here. Convolutions are kept from sums: OpenVINO 2026.4 fuses these, and adds bfloat16 to float32 as if it were that,
+    which makes NaN, or shapes of nought, or doesn't compile.
     """
     wide = {name for layer, names in layers.items() if mixture.layers.get(layer) == "fp32" for name in names}
     for operation in model.get_ordered_ops() if wide else []:
         if operation.get_friendly_name() in wide:
             _marked(operation)
-            if operation.get_type_name() == "MatMul":
-                _keep_from_bias(operation)
-            elif operation.get_type_name() == "GroupNormalization":
+            kind = operation.get_type_name()
+            if kind == "MatMul":
+                _limit(operation, _sums(operation))
+            elif kind in _CONVOLUTIONS:
+                _keep_from_sums(operation, wide)
+            elif kind == "GroupNormalization":
                 _take_apart(operation)
 
 
@@ -35,14 +41,30 @@ def _marked(operation: Any) -> Any:  # noqa: ANN401
     return operation
 
 
-def _keep_from_bias(product: Any) -> None:  # noqa: ANN401
-    """Put limits that no value reaches between a product and its bias: nothing else was found that the plugin leaves there."""
+def _sums(made: Any) -> list[Any]:  # noqa: ANN401
+    """Return the inputs of sums that an operation's result goes into."""
+    targets = made.output(0).get_target_inputs()
+    return [target for target in targets if target.get_node().get_type_name() == "Add"]
+
+
+def _keep_from_sums(made: Any, wide: set[str]) -> None:  # noqa: ANN401
+    """Keep a convolution, or it and its bias, from other sums, and have these in float32, too."""
+    own = next((each.get_node() for each in _sums(made) if each.get_node().get_friendly_name() in wide), None)
+    if own is not None:
+        _keep_from_sums(own, set())
+        return
+    for target in _sums(made):
+        _marked(target.get_node())
+    _limit(made, _sums(made))
+
+
+def _limit(made: Any, targets: list[Any]) -> None:  # noqa: ANN401
+    """Put limits that no value reaches before what takes a result: the plugin doesn't fuse over these, and leaves them there."""
     from openvino import opset13
 
-    targets = [target for target in product.output(0).get_target_inputs() if target.get_node().get_type_name() == "Add"]
     if targets:
         most = float(np.finfo(np.float32).max)
-        limited = _marked(opset13.clamp(product, -most, most))
+        limited = _marked(opset13.clamp(made, -most, most))
         for target in targets:
             target.replace_source_output(limited.output(0))
 
