@@ -20,6 +20,8 @@ LOW_PRECISION_FLOORS = 2.0
 """A part of which anything is in less than fp32 may lie this many F1 from eager fp32."""
 MOST = 0.5
 """No floor justifies more (6 dB): F1 grows with what rounding breaks, and at 1 there is nothing left of a part's output."""
+MOST_DB = 300
+"""More isn't asked for: float64 has no more."""
 _T_95 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
 """Two-sided 95 % quantiles of Student's t for 1, 2, 3… degrees of freedom."""
 
@@ -97,16 +99,16 @@ def parse(texts: Iterable[str], reason: str | None) -> dict[str, Budget]:
     """
     found: dict[str, Budget] = {}
     for text in texts:
-        match = re.fullmatch(r"(\w+)=([0-9.]+) ?(?:dB)?", text, re.IGNORECASE)
-        if not match or match[2].count(".") > 1:
-            message = f"got budget {text!r}, expected a part and its least SQNR, such as unet=30dB"
+        match = re.fullmatch(r"(\w+)=(\d+(?:\.\d*)?|\.\d+) ?(?:dB)?", text, re.IGNORECASE)
+        if not match or not 0 < float(match[2]) <= MOST_DB:
+            message = f"got budget {text!r}, expected a part and its least SQNR, to {MOST_DB} dB, such as unet=30dB"
             raise UsageError(message)
         found[match[1]] = Budget(float(match[2]), reason)
     return found
 
 
 def check_parts(budgets: Mapping[str, Budget], parts: Iterable[str]) -> None:
-    """Refuse a budget of a part that there isn't.
+    """Refuse a budget of a part that isn't among those that are proved.
 
     Raises:
         UsageError: naming it.

@@ -24,7 +24,7 @@ from .distance import measure, row_errors
 from .drawing import Case, sit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -112,8 +112,7 @@ def record(part: Part, entry: PartEntry, source: Source, folder: Path, given: Se
         tensors |= {f"{index}.out.{name}": value.contiguous() for name, value in expected.items()}
     floors = {"f0": f0}
     if dtypes := _floor_dtypes(mixture):
-        _round(flat, mixture, source.checkpoint(part.module), folder.parent / part.name)
-        low = (_rounded_floor(part, flat, config, tensors, getattr(torch, dtype)) for dtype in dtypes)
+        low = _rounded_floors(part, flat, source, mixture, folder.parent / part.name, tensors, dtypes)
         floors["f1"] = _first_finite(low, part.name, mixture.precision)
     folder.mkdir(exist_ok=True)
     file = folder / f"{part.name}.safetensors"
@@ -175,6 +174,26 @@ def _as_taken(case: Case, entry: PartEntry) -> Case:
         for name, value in case.inputs.items()
     }
     return Case(rounded, case.call)
+
+
+def _rounded_floors(
+    part: Part,
+    flat: Any,  # noqa: ANN401 - a torch module
+    source: Source,
+    mixture: Mixture,
+    baked: Path,
+    tensors: Tensors,
+    dtypes: Sequence[str],
+) -> Iterator[Floor]:
+    """Yield F1 in each dtype; the module is in it afterwards, so that another takes the source's weights anew."""
+    import torch
+
+    config = source.config(part.module)
+    for number, dtype in enumerate(dtypes):
+        if number:
+            flat = part.component.flat(part.component.load(source.path(part.module), torch.float32))
+        _round(flat, mixture, source.checkpoint(part.module), baked)
+        yield _rounded_floor(part, flat, config, tensors, getattr(torch, dtype))
 
 
 def _rounded_floor(

@@ -57,7 +57,7 @@ class Magnitudes:
             message = "activations are NaN or infinite"
             raise InputError(message)
         if self.counts is None:
-            self.counts, self.top = torch.zeros(BINS, dtype=torch.float64), most or 1e-12
+            self.counts, self.top = torch.zeros(BINS, dtype=torch.float64), max(most, 1e-12)
         while most > self.top:  # pairs of bins become one, and the upper half is free
             halves = self.counts.reshape(-1, 2).sum(1)
             self.counts = torch.cat([halves, torch.zeros(BINS - len(halves), dtype=torch.float64)])

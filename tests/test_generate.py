@@ -291,7 +291,7 @@ def test_bf16_is_within_its_floor(engines):
     """The distance of each runtime's bf16 from torch fp32, against torch's own."""
     exact = engines("torch:fp32").generate(PROMPTS, **SAME).images.astype(float)
     errors = {}
-    for recipe in ("torch:bf16", "openvino:bf16"):
+    for recipe in ("torch:bf16", "openvino:bf16", "openvino:fp32"):
         got = engines(recipe).generate(PROMPTS, **SAME).images
         errors[recipe] = np.sqrt(np.mean((got - exact) ** 2))
     assert errors["openvino:bf16"] <= 2 * errors["torch:bf16"] + 0.5

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import plugins
 from ..errors import RecipeError, UsageError
 from ..exporters.exporter import SCALES
+from ..parity.budget import MOST_DB
 from ..parity.drawing import open_whole
 from ..plan import ACTIVATIONS_OPTION, module_keys, open_calibration
 from ..progress import Steps
@@ -207,7 +208,7 @@ def _options(found: Sensitivity, backend: str, able: Iterable[str], *, fastest: 
                 *(
                     Option(each, cost(each, name, layer), layer.errors[each] * factor[each])
                     for each in able
-                    if math.isfinite(layer.errors.get(each, math.inf))
+                    if math.isfinite(layer.errors.get(each, math.inf)) and math.isfinite(factor[each])
                 ),
             ]
     return options
@@ -247,10 +248,18 @@ def _mix(possible: Mapping[str, Iterable[str]], one: str, other: str) -> bool:
 
 
 def _factor(found: Sensitivity, part: str, layers: Mapping[str, Layer], precision: str) -> float:
-    """Return what all layers at once err, over the sum of what each errs alone; 1 at least."""
-    alone = sum(layer.errors.get(precision, 0.0) for layer in layers.values())
-    together = found.together[part].get(precision, 0.0)
-    return max(1.0, together / alone) if alone and math.isfinite(together) and math.isfinite(alone) else 1.0
+    """Return what all layers at once err, over the sum of what each errs alone; 1 at least.
+
+    Infinite, so that none is chosen, where all at once break pictures that no layer alone breaks. Where one does, that is left
+    out, and the others are taken to err more than alone by a factor that nobody measured.
+    """
+    errors = [layer.errors.get(precision, 0.0) for layer in layers.values()]
+    alone, together = sum(errors), found.together[part].get(precision, 0.0)
+    if not math.isfinite(alone):
+        return _BROKEN_TIGHTENING
+    if not math.isfinite(together) or (together and not alone):
+        return math.inf
+    return max(1.0, together / alone) if alone else 1.0
 
 
 def _stored(exporter: Exporter, precision: str, layer: str, shape: tuple[int, ...]) -> Mapping[str, int]:
@@ -341,7 +350,10 @@ def _precisions(found: Sensitivity, part: str, recipe: PartRecipe) -> list[str]:
 
 def _decibels(text: str) -> float:
     try:
-        return float(text.lower().removesuffix("db"))
-    except ValueError as error:
-        message = f"got --within {text!r}, expected decibels such as 35dB"
-        raise UsageError(message) from error
+        found = float(text.lower().removesuffix("db"))
+    except ValueError:
+        found = math.nan
+    if not 0 < found <= MOST_DB:
+        message = f"got --within {text!r}, expected decibels from 0 to {MOST_DB}, such as 35dB"
+        raise UsageError(message)
+    return found
