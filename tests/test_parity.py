@@ -15,6 +15,7 @@ from bakeoff import hardware, plugins
 from bakeoff.artifact import Artifact
 from bakeoff.bake import export
 from bakeoff.cli import main
+from bakeoff.components.component import PROOF_SIZES
 from bakeoff.errors import LoweringError, ParityError, SourceError
 from bakeoff.parity import distance, proof, prover
 from bakeoff.parity.budget import FP32_LEAST, tolerance, upper_bound
@@ -262,11 +263,35 @@ def test_a_looser_budget_needs_a_reason(tmp_path, capsys):
     assert proved["parts"]["unet"]["budget"] == {"sqnr_db": 20.0, "reason": "a draft"}
 
 
-@pytest.mark.parametrize("text", ["unet", "unet=", "unet=loud", "nothing=30dB"])
+@pytest.mark.parametrize("text", ["unet", "unet=", "unet=loud", "unet=.dB", "unet=0dB", "unet=7000dB", "nothing=30dB"])
 def test_budgets_that_cannot_be_meant(tmp_path, text, capsys):
     arguments = ["export", "shapes", "-o", str(tmp_path / "out"), "--recipe", "torch:fp32", "--budget", text]
     assert main(arguments) == 2
     assert text.partition("=")[0] in capsys.readouterr().err
+
+
+def test_a_part_that_computes_nothing_takes_no_budget(tmp_path, capsys):
+    recipe = "null:fp32,vae_decoder=torch:fp32"
+    arguments = ["export", "shapes", "-o", str(tmp_path / "out"), "--recipe", recipe, "--budget", "unet=30dB"]
+    assert main(arguments) == 2
+    assert "unet" in capsys.readouterr().err
+
+
+def test_another_floor_is_of_the_weights_as_they_were():
+    """Those that overflow in float16 don't in bfloat16, which is what an overflow is judged by then."""
+    source = Source.open("shapes")
+    part, mixture = source.family.part("vae_decoder"), plugins.mixture("fp16")
+    flat = part.component.flat(part.component.load(source.path(part.module), torch.float32))
+    inputs = part.component.example(source.config(part.module), PROOF_SIZES[0], seed=0)
+    made = proof.eager(part.component, flat, source.config(part.module), inputs)
+    tensors = {f"0.in.{name}": value for name, value in inputs.items()}
+    tensors |= {f"0.out.{name}": value for name, value in made.items()}
+
+    def floors(dtypes):
+        fresh = part.component.flat(part.component.load(source.path(part.module), torch.float32))
+        return list(proof._rounded_floors(part, fresh, source, mixture, source.path(part.module), tensors, dtypes))
+
+    assert floors(["float16", "bfloat16"])[1] == floors(["bfloat16"])[0]
 
 
 def test_a_row_of_noughts_is_held_to_the_parts_tolerance():

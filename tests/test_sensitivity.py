@@ -112,6 +112,25 @@ def made_up(errors, together=None):
     return Sensitivity({"calibration": None}, {"unet": layers}, {"unet": together or total})
 
 
+def test_what_breaks_pictures_all_at_once_is_not_chosen():
+    """Nobody knows how many of its layers would break them."""
+    recipe, psnr = recipe_within(made_up({"int8": 1e-5}, {"int8": math.inf}), "onnx", 35)
+    assert recipe.parts["unet"] == PartRecipe("onnx", "bf16")
+    assert math.isinf(psnr)
+    found = made_up({"int8": 1e-5}, {"int8": math.inf})
+    found.parts["unet"]["broken"] = Layer((64, 64), 1000, {"int8": math.inf})
+    recipe, psnr = recipe_within(found, "onnx", 30)
+    assert "broken" not in {name for name, each in recipe.parts["unet"].layers.items() if each == "int8"}
+    assert psnr < 50
+
+
+@pytest.mark.parametrize("text", ["nan", "-5000", "0dB", "loud", "9999dB"])
+def test_bounds_that_cannot_be_meant(measured, tmp_path, text, capsys):
+    file, _ = measured
+    assert main(["recipe", str(file), "-o", str(tmp_path / "recipe.toml"), f"--within={text}"]) == 2
+    assert "--within" in capsys.readouterr().err
+
+
 def test_the_fastest_takes_what_is_quicker_than_bfloat16(monkeypatch):
     runtime = plugins.runtime("onnx")
     monkeypatch.setattr(runtime, "relative_time", lambda precision: {"w8a8": 0.3}.get(precision, 1.0))
