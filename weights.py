@@ -223,6 +223,21 @@ def streamed(entry: Entry, dtype: str | None = None) -> Streamed:
     return Streamed(entry.name, target, entry.shape, length, read_chunks(entry, target))
 
 
+def meant(path: str, names: Collection[str]) -> str | None:
+    """Return the name that a path means, which may have more or less before it; None if none does.
+
+    Of names that have more before, the shortest: `proj_out` is `model.proj_out`, not `model.blocks.0.proj_out`. Of those that
+    have less, the longest: `module.blocks.0.proj_out` is `blocks.0.proj_out`, not `proj_out`.
+    """
+    if path in names:
+        return path
+    longer = [name for name in names if name.endswith(f".{path}")]
+    if longer:
+        return min(longer, key=lambda name: (len(name), name))
+    shorter = [name for name in names if path.endswith(f".{name}")]
+    return max(shorter, key=len) if shorter else None
+
+
 def layer_names(paths: Iterable[str], checkpoint: Checkpoint) -> dict[str, str]:
     """Return path in a module -> the layer's name in the checkpoint.
 
@@ -233,8 +248,7 @@ def layer_names(paths: Iterable[str], checkpoint: Checkpoint) -> dict[str, str]:
     found: dict[str, str] = {}
     others: list[str] = []
     for path in paths:
-        own = path if path in known else next((name for name in known if name.endswith(f".{path}")), None)
-        own = own or next((name for name in known if path.endswith(f".{name}")), None)
+        own = meant(path, known)
         if own:
             found[path] = own
         else:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..components.byte_layers import takes
 from ..weights import TORCH_DTYPES, layer_names, streamed, write_streamed
 from .exporter import SCALES
 
@@ -122,7 +123,7 @@ class Layout(ABC):
         for entry in checkpoint.entries.values():
             obstacle = self.obstacle(entry)
             if obstacle is None and entry.name not in layers:
-                kinds = "Linear layers and convolutions" if self.convolutions else "Linear layers"
+                kinds = "Linear layers and convolutions that pad with zeros" if self.convolutions else "Linear layers"
                 obstacle = f"{self.library} has codes for {kinds} alone"
             if obstacle is None:
                 tensors += self.encode(entry)
@@ -141,6 +142,6 @@ class Layout(ABC):
         """Return the weight's name in the checkpoint -> path in the module, of each layer that can hold codes."""
         from torch import nn
 
-        kinds = {nn.Linear, nn.Conv2d} if self.convolutions else {nn.Linear}
-        paths = [path for path, layer in module.named_modules() if type(layer) in kinds]
+        able = takes if self.convolutions else lambda layer: type(layer) is nn.Linear
+        paths = [path for path, layer in module.named_modules() if able(layer)]
         return {f"{name}.weight": path for path, name in layer_names(paths, checkpoint).items()}

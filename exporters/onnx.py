@@ -100,6 +100,10 @@ def _lower_half(subject: Subject, folder: Path) -> Lowered:
     """
     from .onnx_typed import write_graph
 
+    others = sorted({*subject.mixture.layers.values()} - {"fp16", "fp32"})
+    if others:
+        message = f"{subject.part}: with compute=half layers are in fp16 or fp32, the recipe has {', '.join(others)}"
+        raise RecipeError(message, fix="leave out compute, or give these layers fp16 or fp32")
     if subject.mixture.precision != "fp16":
         message = f"{subject.part}: compute=half is for fp16, the recipe has {subject.mixture.precision}"
         raise RecipeError(message, fix="onnx:fp16+compute=half; or leave out compute")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..weights import Checkpoint
+from ..weights import Checkpoint, meant
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,21 +27,23 @@ def keep_wide(module: nn.Module, folder: Path, dtype: torch.dtype) -> list[str]:
     """
     import torch
 
-    wide = {name for name, entry in Checkpoint.open(folder).entries.items() if entry.dtype == "F32"}
+    entries = Checkpoint.open(folder).entries
+    wide = {name for name, entry in entries.items() if entry.dtype == "F32"}
     if dtype == torch.float32 or not wide:
         return []
     owners: dict[str, Any] = {}
     for path, layer in module.named_modules():
         for name, parameter in layer.named_parameters(recurse=False):
-            stored = next(
-                (each for each in wide if f"{path}.{name}" == each or f"{path}.{name}".endswith(f".{each}")), None
-            )
-            if stored:
+            stored = meant(f"{path}.{name}", entries)
+            if stored in wide:
                 parameter.data = _read(folder, stored).to(parameter.device)
                 owners[path] = layer
     for layer in module.modules():
         first = next(layer.parameters(recurse=False), None)
-        if first is not None and first.is_floating_point():
+        whole = (
+            next(layer.children(), None) is None
+        )  # one of several layers may be given a timestep, which is to stay exact
+        if whole and first is not None and first.is_floating_point():
             layer.register_forward_pre_hook(_taken_in(first.dtype))
     for layer in owners.values():
         layer.register_forward_hook(_given_in(dtype))

@@ -12,7 +12,7 @@ from ..components.low_bit import SCALE, move
 from ..errors import InputError, UsageError
 from ..hardware import OVERFLOWS, Availability, choose_device, has_instructions, overflows_bytes, usable_cores
 from ..sources.lora import added
-from ..weights import Checkpoint, layer_names
+from ..weights import Checkpoint, layer_names, meant
 from . import acceleration, aoti, attention, few_rows, float8, float32
 from .blocks import Blocks
 from .crossing import Crossing
@@ -319,7 +319,10 @@ def _adapt(module: nn.Module, deltas: Mapping[str, Sequence[Delta]]) -> None:
     """Add LoRAs to weights; these become tensors of their own, what is mapped from the file stays as it is."""
     parameters = {name.removeprefix(WRAPPER): parameter for name, parameter in module.named_parameters()}
     for name, additions in deltas.items():
-        own = next(own for own in parameters if own == name or name.endswith(f".{own}") or own.endswith(f".{name}"))
+        own = meant(name, parameters)
+        if own is None:
+            message = f"no weight is called {name}, to which a LoRA is added"
+            raise InputError(message)
         parameters[own].data = added(parameters[own].data, additions)
 
 

@@ -20,3 +20,33 @@ def test_wide_layers_lie_where_the_others_do(tmp_path):
         ("meta", torch.float32),
         ("meta", torch.bfloat16),
     ]
+
+
+class Whole(torch.nn.Module):
+    """Of layers and a table of its own, given a timestep as it is, as Sana's transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.seen = torch.nn.Parameter(torch.ones(4)), []
+        self.block = torch.nn.ModuleDict({"proj_out": torch.nn.Linear(4, 4)})
+        self.proj_out = torch.nn.Linear(4, 4)
+
+    def forward(self, given, timestep):
+        self.seen.append(timestep)
+        return self.proj_out(self.block["proj_out"](given * self.table))
+
+
+def test_one_of_several_layers_of_a_name_is_meant_and_timesteps_stay_exact(tmp_path):
+    module = Whole()
+    wide = {"proj_out.weight", "proj_out.bias"}
+    dtypes = {name: torch.float32 if name in wide else torch.bfloat16 for name in module.state_dict()}
+    save_file(
+        {name: each.to(dtypes[name]) for name, each in module.state_dict().items()}, tmp_path / "model.safetensors"
+    )
+    own = module.block["proj_out"].weight.detach().bfloat16()
+    module.to(torch.bfloat16)
+    assert keep_wide(module, tmp_path, torch.bfloat16) == ["proj_out"]
+    assert torch.equal(module.block["proj_out"].weight, own)
+    with torch.no_grad():
+        module(torch.ones(2, 4, dtype=torch.bfloat16), torch.tensor(901.7))
+    assert module.seen == [torch.tensor(901.7)]

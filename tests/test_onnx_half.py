@@ -1,5 +1,7 @@
 """`onnx:fp16+compute=half`: a graph that computes in float16, and says so."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -143,6 +145,14 @@ def test_other_precisions_have_no_half(tiny, tmp_path, precision):
         export(str(tiny("stable-diffusion")), tmp_path / "out", recipe, prove=False)
     assert "onnx:fp16+compute=half" in raised.value.fix
     assert not (tmp_path / "out").exists()
+
+
+def test_layers_of_other_precisions_are_refused(tmp_path):
+    """They would be baked as float16, whatever the recipe says."""
+    recipe = parse("null:fp32,unet=onnx:fp16+compute=half")[0]
+    unet = replace(recipe.parts["unet"], layers={"conv_in": "int8"})
+    with pytest.raises(RecipeError, match="in fp16 or fp32, the recipe has int8"):
+        export("shapes", tmp_path / "out", replace(recipe, parts={**recipe.parts, "unet": unet}), prove=False)
 
 
 def test_inspect_says_what_it_computes_in(half, capsys):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from bakeoff.errors import PickleError, SourceError, UsageError
-from bakeoff.weights import Checkpoint, convert, place, read_header, write_entries
+from bakeoff.weights import Checkpoint, convert, meant, place, read_header, write_entries
 
 
 @pytest.fixture
@@ -132,3 +132,17 @@ def test_a_variant_alone_is_refused_with_the_name_to_give_it(folder):
     (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
     with pytest.raises(SourceError, match="expected .*model.safetensors"):
         Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "names", "expected"),
+    [
+        ("proj_out", ["blocks.0.proj_out", "proj_out"], "proj_out"),
+        ("module.proj_out", ["blocks.0.proj_out", "proj_out"], "proj_out"),
+        ("module.blocks.0.proj_out", ["proj_out", "blocks.0.proj_out", "blocks.1.proj_out"], "blocks.0.proj_out"),
+        ("proj_out", ["model.blocks.0.proj_out", "model.proj_out"], "model.proj_out"),
+        ("proj", ["my_proj", "blocks.projection"], None),
+    ],
+)
+def test_the_name_that_a_path_means(path, names, expected):
+    assert meant(path, names) == meant(path, names[::-1]) == expected
