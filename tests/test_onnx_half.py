@@ -150,7 +150,7 @@ def test_other_precisions_have_no_half(tiny, tmp_path, precision):
 def test_layers_of_other_precisions_are_refused(tmp_path):
     """They would be baked as float16, whatever the recipe says."""
     recipe = parse("null:fp32,unet=onnx:fp16+compute=half")[0]
-    unet = replace(recipe.parts["unet"], layers={"conv_in": "int8"})
+    unet = replace(recipe.parts["unet"], layers={"down_blocks.1.resnets.0.conv2": "int8"})
     with pytest.raises(RecipeError, match="in fp16 or fp32, the recipe has int8"):
         export("shapes", tmp_path / "out", replace(recipe, parts={**recipe.parts, "unet": unet}), prove=False)
 
