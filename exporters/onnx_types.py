@@ -131,8 +131,8 @@ class Typing:
         if node.op_type in PRODUCTS or node.op_type in _NORMS:
             return Kind.NARROW
         kinds = [self.kinds[value] for value in taken if value in self.kinds]
-        if not kinds:  # constants and whole numbers alone
-            return Kind.NARROW if any(value.name in self._weights for value in taken) else Kind.EXACT
+        if not kinds:
+            return self._of_constants(node, taken)
         if all(kind is Kind.EXACT for kind in kinds):
             return Kind.EXACT
         if node.op_type in _LAYOUT:
@@ -140,6 +140,13 @@ class Typing:
         scope = _scope(node)
         inside = any(self.kinds.get(value) is Kind.WIDE and self._scopes.get(value) == scope for value in taken)
         return Kind.WIDE if node.op_type in _SUMS or inside or Kind.EXACT in kinds else Kind.NARROW
+
+    def _of_constants(self, node: onnx_ir.Node, taken: list[onnx_ir.Value]) -> Kind:
+        """Return the kind of what is made of constants and whole numbers alone: of weights what their users compute in."""
+        if not any(value.name in self._weights for value in taken):
+            return Kind.EXACT
+        users = [use.node for value in node.outputs for use in value.uses()]
+        return Kind.WIDE if users and all(user.name in self._wide_nodes for user in users) else Kind.NARROW
 
     def _may_be_narrow(self, operator: str) -> bool:
         """Say whether ONNX has an operator in the narrow dtype: some never got bfloat16."""

@@ -17,7 +17,7 @@ from bakeoff.recipe import parse
 from bakeoff.runtimes import onnx_half, onnxruntime, providers
 from bakeoff.runtimes.engine import load
 from bakeoff.sources.source import Source
-from bakeoff.weights import Checkpoint
+from bakeoff.weights import Checkpoint, read_header
 
 LARGE_BYTES = 4096
 """Smaller tensors are folded into what the graph computes with."""
@@ -145,6 +145,20 @@ def test_other_precisions_have_no_half(tiny, tmp_path, precision):
         export(str(tiny("stable-diffusion")), tmp_path / "out", recipe, prove=False)
     assert "onnx:fp16+compute=half" in raised.value.fix
     assert not (tmp_path / "out").exists()
+
+
+def test_a_wide_layers_weight_is_stored_wide(tmp_path):
+    """Its weight is transposed first, which alone would be done in float16."""
+    recipe = parse("null:fp32,unet=onnx:fp16+compute=half")[0]
+    layer = "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2"
+    unet = replace(recipe.parts["unet"], layers={layer: "fp32"})
+    made = export("shapes", tmp_path / "out", replace(recipe, parts={**recipe.parts, "unet": unet}), prove=False)
+    dtypes = {
+        entry.name: entry.dtype for file in (made.folder / "unet").glob("*.safetensors") for entry in read_header(file)
+    }
+    shape = Source.open("shapes").checkpoint("unet").entries[f"{layer}.weight"].shape
+    assert made.manifest.parts["unet"].weight_bytes["float32"] >= 4 * shape[0] * shape[1]
+    assert {name for name, dtype in dtypes.items() if dtype == "F32" and name.endswith(f"{layer}.weight")}
 
 
 def test_layers_of_other_precisions_are_refused(tmp_path):
