@@ -29,7 +29,7 @@ def keep_wide(model: Any, layers: Mapping[str, list[str]], mixture: Mixture) -> 
             _marked(operation)
             kind = operation.get_type_name()
             if kind == "MatMul":
-                _limit(operation, _sums(operation))
+                _limit(operation)
             elif kind in _CONVOLUTIONS:
                 _keep_from_sums(operation, wide)
             elif kind == "GroupNormalization":
@@ -49,19 +49,18 @@ def _sums(made: Any) -> list[Any]:  # noqa: ANN401
 
 def _keep_from_sums(made: Any, wide: set[str]) -> None:  # noqa: ANN401
     """Keep a convolution, or it and its bias, from other sums, and have these in float32, too."""
-    own = next((each.get_node() for each in _sums(made) if each.get_node().get_friendly_name() in wide), None)
-    if own is not None:
-        _keep_from_sums(own, set())
-        return
+    sums = (target.get_node() for target in _sums(made))
+    made = next((each for each in sums if each.get_friendly_name() in wide), made)  # with its bias
     for target in _sums(made):
         _marked(target.get_node())
-    _limit(made, _sums(made))
+    _limit(made)
 
 
-def _limit(made: Any, targets: list[Any]) -> None:  # noqa: ANN401
-    """Put limits that no value reaches before what takes a result: the plugin doesn't fuse over these, and leaves them there."""
+def _limit(made: Any) -> None:  # noqa: ANN401
+    """Put limits that no value reaches before the sums that take a result: the plugin fuses nothing over these, and leaves them."""
     from openvino import opset13
 
+    targets = _sums(made)
     if targets:
         most = float(np.finfo(np.float32).max)
         limited = _marked(opset13.clamp(made, -most, most))

@@ -80,6 +80,7 @@ class Engine:
         self.family = baked.family
         self.recipe = baked.recipe
         self.proof = baked.proof
+        self._proved_elsewhere = proved_elsewhere(baked)
         refuse_idle_options(baked, placement)
         self._baked = baked
         self._configs = {module: baked.config(module) for module in baked.modules}
@@ -239,8 +240,7 @@ class Engine:
             station.seconds, station.stages = 0.0, stages
         pipeline.set_progress_bar_config(disable=not progress)
         images: dict[int, Any] = {}
-        elsewhere = proved_elsewhere(self._baked)
-        notes: dict[str, None] = {elsewhere: None} if elsewhere else {}
+        notes = dict.fromkeys(filter(None, [self._proved_elsewhere]))
         for rows in self._batches(request, max_batch):
             images |= zip(rows, self._make(pipeline, request.rows(rows), callback), strict=True)
             notes |= dict.fromkeys(self._keeper.notes)

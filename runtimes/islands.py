@@ -40,10 +40,10 @@ def keep_wide(module: nn.Module, folder: Path, dtype: torch.dtype) -> list[str]:
                 owners[path] = layer
     for layer in module.modules():
         first = next(layer.parameters(recurse=False), None)
-        whole = (
+        is_leaf = (
             next(layer.children(), None) is None
-        )  # one of several layers may be given a timestep, which is to stay exact
-        if whole and first is not None and first.is_floating_point():
+        )  # what has layers may be given a timestep, which is to stay exact
+        if is_leaf and first is not None and first.is_floating_point():
             layer.register_forward_pre_hook(_taken_in(first.dtype))
     for layer in owners.values():
         layer.register_forward_hook(_given_in(dtype))

@@ -166,10 +166,11 @@ def proved_elsewhere(baked: Baked) -> str | None:
     Backends choose their kernels of two bytes and of low bits by instruction sets: what such a proof vouches for, other
     kernels compute. Of parts in float32 they are of one arithmetic, but for the order of sums.
     """
-    there, here = baked.proof.get("processor"), processor()
-    if there is None or there["instruction_sets"] == here["instruction_sets"]:
+    there = baked.proof.get("processor")
+    if there is None or all(part.backend == "null" or part.precisions == {"fp32"} for part in baked.parts.values()):
         return None
-    if all(part.backend == "null" or part.precisions == {"fp32"} for part in baked.parts.values()):
+    here = processor()
+    if there["instruction_sets"] == here["instruction_sets"]:
         return None
     lacking = [
         f"{where} alone has {', '.join(sorted(names))}"

@@ -32,8 +32,10 @@ _HINTS = {
 """Precision -> what is computed in; of those of low bits, what their products give."""
 _ROUNDED = {"w8a8-dynamic": "128"}
 """Precision -> how many activations in a row the products round with one scale, as they come."""
-_PRODUCTS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention"}
-_PRODUCTS |= {"LLMMLP", "QKVProjection"}  # several in one, with AMX
+_PRODUCTS = {
+    "Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention",
+    "LLMMLP", "QKVProjection",  # several products in one, with AMX
+}  # fmt: skip
 _INTEGERS, _FLOATS = {"i8", "u8", "i4", "u4", "nf4"}, {"f32", "bf16", "f16"}
 _DTYPES = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 

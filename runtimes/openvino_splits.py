@@ -57,7 +57,7 @@ def _is_of_weights(split: Any) -> bool:  # noqa: ANN401
     return all(_is_stored(bias, _is_vector) for bias in biases)
 
 
-def _is_stored(value: Any, fits: Callable[[Any], bool]) -> bool:  # noqa: ANN401
+def _is_stored(value: Any, fits: Callable[[list[int]], bool]) -> bool:  # noqa: ANN401
     """Say whether a value is a constant, perhaps widened and scaled, of which some outputs can be taken."""
     node = value.get_node()
     if node.get_type_name() == "Constant":
