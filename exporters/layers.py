@@ -18,15 +18,20 @@ _WRAPPER = "module"
 
 
 def write_layers(nodes: Iterable[tuple[str, str]], checkpoint: Checkpoint, folder: Path) -> dict[str, list[str]]:
-    """Write module path -> node names, from pairs of (path in the captured module, node name); return that."""
+    """Write what `by_layer` makes of the same pairs; return that."""
+    named = by_layer(nodes, checkpoint)
+    (folder / FILE).write_text(json.dumps(named, indent=1) + "\n")
+    return named
+
+
+def by_layer(nodes: Iterable[tuple[str, str]], checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Return module path -> node names, from pairs of (path in the captured module, node name)."""
     layers: dict[str, list[str]] = defaultdict(list)
     for path, name in nodes:
         layers[_unwrapped(path)].append(name)
     layers.pop("", None)  # what belongs to no module
     prefix = _prefix(layers, {key.rpartition(".")[0] for key in checkpoint.entries})
-    named = {prefix + path: names for path, names in layers.items()}
-    (folder / FILE).write_text(json.dumps(named, indent=1) + "\n")
-    return named
+    return {prefix + path: names for path, names in layers.items()}
 
 
 def _unwrapped(path: str) -> str:

@@ -48,7 +48,7 @@ class OnnxExporter:
     Runtime's MatMulNBits, MatMulBnb4 and GatherBlockQuantized; those of convolutions, for int8, are widened as they run.
     """
 
-    version: ClassVar[int] = 9
+    version: ClassVar[int] = 10
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic")
     reasons: ClassVar[Mapping[str, str]] = {
         "fp8": "ONNX's MatMul takes no 8-bit floats; widened ones keep 32 dB of a normal distribution, int8 40 dB in as many bytes",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..weights import Streamed, as_bytes, read_header, read_tensor, sha256, streamed, write_streamed
 from .exporter import SCALES
-from .layers import write_layers
+from .layers import by_layer, write_layers
 from .onnx import FILE, hollow_graph, layers_of, save, strip
 from .onnx_editing import products_of
 from .onnx_types import DTYPES, PRODUCTS, Typing, without_doubles
@@ -89,9 +89,9 @@ def typed(
     if compute == "bf16":
         model.opset_imports[""] = max(_BF16_OPSET, model.opset_imports[""])
     if compute != "fp32":
-        layers = _wide_layers(subject)
-        names = {node.name or "" for node in model.graph if _layer(node, weights) in layers}
-        typing = Typing(model, compute, subject.inputs, weights.found.keys(), names).apply()
+        typing = Typing(
+            model, compute, subject.inputs, weights.found.keys(), _wide_nodes(model, weights, subject)
+        ).apply()
         wide |= typing.wide_weights
     quantizer = Quantizer(model, onnx_ir.DataType[DTYPES[compute]], subject.activations)
     plain, packed, kept = _pack(model, weights, subject, quantizer)
@@ -121,8 +121,12 @@ def _own_names(plain: Mapping[str, Entry]) -> dict[str, str]:
     return {name: entry.name if first[entry.name] == name else name for name, entry in plain.items()}
 
 
-def _wide_layers(subject: Subject) -> set[str]:
-    return {layer for layer, precision in subject.mixture.layers.items() if precision == "fp32"}
+def _wide_nodes(model: onnx_ir.Model, weights: Weights, subject: Subject) -> set[str]:
+    """Name the nodes of layers that are to be in float32: what came from them, and products of their weights elsewhere."""
+    layers = {layer for layer, precision in subject.mixture.layers.items() if precision == "fp32"}
+    named = by_layer(layers_of(model), subject.checkpoint)
+    products = {node.name or "" for node in model.graph if _layer(node, weights) in layers}
+    return products.union(*(named.get(layer, ()) for layer in layers))
 
 
 def _layer(node: onnx_ir.Node, weights: Weights) -> str | None:

@@ -41,7 +41,7 @@ class TensorRTExporter:
     only where they can be exchanged (`refit`, `strip`).
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "w8a8", "fp8", "int4")
     reasons: ClassVar[Mapping[str, str]] = {
         "int8": "of int8, TensorRT multiplies rounded weights by rounded activations alone; weight-only is int4",

@@ -37,6 +37,15 @@ HARMLESS = frozenset({LOW_PRECISION, ROUNDED})
 GRIDS = frozenset({"FakeQuantize", "QuantizeLinear"})
 """Operations that round activations to numbers that were calibrated."""
 
+LAYOUT = frozenset(
+    {
+        "Broadcast", "Cast", "Chunk", "Concat", "Contiguous", "Convert", "Expand", "Flatten", "Gather", "Getitem", "Identity",
+        "Movedim", "Permute", "Reshape", "Slice", "Split", "Squeeze", "StridedSlice", "To", "Transpose", "Unflatten",
+        "Unsqueeze", "VariadicSplit", "View",
+    }
+)  # fmt: skip
+"""Operations, in any backend, that move values and leave them as they are."""
+
 _EXPLAINED = 0.1
 """A cause explains an error of which it leaves at most this share."""
 _LIKE = (0.3, 3.0)
@@ -116,6 +125,18 @@ class Evidence:
     def error(self) -> float:
         return relative_error(self.made, self.expected)
 
+    @property
+    def unproved(self) -> Sequence[tuple[Operation, Tensor]]:
+        """Its operations behind the last softmax whose result is eager's: what comes before isn't at fault."""
+        kinds = [operation.kind for operation, _ in self.inner]
+        places = [place for place, kind in enumerate(kinds) if kind == "Softmax"]
+        for place, attended in reversed([*zip(places, self.attended, strict=False)]):
+            got = self.inner[place][1].float()
+            same = got.numel() == attended.shares.numel()
+            if same and relative_error(got.reshape(attended.shares.shape), attended.shares) < _EXPLAINED * self.error:
+                return self.inner[place + 1 :] or self.inner
+        return self.inner
+
 
 @dataclass(frozen=True)
 class Cause:
@@ -135,20 +156,31 @@ def find_cause(evidence: Evidence) -> Cause:
         if cause:
             return cause
     largest = float((evidence.made.double() - evidence.expected.double()).abs().max())
-    return Cause(UNKNOWN, principal(evidence.inner), {"largest difference": largest})
+    return Cause(UNKNOWN, principal(evidence.unproved), {"largest difference": largest})
 
 
 def principal(inner: Sequence[tuple[Operation, Tensor]]) -> Operation | None:
-    """Return the operation that a layer is for: its product or norm, else its last one."""
+    """Return the operation that a layer is for: its product or norm, else the last one that changes values."""
     operations = [operation for operation, _ in inner]
     found = [operation for operation in operations if any(kind in operation.kind for kind in _PRODUCTS)]
-    return next(iter(found or operations[-1:]), None)
+    return next(iter(found or _changing(inner)[-1:] or operations[-1:]), None)
+
+
+def _changing(inner: Sequence[tuple[Operation, Tensor]]) -> list[Operation]:
+    """Return the operations whose results are other values than what they took, such as sums: not layouts, not `x / 1`."""
+    values = {operation.outputs[0]: tensor for operation, tensor in inner}
+    computing = [(operation, made) for operation, made in inner if operation.kind not in LAYOUT]
+    return [
+        operation
+        for operation, made in computing
+        if not any(name in values and values[name].equal(made) for name in operation.inputs)
+    ]
 
 
 def _not_finite(evidence: Evidence) -> Cause:
     broken = [(op, tensor) for op, tensor in evidence.inner if not bool(tensor.isfinite().all())]
     peak = float(evidence.expected.abs().max())
-    operation, tensor = broken[0] if broken else (principal(evidence.inner), evidence.made)
+    operation, tensor = broken[0] if broken else (principal(evidence.unproved), evidence.made)
     figures: dict[str, float | str] = {"largest in eager": peak, "not finite": _share(~tensor.isfinite())}
     narrow = str(tensor.dtype) == "torch.float16" or evidence.precision == "fp16"
     return Cause(OVERFLOW if narrow and peak > LARGEST_FLOAT16 else NOT_FINITE, operation, figures)
@@ -159,7 +191,7 @@ def _overflow(evidence: Evidence) -> Cause | None:
     peak, highest = float(evidence.expected.abs().max()), float(evidence.made.abs().max())
     if peak <= LARGEST_FLOAT16 or not math.isclose(highest, LARGEST_FLOAT16, rel_tol=1e-3):
         return None
-    return Cause(OVERFLOW, principal(evidence.inner), {"largest in eager": peak, "largest": highest})
+    return Cause(OVERFLOW, principal(evidence.unproved), {"largest in eager": peak, "largest": highest})
 
 
 def _rounded(evidence: Evidence) -> Cause | None:
@@ -168,7 +200,7 @@ def _rounded(evidence: Evidence) -> Cause | None:
     left = relative_error(evidence.made, evidence.rounded)
     if left > _MOST_OF * evidence.error:
         return None
-    return Cause(ROUNDED, principal(evidence.inner), {"error beside the rounding": left})
+    return Cause(ROUNDED, principal(evidence.unproved), {"error beside the rounding": left})
 
 
 def _saturated(evidence: Evidence) -> Cause | None:
@@ -237,7 +269,7 @@ def _transposed(evidence: Evidence) -> Cause | None:
             turned = run_with(evidence.module, evidence.given, weight.transpose(*axes))
             left = relative_error(evidence.made, turned)
             if left < _EXPLAINED * evidence.error:
-                return Cause(TRANSPOSED, principal(evidence.inner), {"error once transposed": left})
+                return Cause(TRANSPOSED, principal(evidence.unproved), {"error once transposed": left})
     return None
 
 
@@ -256,7 +288,7 @@ def _scale(evidence: Evidence) -> Cause | None:
 
     Where a channel is nearly the same all over, a constant explains a factor and the other way round: the better one counts.
     """
-    operation, by_offset = principal(evidence.inner), _left_by_offset(evidence)
+    operation, by_offset = principal(evidence.unproved), _left_by_offset(evidence)
     for offset in _offsets(evidence):
         got, expected = evidence.made - offset, evidence.expected - offset
         factor, left = _factor(got, expected)
@@ -289,7 +321,7 @@ def _offset(evidence: Evidence) -> Cause | None:
         return None
     if float((difference - constant).norm()) > _EXPLAINED * float(difference.norm()):
         return None
-    return Cause(OFFSET, principal(evidence.inner), {"largest difference": float(constant.abs().max())})
+    return Cause(OFFSET, principal(evidence.unproved), {"largest difference": float(constant.abs().max())})
 
 
 def _low_precision(evidence: Evidence) -> Cause | None:
@@ -306,7 +338,7 @@ def _low_precision(evidence: Evidence) -> Cause | None:
             figures: dict[str, float | str] = {"dtype": str(dtype).removeprefix("torch."), "error of that": usual}
             if name == NORM:
                 figures["mean over deviation"] = _mean_over_deviation(evidence.given)
-            return Cause(name, principal(evidence.inner), figures)
+            return Cause(name, principal(evidence.unproved), figures)
     return None
 
 
@@ -317,7 +349,7 @@ def _rounded_between(evidence: Evidence) -> Cause | None:
         usual = _rounding(evidence.expected, dtype)
         if evidence.error < _LOST * math.sqrt(len(evidence.inner)) * usual:
             figures: dict[str, float | str] = {"dtype": str(dtype).removeprefix("torch."), "error of that": usual}
-            return Cause(LOW_PRECISION, principal(evidence.inner), figures)
+            return Cause(LOW_PRECISION, principal(evidence.unproved), figures)
     return None
 
 

@@ -76,6 +76,17 @@ class Eager:
             self.run(inputs)
         return seen
 
+    def peaks(self, inputs: Tensors) -> dict[str, float]:
+        """Return each layer that runs -> the largest magnitude that it takes or makes."""
+        found: dict[str, float] = {}
+
+        def keep(name: str, given: Tensor, made: Tensor) -> None:
+            found[name] = max(found.get(name, 0.0), *(float(each.abs().max()) for each in (given, made)))
+
+        with self._watched(self.layers, keep):
+            self.run(inputs)
+        return found
+
     def attended(self, inputs: Tensors, before: str) -> list[Attended]:
         """Return the attentions that ran between the layer `before` and the one that ran before it."""
         import torch

@@ -162,6 +162,45 @@ def test_saturated_attention(baked, planted):
     assert found.figures["rows on one token"] > found.figures["rows on one token in eager"]
 
 
+def times(node, index, factor, graph):
+    """Multiply an input of a node."""
+    import onnx_ir
+
+    constant = onnx_ir.Value(name="times", const_value=onnx_ir.tensor(np.float32(factor), name="times"))
+    graph.initializers["times"] = constant
+    more = onnx_ir.Node("", "Mul", [node.inputs[index], constant], name="more")
+    graph.insert_before(node, more)
+    node.replace_input_with(index, more.outputs[0])
+
+
+def test_a_wrong_product_of_attention(baked, planted):
+    """Its shares are right: what multiplies values by them isn't."""
+    second = []
+
+    def widen(graph):
+        names = json.loads((baked("onnx:fp32", proved=True) / "unet" / "layers.json").read_text())[ATTENTION]
+        products = [node for node in graph if node.name in names and node.op_type == "MatMul"]
+        assert len(products) == 2
+        times(products[1], 1, 1.5, graph)
+        second.append(products[1].name)
+
+    found = only(planted(baked("onnx:fp32", proved=True), "unet", edit_onnx(widen)))
+    assert (found.part, found.layer, found.operator, found.cause) == ("unet", ATTENTION, "MatMul", causes.SCALE)
+    assert found.operation == second[0]
+
+
+def test_a_wrong_sum_between_layers(baked, planted):
+    block = "mid_block.resnets.1"
+
+    def double(graph):
+        names = json.loads((baked("onnx:fp32", proved=True) / "unet" / "layers.json").read_text())[block]
+        adds = [node for node in graph if node.name in names and node.op_type == "Add"]
+        times(adds[-1], 0, 1.5, graph)
+
+    found = only(planted(baked("onnx:fp32", proved=True), "unet", edit_onnx(double)))
+    assert (found.part, found.layer, found.operator) == ("unet", block, "Add")
+
+
 @pytest.mark.slow
 def test_an_overflow_in_float16(shapes, decoders, planted, tmp_path):
     """A norm takes a factor away again, so that eager never minds it. ONNX Runtime drops casts that follow each other."""

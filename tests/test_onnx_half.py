@@ -1,5 +1,6 @@
 """`onnx:fp16+compute=half`: a graph that computes in float16, and says so."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -159,6 +160,21 @@ def test_a_wide_layers_weight_is_stored_wide(tmp_path):
     shape = Source.open("shapes").checkpoint("unet").entries[f"{layer}.weight"].shape
     assert made.manifest.parts["unet"].weight_bytes["float32"] >= 4 * shape[0] * shape[1]
     assert {name for name, dtype in dtypes.items() if dtype == "F32" and name.endswith(f"{layer}.weight")}
+
+
+def test_a_wide_norm_computes_wide(tmp_path):
+    recipe, layer = parse("null:fp32,unet=onnx:fp16+compute=half")[0], "mid_block.resnets.0.norm2"
+    unet = replace(recipe.parts["unet"], layers={layer: "fp32"})
+    made = export("shapes", tmp_path / "out", replace(recipe, parts={**recipe.parts, "unet": unet}), prove=False)
+    graph = onnx.load(made.folder / "unet" / "model.onnx", load_external_data=False).graph
+    dtypes = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    named = json.loads((made.folder / "unet" / "layers.json").read_text())[layer]
+    computed = [
+        node for node in graph.node if node.name in named and node.op_type in {"InstanceNormalization", "Mul", "Add"}
+    ]
+    assert {dtypes[node.output[0]] for node in computed} == {TensorProto.FLOAT}
+    others = [node for node in graph.node if node.op_type == "InstanceNormalization" and node.name not in named]
+    assert {dtypes[node.output[0]] for node in others} == {TensorProto.FLOAT16}
 
 
 def test_layers_of_other_precisions_are_refused(tmp_path):

@@ -15,7 +15,8 @@ from bakeoff.errors import ParityError
 from bakeoff.parity.budget import Budget, Gate
 from bakeoff.recipe import parse
 from bakeoff.sources.source import Source
-from bakeoff.tuning.repair import _alone, _failing, _wider_layers, _worst, export_repaired
+from bakeoff.tuning.remedy import _alone, _worst, remedy
+from bakeoff.tuning.repair import _failing, export_repaired
 
 CONVOLUTION = "decoder.up_blocks.1.resnets.0.conv1"
 
@@ -28,6 +29,8 @@ def test_as_few_layers_as_are_predicted_to_be_needed():
     assert _worst(errors, measured, 0.0005) == ["a", "c", "b", "d"]
     assert _worst(errors, 2 * measured, 0.03) == ["a", "c"], "what all err together counts, not the sum"
     assert _worst({**errors, "b": float("inf")}, float("inf"), 0.03) == ["b"], "it breaks the part by itself"
+    assert _worst(errors, float("inf"), 0.03) == [], "what breaks it isn't any layer"
+    assert _worst(dict.fromkeys(errors, 0.0), measured, 0.03) == [], "none of them errs"
 
 
 def test_what_the_backend_kept_wide_is_nothing_to_put_back():
@@ -63,7 +66,7 @@ def test_where_pictures_alone_fail_the_part_nearest_to_its_tolerance_is_put_back
     failing = made.with_proof({**proof, "status": "failing"})
     worst = max(case["error"] for case in proof["parts"]["unet"]["cases"])
     assert _failing(failing) == {"unet": pytest.approx(worst / 2)}
-    layers = _wider_layers(failing, "unet", Source.open("shapes"), worst / 2)
+    layers = remedy(failing, "unet", Source.open("shapes"), worst / 2).layers
     assert "conv_in" in layers, "its loss alone is most of the part's"
     assert set(layers.values()) == {"fp32"}
 
@@ -90,8 +93,9 @@ def overflowing(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_overflow_in_float16_is_healed_where_it_arises(overflowing, tmp_path):
-    recipe, target = parse("torch:fp32,vae_decoder=torch:fp16")[0], tmp_path / "out"
+@pytest.mark.parametrize("precision", ["torch:fp16", "openvino:fp16", "onnx:fp16+compute=half"])
+def test_an_overflow_in_float16_is_healed_where_it_arises(overflowing, tmp_path, precision):
+    recipe, target = parse(f"torch:fp32,vae_decoder={precision}")[0], tmp_path / "out"
     with pytest.raises(ParityError, match="vae_decoder differs from eager fp32 by inf"):
         export(str(overflowing), target, recipe)
     artifact, repaired = export_repaired(str(overflowing), target, recipe)
@@ -101,6 +105,35 @@ def test_an_overflow_in_float16_is_healed_where_it_arises(overflowing, tmp_path)
     assert set(layers.values()) == {"fp32"}
     assert len(layers) <= 3
     assert repaired.bytes_after > repaired.bytes_before
+
+
+@pytest.fixture
+def overflowing_sum(tmp_path):
+    """The embedded model with a decoder of whose residual both sides fit into float16, and their sum doesn't."""
+    model = shutil.copytree(Source.open("shapes").folder, tmp_path / "model")
+    file = model / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = {name: tensor.float() for name, tensor in load_file(file).items()}
+    for name in ("decoder.conv_in.bias", "decoder.mid_block.resnets.0.conv2.bias"):
+        tensors[name][0] = 4e4
+    save_file(tensors, file)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["torch:fp16", "openvino:fp16", "onnx:fp16+compute=half"])
+def test_an_overflow_between_layers_is_healed_by_bf16_for_the_part(overflowing_sum, tmp_path, recipe):
+    said = []
+    artifact, repaired = export_repaired(
+        str(overflowing_sum),
+        tmp_path / "out",
+        parse(f"null:fp32,vae_decoder={recipe}")[0],
+        progress=said.append,
+    )
+    assert artifact.manifest.proved
+    assert repaired.whole == {"vae_decoder": "bf16"}
+    assert not repaired.layers
+    assert sum("vae_decoder fails: " in line for line in said) == 1
+    assert any("all of it in bf16" in line for line in repaired.in_words())
 
 
 @pytest.mark.slow
