@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ArtifactError, UnavailableError
@@ -12,7 +12,7 @@ from .onnx_binding import DeviceBinding
 from .runtime import Operation, PartFiles, Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -27,7 +27,7 @@ _ROUNDING = ("DynamicQuantizeLinear", "QuantizeLinear")
 _EXACT_PRODUCTS = "session.x64quantprecision"
 """Where the CPU's products of unsigned and signed bytes overflow, weights become unsigned, whose kernels are exact. It takes
 weights that are constants, so their transpositions have to be folded."""
-_FLOAT_PRODUCTS = ("Conv", "Gemm", "MatMul", "MatMulBnb4", "MatMulNBits")
+_FLOAT_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulBnb4", "MatMulNBits")
 """The last two have low-bit weights, which they widen as they go."""
 _INT8_PRODUCTS = ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul")
 
@@ -132,7 +132,10 @@ class OnnxRuntime(Runtime):
             "cuda_graphs": graphs and ran == provider,
             "threads": self._session.get_session_options().intra_op_num_threads,
             "precision": _precisions(
-                model.graph, set() if ran == providers.CPU else halves, half=providers.computes_in_half(ran, asked)
+                model.graph,
+                set() if ran == providers.CPU else halves,
+                half=providers.computes_in_half(ran, asked),
+                integer=_rounded_convolutions(model.graph) if ran == providers.CPU and not disabled else set(),
             ),
             "attention": {"fused": fused, "math": operators["Softmax"] - fused},
             "unsigned_weights": overflows,
@@ -225,23 +228,44 @@ def _nodes_by_provider(session: Any) -> dict[str, int]:  # noqa: ANN401 - onnxru
     return dict(counts)
 
 
-def _precisions(graph: Any, halves: set[str], *, half: bool = False) -> dict[str, int]:  # noqa: ANN401 - onnx is untyped
+def _precisions(
+    graph: Any,  # noqa: ANN401 - onnx is untyped
+    halves: set[str],
+    *,
+    half: bool = False,
+    integer: Collection[str] = (),
+) -> dict[str, int]:
     """Count the matrix products and convolutions by the precision that they run in: integer ones are operators apart.
 
-    Where weights are stored in less than float32 and widened, what runs is float32.
+    Where weights are stored in less than float32 and widened, what runs is float32. Products of fused attention aren't counted.
 
     Args:
         graph: as it is opened.
         halves: its values that are computed in float16.
         half: the provider computes all products so.
+        integer: results of convolutions that become integer ones as the graph is opened.
     """
     counts: Counter[str] = Counter()
     for node in graph.node:
-        if node.op_type in _FLOAT_PRODUCTS:
-            counts["float16" if half or node.output[0] in halves else "float32"] += 1
-        elif node.op_type in _INT8_PRODUCTS:
+        if node.op_type in _INT8_PRODUCTS or node.output[0] in integer:
             counts["int8"] += 1
+        elif node.op_type in _FLOAT_PRODUCTS:
+            counts["float16" if half or node.output[0] in halves else "float32"] += 1
     return dict(counts)
+
+
+def _rounded_convolutions(graph: Any) -> set[str]:  # noqa: ANN401 - onnx is untyped
+    """Return the results of convolutions of rounded values and weights that are rounded themselves: ONNX Runtime makes QLinearConv of these."""
+    widened = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    users: dict[str, list[str]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            users[name].append(node.op_type)
+    return {
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "Conv" and widened.issuperset(node.input[:2]) and users[node.output[0]] == ["QuantizeLinear"]
+    }
 
 
 def _lacks_zero_points(graph: Any) -> bool:  # noqa: ANN401 - onnx is untyped
