@@ -299,14 +299,14 @@ def activations(calibration: Calibration, part: str, recipe: PartRecipe, checkpo
 
 
 def _uncalibrated(planned: Plan, part: Part, subject: Subject, lowered: Lowered) -> list[str]:
-    """Return the weights that became codes, of layers whose activations should be rounded and were never seen.
+    """Return the weights that became codes, of layers whose activations should be rounded and were never seen, or noughts alone.
 
     Parts may share a module, as a VAE's do: what none of them reached counts, and nothing if one wasn't calibrated at all.
     """
     from torch import nn
 
     seen = [
-        planned.calibration.parts.get(each.name, {}) if planned.calibration else {}
+        planned.calibration.reached(each.name) if planned.calibration else {}
         for each in planned.source.parts
         if each.module == part.module
     ]

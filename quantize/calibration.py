@@ -31,6 +31,7 @@ _MOST = 127
 _CONVOLUTION = 4
 """Dimensions of its weight."""
 _SIDES = ("input", "output")
+_LEAST_TOP = 1e-12
 _TRIED = 100
 """Ends of the range that `mse` tries."""
 
@@ -57,13 +58,18 @@ class Magnitudes:
             message = "activations are NaN or infinite"
             raise InputError(message)
         if self.counts is None:
-            self.counts, self.top = torch.zeros(BINS, dtype=torch.float64), max(most, 1e-12)
+            self.counts, self.top = torch.zeros(BINS, dtype=torch.float64), max(most, _LEAST_TOP)
         while most > self.top:  # pairs of bins become one, and the upper half is free
             halves = self.counts.reshape(-1, 2).sum(1)
             self.counts = torch.cat([halves, torch.zeros(BINS - len(halves), dtype=torch.float64)])
             self.top *= 2
         bins = (magnitudes * (BINS / self.top)).clamp_(max=BINS - 1).to(torch.int32)
         self.counts += torch.from_numpy(np.bincount(bins.numpy(), minlength=BINS))  # a third of torch.histc's time
+
+    @property
+    def is_nought(self) -> bool:
+        """Whether nothing but noughts came."""
+        return self.top <= _LEAST_TOP
 
     def scale(self, method: str = "mse") -> float:
         """Return the size of a step of 8 bits: of the range that errs least, of nearly all values, or of all.
@@ -128,18 +134,23 @@ class Calibration:
             message = f"{layer} of {part}: {error.message}"
             raise InputError(message, fix="calibrate on a model that draws: try it with bakeoff generate") from error
 
+    def reached(self, part: str) -> dict[str, tuple[Seen, Seen]]:
+        """Return the layers of a part that were given anything but noughts, which say nothing of how large a step has to be."""
+        layers = self.parts.get(part, {})
+        return {layer: both for layer, both in layers.items() if not both[0].magnitudes.is_nought}
+
     def grids(self, part: str, shapes: Mapping[str, Sequence[int]], method: str = METHODS[0]) -> dict[str, Grids]:
         """Return layer -> what its input and its output are rounded to.
 
         Args:
             part: of the pipeline.
-            shapes: layer -> shape of its weight; those that weren't calibrated are left out.
+            shapes: layer -> shape of its weight; those that weren't reached are left out.
             method: one of `METHODS`.
 
         Raises:
             InputError: the file is of a version that kept no statistics of channels, and `method` needs them.
         """
-        layers = self.parts.get(part, {})
+        layers = self.reached(part)
         return {
             layer: self._grids(layer, *layers[layer], shape, method)
             for layer, shape in shapes.items()
@@ -178,7 +189,7 @@ class Calibration:
         Raises:
             InputError: as `grids`.
         """
-        names = layer_names(self.parts.get(part, ()), checkpoint)
+        names = layer_names(self.reached(part), checkpoint)
         shapes = {path: checkpoint.entries[f"{name}.weight"].shape for path, name in names.items()}
         own = next((each.activations_method for each in mixture.formats.values() if each.activations_method), None)
         found = {

@@ -740,12 +740,13 @@ def test_the_manifest_says_what_was_kept_and_why(baked):
     assert "stated_share" not in wide
 
 
-def calibrated_text_encoder(folder, without=""):
-    """Export the text encoder in torch's w8a8, all its layers seen but one."""
+def calibrated_text_encoder(folder, without="", nought=""):
+    """Export the text encoder in torch's w8a8, all its layers seen but one, and one of them given noughts alone."""
     seen = Calibration({"model": "shapes"})
     for name, entry in Checkpoint.open(SHAPES / "text_encoder").entries.items():
         if len(entry.shape) == 2 and "embedding" not in name and name != without:
-            seen.see("text_encoder", name.removesuffix(".weight"), rows(scale=0.5), rows())
+            scale = 0.0 if name == nought else 0.5
+            seen.see("text_encoder", name.removesuffix(".weight"), rows(scale=scale), rows())
     seen.save(folder / "seen.safetensors")
     recipe = parse("null:fp32,text_encoder=torch:w8a8")[0]
     return export("shapes", folder / "out", recipe, prove=False, calibration=folder / "seen.safetensors")
@@ -763,6 +764,9 @@ def test_layers_that_no_drawing_reached_are_told(tmp_path, capsys):
     assert whole.stated_share - cut.stated_share == pytest.approx(128 * 512 / sum(elements), abs=2e-4)
     assert main(["inspect", str(tmp_path / "cut" / "out")]) == 0
     assert "1 with weights alone rounded: no drawing reached them" in capsys.readouterr().out
+    (tmp_path / "nought").mkdir()
+    nought = calibrated_text_encoder(tmp_path / "nought", nought=missed).manifest.parts["text_encoder"]
+    assert nought.uncalibrated == [missed], "noughts say nothing of how large a step has to be"
 
 
 def test_parts_of_one_module_reach_its_layers_together(tmp_path):
