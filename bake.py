@@ -34,6 +34,7 @@ from .exporters.capture import module_on_hollow, on_hollow
 from .exporters.corrected import lower_corrected
 from .exporters.exporter import Subject
 from .memory import give_back
+from .naming import layer_names
 from .parity.budget import Gate, check_parts
 from .plan import (
     ACTIVATIONS_OPTION,
@@ -51,7 +52,7 @@ from .quantize.inputs import with_inputs, write_inputs
 from .recipe import to_dict
 from .runtimes.opening import port_to_dict
 from .sources.lora import with_loras
-from .weights import layer_names, place, sha256
+from .weights import place, sha256
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

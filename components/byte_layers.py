@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..hardware import overflows_bytes
-from ..weights import layer_names
+from ..naming import layer_names
 from .low_bit import SCALE, STEP
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..components.byte_layers import takes
-from ..weights import TORCH_DTYPES, layer_names, streamed, write_streamed
+from ..naming import layer_names
+from ..weights import TORCH_DTYPES, streamed, write_streamed
 from .exporter import SCALES
 
 if TYPE_CHECKING:

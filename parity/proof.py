@@ -16,9 +16,9 @@ from .. import plugins
 from ..artifact import ACTIVATIONS, INPUTS
 from ..components.component import PROOF_SIZES, WRAPPER
 from ..errors import ParityError, SourceError
+from ..naming import layer_names
 from ..quantize.grid import grids_from_json
 from ..quantize.inputs import read_inputs
-from ..weights import layer_names
 from .budget import tolerance
 from .distance import measure, row_errors
 from .drawing import Case, sit

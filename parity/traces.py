@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..components.component import WRAPPER
+from ..naming import layer_names
 from ..runtimes.torch_graph import layers_of
-from ..weights import layer_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator

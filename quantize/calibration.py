@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CorruptError, InputError
-from ..weights import layer_names, sha256
+from ..naming import layer_names
+from ..weights import sha256
 from .channels import Channels
 from .grid import Grid, Grids
 

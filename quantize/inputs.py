@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..weights import layer_names, read_header, read_rows, read_tensor
+from ..naming import layer_names
+from ..weights import read_header, read_rows, read_tensor
 from .channels import Channels
 
 if TYPE_CHECKING:

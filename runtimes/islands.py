@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..weights import Checkpoint, meant
+from ..naming import meant
+from ..weights import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,8 +11,9 @@ from ..components.component import WRAPPER
 from ..components.low_bit import SCALE, move
 from ..errors import InputError, UsageError
 from ..hardware import OVERFLOWS, Availability, choose_device, has_instructions, overflows_bytes, usable_cores
+from ..naming import layer_names, meant
 from ..sources.lora import added
-from ..weights import Checkpoint, layer_names, meant
+from ..weights import Checkpoint
 from . import acceleration, aoti, attention, few_rows, float8, float32
 from .blocks import Blocks
 from .crossing import Crossing

@@ -16,13 +16,13 @@ from bakeoff.cli import main
 from bakeoff.components.component import Sizes
 from bakeoff.errors import InputError, UsageError
 from bakeoff.models.tiny import build
+from bakeoff.naming import layer_names
 from bakeoff.parity.budget import FP32_LEAST
 from bakeoff.parity.distance import relative_error
 from bakeoff.recipe import parse
 from bakeoff.runtimes.engine import load
 from bakeoff.runtimes.request import row_generator
 from bakeoff.sources.source import Source
-from bakeoff.weights import layer_names
 
 FAMILIES = plugins.names("families")
 OFTEN = {"stable-diffusion", "stable-diffusion-xl", "flux"}

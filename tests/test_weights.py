@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from bakeoff.errors import PickleError, SourceError, UsageError
-from bakeoff.weights import Checkpoint, convert, meant, place, read_header, write_entries
+from bakeoff.naming import meant
+from bakeoff.weights import Checkpoint, convert, place, read_header, write_entries
 
 
 @pytest.fixture

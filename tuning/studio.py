@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..components.component import WRAPPER
 from ..errors import ParityError
+from ..naming import layer_names
 from ..parity.drawing import given_pictures
 from ..quantize.calibration import METHODS
 from ..quantize.inputs import with_inputs
 from ..quantize.mixture import rounded_layers
-from ..weights import layer_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
