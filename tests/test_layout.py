@@ -17,7 +17,7 @@ FOLDERS = sorted(
 LAYERS = [
     {"errors"},
     {"nvidia", "placement"},
-    {"recipe", "artifact", "hardware", "weights", "memory", "pictures", "progress", "terminal", "verdict"},
+    {"recipe", "artifact", "hardware", "weights", "naming", "memory", "pictures", "progress", "terminal", "verdict"},
     {"components", "quantize", "reports", "home", "cuda"},
     {"plugins", "nvinfer"},
     {"sources", "footprint"},
@@ -32,7 +32,7 @@ LAYERS = [
     {"commands"},
     {"cli"},
 ]
-SAME_LAYER = {("artifact", "weights"), ("weights", "errors")}
+SAME_LAYER = {("artifact", "weights"), ("naming", "weights"), ("weights", "errors")}
 
 
 def modules():
