@@ -135,6 +135,8 @@ def export(
     check_room(planned, target)
     if planned.note:
         progress(f"note: {planned.note}")
+    if calibration is not None and planned.calibration is None:
+        progress(f"note: {calibration} isn't used: no part is of a precision that takes one")
     donors = [Artifact.open(Path(folder)) for folder in reuse]
     with (
         staged(target, replace_existing=force) as folder,

@@ -234,6 +234,19 @@ def write_streamed(
     return {entry.name: entry for entry in read_header(file)}
 
 
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, about: Mapping[str, str] | None = None) -> None:
+    """Write small tensors into a safetensors file, readable as far as the umask lets: the library's own is its owner's alone.
+
+    Args:
+        tensors: contiguous, by name.
+        file: is made, or replaced where it lies.
+        about: metadata.
+    """
+    from safetensors.torch import save
+
+    file.write_bytes(save(dict(tensors), dict(about) if about else None))
+
+
 def safetensors_header(
     tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, list[int]]:

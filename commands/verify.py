@@ -30,7 +30,6 @@ def add_verify(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
     command.add_argument(
         "--scorer",
         type=int,
-        default=0,
         metavar="N",
         help="with --parity, of the embedded model: judge N prompts of shapes-1024 by what pictures show, against "
         "eager fp32; the gate of low-bit recipes needs 1024 (minutes)",
@@ -50,7 +49,7 @@ def _verify(options: argparse.Namespace) -> int:
     from ..artifact import Artifact
     from ..parity import prover
 
-    if options.scorer and not options.parity:
+    if options.scorer is not None and not options.parity:
         message = "got --scorer without --parity, which it belongs to"
         raise UsageError(message, fix=f"bakeoff verify {options.folder} --parity --scorer {options.scorer}")
     if options.lora and not options.source:

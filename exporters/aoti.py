@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import hardware
 from ..errors import LoweringError, RecipeError
+from ..weights import save_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,7 +100,6 @@ def _most(program: ExportedProgram, dim: Any) -> int | None:  # noqa: ANN401 - a
 def _write_constants(program: ExportedProgram, file: Path) -> None:
     """Write the constants that aren't in the module's checkpoint: buffers that it computes, and what was lifted."""
     import torch
-    from safetensors.torch import save_file
 
     stored = set(program.state_dict)
     found = {
@@ -107,4 +107,4 @@ def _write_constants(program: ExportedProgram, file: Path) -> None:
         for name, value in program.constants.items()
         if isinstance(value, torch.Tensor) and name not in stored
     }
-    save_file(found, file)
+    save_tensors(found, file)

@@ -77,14 +77,18 @@ class Hollow:
                 return original
         return None
 
-    def needed(self, program: ExportedProgram) -> set[str]:
-        """Name the hollow tensors that a captured program uses."""
+    def needed(self, program: ExportedProgram) -> dict[str, int]:
+        """Return each hollow tensor that a captured program uses -> how many operations take it."""
         signature = program.graph_signature
         sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         tensors = {**program.state_dict, **program.constants}
-        used = [sources[node.name] for node in program.graph.nodes if node.name in sources and node.users]
-        found = [self.marks.get(bytes(as_bytes(tensors[name].contiguous())[:_MARK_BYTES])) for name in used]
-        return {entry.name for entry in found if entry is not None}
+        found: dict[str, int] = {}
+        for node in program.graph.nodes:
+            if node.name in sources and node.users:
+                entry = self.marks.get(bytes(as_bytes(tensors[sources[node.name]].contiguous())[:_MARK_BYTES]))
+                if entry is not None:
+                    found[entry.name] = found.get(entry.name, 0) + len(node.users)
+        return found
 
 
 def lower_hollow(
@@ -97,7 +101,8 @@ def lower_hollow(
     Args:
         part: its name, for errors.
         capture: gets the names of large tensors whose values it shall have.
-        lower: returns what it made, and the names of the checkpoint's tensors that it found in it as they are.
+        lower: returns what it made, and the names of the checkpoint's tensors that it found in it as they are, wherever they
+            are used.
 
     Raises:
         LoweringError: it goes on losing tensors.
@@ -107,7 +112,7 @@ def lower_hollow(
         program, hollow = capture(solid)
         needed = hollow.needed(program)
         lowered, found = lower(program, hollow)
-        lost = needed - found
+        lost = needed.keys() - found
         if not lost:
             return lowered
         if lost <= solid:

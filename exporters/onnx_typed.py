@@ -61,7 +61,9 @@ class Graph:
     """Initializer -> tensor of the checkpoint that it is, and whether transposed; codes apart."""
 
 
-def write_graph(subject: Subject, compute: str, folder: Path, *, turned: bool = True) -> Graph:
+def write_graph(
+    subject: Subject, compute: str, folder: Path, *, turned: bool = True, wide_norms: bool = False
+) -> Graph:
     """Capture a part, type its graph, round what the recipe rounds, and write it into a folder.
 
     Args:
@@ -70,16 +72,24 @@ def write_graph(subject: Subject, compute: str, folder: Path, *, turned: bool = 
         folder: exists.
         turned: write weights of Linear layers transposed, each under its initializer's name, as TensorRT refits them; else
             as the checkpoint has them, under its names.
+        wide_norms: norms take and give float32, for a runtime whose sums are as narrow as what they are of.
 
     Raises:
         LoweringError: the part can't be captured, lowered or typed.
     """
     model, weights = hollow_graph(subject)
-    return typed(model, weights, subject, compute, folder, turned=turned)
+    return typed(model, weights, subject, compute, folder, turned=turned, wide_norms=wide_norms)
 
 
 def typed(
-    model: onnx_ir.Model, weights: Weights, subject: Subject, compute: str, folder: Path, *, turned: bool = True
+    model: onnx_ir.Model,
+    weights: Weights,
+    subject: Subject,
+    compute: str,
+    folder: Path,
+    *,
+    turned: bool = True,
+    wide_norms: bool = False,
 ) -> Graph:
     """Type a captured graph and write it; as `write_graph`."""
     import onnx_ir
@@ -89,9 +99,8 @@ def typed(
     if compute == "bf16":
         model.opset_imports[""] = max(_BF16_OPSET, model.opset_imports[""])
     if compute != "fp32":
-        typing = Typing(
-            model, compute, subject.inputs, weights.found.keys(), _wide_nodes(model, weights, subject)
-        ).apply()
+        names = _wide_nodes(model, weights, subject)
+        typing = Typing(model, compute, subject.inputs, weights.found.keys(), names, wide_norms=wide_norms).apply()
         wide |= typing.wide_weights
     quantizer = Quantizer(model, onnx_ir.DataType[DTYPES[compute]], subject.activations)
     plain, packed, kept = _pack(model, weights, subject, quantizer)
@@ -122,23 +131,21 @@ def _own_names(plain: Mapping[str, Entry]) -> dict[str, str]:
 
 
 def _wide_nodes(model: onnx_ir.Model, weights: Weights, subject: Subject) -> set[str]:
-    """Name the nodes of layers that are to be in float32: what came from them, and products of their weights elsewhere."""
+    """Name the nodes of layers that are to be in float32: what came from them, and what takes their weights elsewhere."""
     layers = {layer for layer, precision in subject.mixture.layers.items() if precision == "fp32"}
-    named = by_layer(layers_of(model), subject.checkpoint)
-    products = {node.name or "" for node in model.graph if _layer(node, weights) in layers}
-    return products.union(*(named.get(layer, ()) for layer in layers))
+    by_path = by_layer(layers_of(model), subject.checkpoint)
+    takers = {node.name or "" for node in model.graph if not layers.isdisjoint(_layers_taken(node, weights))}
+    return takers.union(*(by_path.get(layer, ()) for layer in layers))
 
 
-def _layer(node: onnx_ir.Node, weights: Weights) -> str | None:
-    """Return the layer whose weight a product takes."""
-    if node.op_type not in PRODUCTS:
-        return None
-    value = node.inputs[1]
-    producer = value.producer() if value is not None else None
-    if producer is not None and producer.op_type == "Transpose":
-        value = producer.inputs[0]
-    entry = weights.found.get(value.name or "") if value is not None else None
-    return entry.name.removesuffix(".weight") if entry else None
+def _layers_taken(node: onnx_ir.Node, weights: Weights) -> Iterator[str]:
+    """Yield the layers whose weights a node takes, transposed or not."""
+    for value in node.inputs:
+        producer = value.producer() if value is not None else None
+        taken = producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else value
+        entry = weights.found.get(taken.name or "") if taken is not None else None
+        if entry is not None:
+            yield entry.name.removesuffix(".weight")
 
 
 def _pack(

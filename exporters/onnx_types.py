@@ -1,7 +1,7 @@
 """Give an ONNX graph, captured in float32, the dtype that it shall compute in: TensorRT takes each operation as typed.
 
 What torch keeps in float32 in a module of two bytes stays so here: sums and powers inside a norm, what comes from a timestep,
-a position or a mask. Products and norms take and give the narrow dtype (norms add up in float32 inside of TensorRT).
+a position or a mask. Products take and give the narrow dtype; so do norms, unless they are asked to stay wide.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class Typing:
         inputs: tuple[Port, ...],
         weights: Collection[str],
         wide_nodes: Collection[str] = (),
+        *,
+        wide_norms: bool = False,
     ) -> None:
         """Prepare.
 
@@ -70,12 +72,14 @@ class Typing:
             inputs: of the part, in the graph's order.
             weights: initializers that are tensors of the checkpoint; those that stay wide are in `wide_weights` afterwards.
             wide_nodes: names of nodes that compute in float32.
+            wide_norms: norms do, too.
         """
         import onnx_ir
 
         self._model = model
         self._dtype = onnx_ir.DataType[DTYPES[precision]]
         self._inputs, self._weights, self._wide_nodes = inputs, frozenset(weights), frozenset(wide_nodes)
+        self._wide_norms = wide_norms
         self.kinds: dict[onnx_ir.Value, Kind] = {}
         self.wide_weights: set[str] = set()
         self.wide_products: set[str] = set()
@@ -126,7 +130,8 @@ class Typing:
             self.wide_products.add(node.name or "")
 
     def _kind_of(self, node: onnx_ir.Node, taken: list[onnx_ir.Value]) -> Kind:
-        if node.name in self._wide_nodes or not self._may_be_narrow(node.op_type):
+        wide = node.name in self._wide_nodes or (self._wide_norms and node.op_type in _NORMS)
+        if wide or not self._may_be_narrow(node.op_type):
             return Kind.WIDE
         if node.op_type in PRODUCTS or node.op_type in _NORMS:
             return Kind.NARROW

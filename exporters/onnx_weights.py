@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ..weights import Streamed, as_bytes, place, read_header, streamed, write_entries, write_streamed
+from ..weights import Streamed, as_bytes, place, read_header, save_tensors, streamed, write_entries, write_streamed
 from .exporter import SCALES
 from .hollow import SOLID_BYTES
 from .onnx_codes import Encoder
@@ -190,10 +190,8 @@ def _widen(model: onnx_ir.Model, value: onnx_ir.Value) -> None:
 
 
 def _write_made(model: onnx_ir.Model, made: dict[str, Tensor], folder: Path) -> None:
-    from safetensors.torch import save_file
-
     file = folder / "constants.safetensors"
-    save_file(made, file)
+    save_tensors(made, file)
     for entry in read_header(file):
         point(model.graph.initializers[entry.name], entry, folder)
 

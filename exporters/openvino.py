@@ -20,7 +20,7 @@ from .openvino_weights import TENSOR, write_weights
 from .openvino_wide import keep_wide
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch.export import ExportedProgram
@@ -47,7 +47,7 @@ class OpenVINOExporter:
     computes in is decided by the recipe when the part is loaded, never by OpenVINO's default.
     """
 
-    version: ClassVar[int] = 12
+    version: ClassVar[int] = 13
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic")
     reasons: ClassVar[Mapping[str, str]] = {
         "fp8": "its CPU plugin widens 8-bit floats when it compiles; they keep 32 dB of a normal distribution, int8 40 dB in as many bytes",
@@ -117,11 +117,13 @@ def _hollow_graph(subject: Subject, packages: tuple[str, ...]) -> _Graph:
         return _Graph.read(found, subject.checkpoint)
 
     def translate(program: ExportedProgram, hollow: Hollow) -> tuple[_Graph, set[str]]:
+        needed = hollow.needed(program)
         _spell_sizes(program)
         model = _convert(subject.part, program)
         layers = list(_layers(model, program))
         model, entries = _with_interface(model, program, hollow, subject.inputs, subject.outputs)
-        return _Graph(model, entries, layers), {entry.name for entry in entries}
+        uses = _uses(model, entries)
+        return _Graph(model, entries, layers), {name for name, count in needed.items() if uses.get(name, 0) >= count}
 
     graph = lower_hollow(subject.part, subject.capture, translate)
     shelf.keep(graph.write)
@@ -198,6 +200,15 @@ def _take_weights_out(model: Any, hollow: Hollow) -> tuple[list[Any], list[Entry
             parameters.append(parameter)
             entries.append(entry)
     return parameters, entries
+
+
+def _uses(model: Any, entries: Sequence[Entry]) -> Counter[str]:  # noqa: ANN401
+    """Count what takes each tensor: conversion may fold a factor into a weight in one place, and leave it in another."""
+    parameters = model.get_parameters()[-len(entries) :] if entries else []
+    counts: Counter[str] = Counter()
+    for parameter, entry in zip(parameters, entries, strict=True):
+        counts[entry.name] += len(parameter.output(0).get_target_inputs())
+    return counts
 
 
 def _fit(parameter: Any, port: Port) -> Any:  # noqa: ANN401

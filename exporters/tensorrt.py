@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import nvinfer
-from ..errors import UnavailableError
+from ..errors import RecipeError, UnavailableError
 from ..quantize.fp8 import CAPABILITY
 from .costs import BYTES_PER_S, graph_cost, stored_bytes
 from .exporter import Cost, Lowered
@@ -114,7 +114,8 @@ class TensorRTExporter:
         settings = Settings.read(subject.mixture.precision, subject.options)
         bound = nvinfer.binding()
         shapes = settings.shapes(subject.inputs, subject.limits)
-        graph = write_graph(subject, settings.compute, folder)
+        _refuse_other_floats(subject, settings.compute)
+        graph = write_graph(subject, settings.compute, folder, wide_norms=True)
         if not settings.weight_streaming:
             check_room(subject.part, sum(graph.weight_bytes.values()), nvinfer.free_bytes())
         nodes = [name for names in json.loads((folder / LAYERS).read_text()).values() for name in names]
@@ -134,3 +135,18 @@ class TensorRTExporter:
         if not settings.keeps_weights:
             (folder / WEIGHTS).unlink()
         return Lowered("written", graph.weight_bytes, graph.kept)
+
+
+def _refuse_other_floats(subject: Subject, compute: str) -> None:
+    """Raise if layers are to be in a float that is neither float32 nor what the part computes in.
+
+    Raises:
+        RecipeError: naming them.
+    """
+    precision, known = subject.mixture.precision, {"fp32", compute, subject.mixture.precision}
+    others = sorted({*subject.mixture.layers.values()} - known)
+    if others:
+        message = (
+            f"{subject.part}: layers are to be in {', '.join(others)}, where tensorrt:{precision} computes in {compute}"
+        )
+        raise RecipeError(message, fix=f"give these layers fp32 or {compute}, or the part +compute={others[0]}")

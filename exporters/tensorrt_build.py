@@ -181,7 +181,8 @@ def _use_timing_cache(config: Any) -> Path:  # noqa: ANN401
     """Let the builder reuse timings of earlier builds; start anew where they are another's."""
     file = timing_cache_file()
     known = file.read_bytes() if file.is_file() else b""
-    if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
+    cache = config.create_timing_cache(known)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     return file
 

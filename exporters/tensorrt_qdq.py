@@ -110,7 +110,11 @@ class Quantizer:
             back.outputs[0].type = onnx_ir.TensorType(self._dtype)
             for made in (quantize, back):
                 made.outputs[0].name, made.outputs[0].shape = made.name, taken.shape
-            self._model.graph.insert_before(node, [quantize, back])
+            producer, graph = taken.producer(), self._model.graph
+            if producer is None:
+                graph.insert_before(graph[0], [quantize, back])
+            else:
+                graph.insert_after(producer, [quantize, back])
             self._rounded[key] = back.outputs[0]
         node.replace_input_with(0, self._rounded[key])
 

@@ -19,13 +19,16 @@ Triple = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Least, best and largest shape of an input."""
 Range = tuple[int, int, int]
 DEFAULTS: dict[str, Range] = {
-    "batch": (1, 2, 16),
+    "batch": (1, 2, 6),
     "height": (8, 64, 128),
     "width": (8, 64, 128),
     "sequence": (1, 77, 512),
     "tokens": (16, 1024, 4096),
 }
-"""Named dimension -> least, best and largest size; of latents, not pixels. Guidance doubles the batch."""
+"""Named dimension -> least, best and largest size; of latents, not pixels. Guidance doubles the batch.
+
+TensorRT takes no convolution of 2**31 elements or more: eight rows of a VAE's 256 channels at 1024² would be.
+"""
 _GUIDED = 2
 """By how much guidance multiplies rows."""
 _PADDED = 512

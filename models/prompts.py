@@ -55,20 +55,28 @@ def read_prompts(name: str, count: int) -> tuple[Prompt, ...]:
     """Return the first prompts of a set, or of the lines of a `.txt` file, whose ids are hashes.
 
     Raises:
-        UsageError: there is no such set or file, or it has too few prompts.
+        UsageError: there is no such set or file, it isn't text, it has too few prompts, or none is asked for.
     """
-    if not name.endswith(".txt"):
-        found = prompt_set(name)
-    elif Path(name).is_file():
-        lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
-        found = tuple(Prompt(hashlib.sha256(line.encode()).hexdigest()[:16], line) for line in lines)
-    else:
-        message = f"no prompt file {name}"
-        raise UsageError(message)
+    if count < 1:
+        message = f"got a count of {count} prompts, expected 1 at least"
+        raise UsageError(message, fix="leave out --count, or give a larger one")
+    found = _lines(Path(name)) if name.endswith(".txt") else prompt_set(name)
     if len(found) < count:
         message = f"got {len(found)} prompts in {name}, expected at least {count}"
-        raise UsageError(message, fix=f"ask for no more than {len(found)}, or give more prompts")
+        raise UsageError(message, fix="give more prompts, one a line" + (", or a smaller --count" if found else ""))
     return found[:count]
+
+
+def _lines(file: Path) -> tuple[Prompt, ...]:
+    if not file.is_file():
+        message = f"no prompt file {file}"
+        raise UsageError(message)
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        message = f"{file} isn't text in UTF-8: {error}"
+        raise UsageError(message, fix="give a text file, with one prompt a line") from error
+    return tuple(Prompt(hashlib.sha256(line.encode()).hexdigest()[:16], line) for line in lines)
 
 
 def default_prompts(model: str) -> str:

@@ -19,6 +19,7 @@ from ..errors import ParityError, SourceError
 from ..naming import layer_names
 from ..quantize.grid import grids_from_json
 from ..quantize.inputs import read_inputs
+from ..weights import save_tensors
 from .budget import tolerance
 from .distance import measure, row_errors
 from .drawing import Case, sit
@@ -97,7 +98,6 @@ def record(part: Part, entry: PartEntry, source: Source, folder: Path, given: Se
         ParityError: so does eager in the recipe's precision.
     """
     import torch
-    from safetensors.torch import save_file
 
     config, mixture = source.config(part.module), as_baked(entry, folder.parent / part.name)
     flat = part.component.flat(part.component.load(source.path(part.module), torch.float32))
@@ -118,7 +118,7 @@ def record(part: Part, entry: PartEntry, source: Source, folder: Path, given: Se
     file = folder / f"{part.name}.safetensors"
     file.unlink(missing_ok=True)  # it may be a link that shares its bytes
     calls = json.dumps([case.call for case in cases])
-    save_file(tensors, file, metadata={"calls": calls, **{name: floor.to_json() for name, floor in floors.items()}})
+    save_tensors(tensors, file, {"calls": calls, **{name: floor.to_json() for name, floor in floors.items()}})
 
 
 def _floor_dtypes(mixture: Mixture) -> list[str]:

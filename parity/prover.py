@@ -88,7 +88,7 @@ def _fix(artifact: Artifact, source: Source | None, drawn: Mapping[str, Any]) ->
 
 
 def prove_in_place(
-    artifact: Artifact, source: Source | None, gate: Gate | None = None, scorer_prompts: int = 0
+    artifact: Artifact, source: Source | None, gate: Gate | None = None, scorer_prompts: int | None = None
 ) -> Artifact:
     """Prove an artifact again: a twin made of links takes its place once it is proved, else nothing changes on disk.
 
@@ -118,7 +118,7 @@ def prove_in_place(
     was_failing = artifact.manifest.proof["status"] == FAILING
     allowed = gate.allow_failing or was_failing
     scored = artifact.manifest.proof.get("scorer")
-    if scorer_prompts:
+    if scorer_prompts is not None:
         known_source = contextlib.nullcontext(source) if source else source_of(artifact, artifact.manifest.source["id"])
         with known_source as model:
             scored = meaning.judge(artifact, model, scorer_prompts)

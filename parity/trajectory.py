@@ -16,6 +16,7 @@ from ..errors import InputError, ParityError
 from ..reports.gates import HALF_FLIP, HALF_GATE, LOST_POINTS, LOST_PROMPTS, MEANING_GATE, Gate, gates
 from ..runtimes.engine import Engine
 from ..runtimes.opening import judged_on, of_artifact
+from ..weights import save_tensors
 from .drawing import Drawn, Session, Shot, draw, open_source, sit_again
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ class Reference:
 def record(artifact: Artifact, source: Source, session: Session, folder: Path) -> None:
     """Draw the floors of what was drawn in eager float32, and write all of it into the artifact's `proof`."""
     import torch
-    from safetensors.torch import save_file
 
     floors = {"f0": _floor(source, session, "fp32", threads=1, max_batch=1)}
     kinds = precisions(artifact)
@@ -61,7 +61,7 @@ def record(artifact: Artifact, source: Source, session: Session, folder: Path) -
     about = {"shots": json.dumps([asdict(shot) for shot in session.shots]), "floors": json.dumps(floors)}
     folder.mkdir(exist_ok=True)
     (folder / FILE).unlink(missing_ok=True)  # it may be a link that shares its bytes
-    save_file(tensors, folder / FILE, metadata=about)
+    save_tensors(tensors, folder / FILE, about)
 
 
 def _floor(

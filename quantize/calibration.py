@@ -7,9 +7,9 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CorruptError, InputError
+from ..errors import CorruptError, InputError, UsageError
 from ..naming import layer_names
-from ..weights import sha256
+from ..weights import save_tensors, sha256
 from .channels import Channels
 from .grid import Grid, Grids
 
@@ -221,7 +221,6 @@ class Calibration:
         Beside each, `…/channels`: ends, means and mean squares of the channels, (4, C).
         """
         import torch
-        from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
         for part, layers in self.parts.items():
@@ -235,8 +234,28 @@ class Calibration:
                         tensors[f"{name}/channels"] = seen.channels.as_tensor()
         partial = file.with_name(f".{file.name}.partial")
         about = {"bakeoff": json.dumps(self.info), "tensors_sha256": _digest(tensors)}
-        save_file(tensors, partial, metadata=about)
+        save_tensors(tensors, partial, about)
         partial.replace(file)
+
+    @staticmethod
+    def check_target(file: Path) -> None:
+        """Refuse to write over a file that is something else.
+
+        Raises:
+            UsageError: it is.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not file.exists():
+            return
+        try:
+            with safe_open(file, "pt") as stream:
+                if "bakeoff" in (stream.metadata() or {}):
+                    return
+        except (SafetensorError, OSError):
+            pass
+        message = f"{file} exists, and is no calibration"
+        raise UsageError(message, fix="give another file with -o, or delete this one")
 
     @classmethod
     def open(cls, file: Path) -> Calibration:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 SCHEMA = 2
 """1 had no shapes of weights, without which what a backend makes of a layer can't be told."""
 
+_INFO = ("model", "prompts", "steps", "size", "calibration")
+"""What is always said of a measurement."""
+
 
 @dataclass
 class Layer:
@@ -69,14 +72,29 @@ class Sensitivity:
             parts = {
                 part: {name: _layer(layer) for name, layer in layers.items()} for part, layers in data["parts"].items()
             }
-            return cls(data["info"], parts, {part: _from_json(each) for part, each in data["together"].items()})
+            info = data["info"]
+            lacking = [name for name in _INFO if name not in info]
+            if lacking:
+                message = f"it doesn't say with which {', '.join(lacking)} it was measured"
+                raise ValueError(message)  # noqa: TRY301 - one of several that damage makes
+            return cls(info, parts, {part: _from_json(each) for part, each in data["together"].items()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             message = f"{file} doesn't say what layers add to the error: {error}"
-            raise CorruptError(message, fix=f"bakeoff sensitivity MODEL -o {file}") from error
+            raise CorruptError(
+                message, fix="measure again, into another file: bakeoff sensitivity MODEL -o FILE"
+            ) from error
 
 
 def _layer(data: Mapping[str, Any]) -> Layer:
-    return Layer(tuple(data["shape"]), data["macs"], _from_json(data["errors"]))
+    shape, macs = tuple(data["shape"]), data["macs"]
+    if not shape or not all(_is_count(size) and size for size in shape) or not _is_count(macs):
+        message = f"got a shape of {shape} and {macs} multiplications, expected whole numbers"
+        raise ValueError(message)
+    return Layer(shape, macs, _from_json(data["errors"]))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _to_json(errors: dict[str, float]) -> dict[str, float | None]:
@@ -85,4 +103,8 @@ def _to_json(errors: dict[str, float]) -> dict[str, float | None]:
 
 
 def _from_json(errors: dict[str, float | None]) -> dict[str, float]:
-    return {name: math.inf if error is None else error for name, error in errors.items()}
+    found = {name: math.inf if error is None else float(error) for name, error in errors.items()}
+    if any(not error >= 0 for error in found.values()):
+        message = f"got errors {errors}, expected none below 0"
+        raise ValueError(message)
+    return found

@@ -55,8 +55,9 @@ class DeviceBinding:
     def _slot(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, tuple[int, ...]]) -> _Slot:
         key = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
         if key not in self._slots:
-            if len(self._slots) == KEPT and not self._graphs:
-                self._slots.popitem(last=False)
+            free = [key for key, slot in self._slots.items() if not self._has_graph(slot)]
+            if len(free) == KEPT:
+                del self._slots[free[0]]
             self._slots[key] = self._new(inputs, outputs)
         self._slots.move_to_end(key)
         return self._slots[key]
@@ -79,13 +80,16 @@ class DeviceBinding:
         kind = np.dtype(dtype.removeprefix("torch."))
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(tuple(shape), kind, self._device, 0)
 
+    def _has_graph(self, slot: _Slot) -> bool:
+        return self._graphs and slot.number <= KEPT
+
     def _run_options(self, slot: _Slot) -> Any:  # noqa: ANN401 - RunOptions
         if not self._graphs:
             return None
         import onnxruntime
 
         options = onnxruntime.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(slot.number if slot.number <= KEPT else _NO_GRAPH))
+        options.add_run_config_entry("gpu_graph_id", str(slot.number if self._has_graph(slot) else _NO_GRAPH))
         return options
 
 

@@ -101,6 +101,7 @@ class TensorRTRuntime(Runtime):
         self._contexts = Contexts(part.name, trt, self._engine, self._device, self._log)
         self._graphs = Graphs(self._device)
         self._by_profile: Counter[int] = Counter()
+        self._unseen = False
         try:
             self._open(part.deltas)
         except BaseException:
@@ -123,6 +124,7 @@ class TensorRTRuntime(Runtime):
             "tensorrt": str(self._trt.__version__),
             "profiles": [str(each) for each in self._profiles],
             **self._inspected(),
+            "fallback": self._fallback,
         }
 
     def _load_weights(self) -> None:
@@ -153,6 +155,8 @@ class TensorRTRuntime(Runtime):
         found = [] if asked.device in {"auto", "cuda"} else [f"TensorRT doesn't run on {asked.device}"]
         if asked.cuda_graphs and self._streams:
             found.append("no cuda_graphs: some weights come from host memory in each run")
+        if self._unseen:
+            found.append("its inspector names none of the products: what they run in isn't known")
         return "; ".join(found) or None
 
     def _deserialized(self) -> Any:  # noqa: ANN401 - tensorrt is untyped
@@ -249,6 +253,7 @@ class TensorRTRuntime(Runtime):
         inspector.execution_context = context.trt
         found = inspect(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON), self._files.products)
         refuse_another_precision(self.part.name, found, self._files.products)
+        self._unseen = bool(self._files.products) and not found.precision
         return found.as_dict()
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

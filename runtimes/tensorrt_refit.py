@@ -103,9 +103,11 @@ class Refit:
         refitter = self._refitter()
         for name, value in values.items():
             self._set(refitter, name, value)
-        beside = {name: stored.read(name) for name in refitter.get_missing_weights() if name}
-        for name, value in beside.items():
-            self._set(refitter, name, value)
+        beside: dict[str, Tensor] = {}  # which may make it want others
+        while missing := [name for name in refitter.get_missing_weights() if name and name not in beside]:
+            beside |= {name: stored.read(name) for name in missing}
+            for name in missing:
+                self._set(refitter, name, beside[name])
         if not refitter.refit_cuda_engine():
             message = f"TensorRT refused to exchange weights of {self._files.folder / PLAN}"
             raise ArtifactError(message, fix="bake the LoRA in: bakeoff export … --lora FILE:SCALE")

@@ -1,5 +1,7 @@
 """Calibration: what activations take on, the scales that follow, and files that can't be trusted."""
 
+import os
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -204,6 +206,42 @@ def test_loras_are_drawn_with(tiny, tmp_path, prompts):
 def test_activations_that_are_not_finite_name_their_layer():
     with pytest.raises(InputError, match="conv_in of unet: activations are NaN"):
         Calibration().see("unet", "conv_in", torch.tensor([1.0, torch.nan]), torch.ones(1))
+
+
+@pytest.mark.parametrize("command", ["calibrate", "sensitivity"])
+def test_an_output_that_is_a_folder_is_refused_before_any_work(tmp_path, capsys, command):
+    assert main([command, "shapes", "-o", str(tmp_path)]) == UsageError.exit_code
+    assert "is a folder, expected a file" in capsys.readouterr().err
+
+
+def test_what_is_no_calibration_is_not_written_over(tmp_path, capsys, shapes):
+    for name, content in (
+        ("a.txt", b"precious"),
+        ("b.safetensors", (shapes / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert main(["calibrate", "shapes", "-o", str(tmp_path / name)]) == UsageError.exit_code
+        assert "exists, and is no calibration" in capsys.readouterr().err
+        assert (tmp_path / name).read_bytes() == content
+
+
+def test_others_may_read_it(file):
+    mask = os.umask(0)
+    os.umask(mask)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_prompts_that_are_not_text_are_refused(tmp_path, capsys):
+    (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
+    arguments = ["calibrate", "shapes", "-o", str(tmp_path / "c.safetensors"), "--prompts", str(tmp_path / "p.txt")]
+    assert main(arguments) == UsageError.exit_code
+    assert "isn't text in UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["0", "-1"])
+def test_counts_below_one_are_refused(tmp_path, capsys, count):
+    assert main(["calibrate", "shapes", "-o", str(tmp_path / "c"), "--count", count]) == UsageError.exit_code
+    assert f"got a count of {count} prompts" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_there_is_refused_before_any_work(tmp_path, capsys):

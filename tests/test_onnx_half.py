@@ -177,6 +177,16 @@ def test_a_wide_norm_computes_wide(tmp_path):
     assert {dtypes[node.output[0]] for node in others} == {TensorProto.FLOAT16}
 
 
+def test_a_wide_table_that_goes_by_another_name_is_wide(tiny, tmp_path):
+    """T5's encoder takes the table that its checkpoint calls `shared`."""
+    recipe = parse("null:fp32,text_encoder_2=onnx:fp16+compute=half")[0]
+    part = replace(recipe.parts["text_encoder_2"], layers={"shared": "fp32"})
+    parts = {**recipe.parts, "text_encoder_2": part}
+    made = export(str(tiny("flux")), tmp_path / "out", replace(recipe, parts=parts), prove=False)
+    dtypes = {entry.name: entry.dtype for entry in read_header(made.folder / "text_encoder_2" / "model.safetensors")}
+    assert dtypes["shared.weight"] == "F32"
+
+
 def test_layers_of_other_precisions_are_refused(tmp_path):
     """They would be baked as float16, whatever the recipe says."""
     recipe = parse("null:fp32,unet=onnx:fp16+compute=half")[0]

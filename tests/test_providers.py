@@ -230,6 +230,10 @@ def test_device_tensors_of_the_real_session(model):
     for rows in range(3, 4 + KEPT):
         binding.run(picture(0, rows), {"y": (rows, 16, 8, 12)})
     assert len(binding._slots) == KEPT
+    recorded = DeviceBinding(session, "cpu", {"y": "float32"}, graphs=True)
+    for rows in range(1, 4 * KEPT):
+        recorded._slot(picture(0, rows), {"y": (rows, 16, 8, 12)})
+    assert len(recorded._slots) == 2 * KEPT, "those that are recorded, and the last that aren't"
 
 
 def test_a_provider_that_cannot_start_is_no_silent_fallback(model, monkeypatch):

@@ -687,6 +687,53 @@ def test_layers_of_other_precisions(wide_source, tmp_path, backend):
         assert lowered.kept["vector.weight"] == "the recipe keeps it in fp32"
 
 
+class Repeated(Mixed):
+    """A convolution that runs twice, once behind a factor that OpenVINO folds into its weight."""
+
+    def outputs(self, config):
+        return (Port("mixed", "float32", ("batch", 64, "height", "width")),)
+
+    def inputs(self, config):
+        return (Port("picture", "float32", ("batch", 64, "height", "width")),)
+
+    def load(self, folder, dtype):
+        return load_diffusers(RepeatedLayers, folder, dtype)
+
+    def flat(self, module):
+        return RepeatedFlat(module)
+
+
+class RepeatedLayers(ModelMixin, ConfigMixin):
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self):
+        super().__init__()
+        self.take = nn.Conv2d(64, 64, 3, padding=1)
+
+
+class RepeatedFlat(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, picture):
+        return self.module.take(10 * self.module.take(picture))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_weight_that_is_used_twice_is_right_in_both_places(tmp_path, backend):
+    torch.manual_seed(0)
+    RepeatedLayers().save_pretrained(tmp_path / "source")
+    made = Repeated()
+    files, _ = lower(made, tmp_path / "source", tmp_path, backend, "fp32")
+    inputs = made.example({}, Sizes(2, 6, 10, 5), seed=1)
+    with torch.no_grad():
+        expected = made.flat(made.load(tmp_path / "source", torch.float32))(*inputs.values())
+    with plugins.runtime(backend)(files, Placement(device="cpu", threads=1)) as runtime:
+        assert relative_error(runtime.run(inputs)["mixed"], expected) < 1e-4
+
+
 def lower(made, source, folder, backend, precision, activations=None, layers=None, mixture=None, options=None):
     (folder / "out").mkdir()
     shutil.copy(source / "config.json", folder / "out")

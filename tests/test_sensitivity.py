@@ -29,6 +29,8 @@ from bakeoff.tuning.studio import Studio
 
 COSTS = st.floats(1, 100)
 ERRORS = st.floats(1e-6, 1.0)
+INFO = {"model": "shapes", "prompts": [], "steps": 1, "size": None, "calibration": None}
+"""Of a measurement."""
 
 
 @settings(max_examples=100, deadline=None)
@@ -84,7 +86,7 @@ def test_a_run_goes_on_where_it_stopped(measured, tmp_path):
     arguments = {"precisions": ["int8", "int4"], "parts": ["text_encoder"], "steps": 1}
     again = sensitivity("shapes", read_prompts("shapes-64", 4), begun, **arguments)
     assert all(layer.errors == {"int8": 0.5, "int4": 0.25} for layer in again.parts["text_encoder"].values())
-    with pytest.raises(UsageError, match="expected .*'steps': 2"):
+    with pytest.raises(UsageError, match="was measured with other steps"):
         sensitivity("shapes", read_prompts("shapes-64", 4), begun, **{**arguments, "steps": 2})
 
 
@@ -183,6 +185,43 @@ def test_the_fastest_takes_layers_without_codes_for_wide_ones(monkeypatch):
     assert part == PartRecipe("torch", "w8a8-dynamic", layers={"layer1": "bf16"})
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("errors",), {"int8": -1.0}),
+        (("errors",), {"int8": "x"}),
+        (("shape",), "ab"),
+        (("shape",), []),
+        (("macs",), None),
+    ],
+)
+def test_edited_layers_are_refused(tmp_path, place, value, capsys):
+    layer = {"shape": [4, 4], "macs": 16, "errors": {"int8": 0.1}}
+    layer[place[0]] = value
+    check_damage(tmp_path, {"parts": {"unet": {"a": layer}}}, capsys)
+
+
+@pytest.mark.parametrize("info", [None, {}, {"model": "shapes"}])
+def test_a_measurement_of_nothing_known_is_refused(tmp_path, info, capsys):
+    check_damage(tmp_path, {"info": info}, capsys)
+
+
+def check_damage(folder, damage, capsys):
+    sound = {"schema": 2, "info": INFO, "parts": {}, "together": {}}
+    (folder / "layers.json").write_text(json.dumps({**sound, **damage}))
+    arguments = ["recipe", str(folder / "layers.json"), "--within", "40dB", "-o", str(folder / "r.toml")]
+    assert main(arguments) == CorruptError.exit_code
+    assert "doesn't say what layers add" in capsys.readouterr().err
+    assert not (folder / "r.toml").exists()
+
+
+def test_where_nothing_was_measured_there_is_nothing_to_choose(tmp_path, capsys):
+    Sensitivity(INFO).save(tmp_path / "layers.json")
+    arguments = ["recipe", str(tmp_path / "layers.json"), "--within", "40dB", "-o", str(tmp_path / "r.toml")]
+    assert main(arguments) == RecipeError.exit_code
+    assert "no layer was measured" in capsys.readouterr().err
+
+
 def test_measurements_of_an_older_schema_are_refused(tmp_path):
     (tmp_path / "layers.json").write_text('{"schema": 1, "info": {}, "parts": {}, "together": {}}')
     with pytest.raises(CorruptError, match="schema 1, expected 2"):
@@ -229,7 +268,7 @@ def test_a_checked_recipe_is_drawn(measured, tmp_path, capsys):
 
 
 def test_a_backend_that_mixes_nothing_measured_says_so(measured):
-    found = Sensitivity({}, {"unet": {"a": Layer((64, 64), 1, {"fp8": 1.0})}}, {"unet": {"fp8": 1.0}})
+    found = Sensitivity(INFO, {"unet": {"a": Layer((64, 64), 1, {"fp8": 1.0})}}, {"unet": {"fp8": 1.0}})
     with pytest.raises(RecipeError, match="onnx bakes none of fp8 for single layers"):
         recipe_within(found, "onnx", 30)
 
@@ -243,7 +282,7 @@ def test_an_interrupted_measurement_makes_no_recipe(measured):
 
 
 def test_layers_that_break_the_pictures_are_json(tmp_path):
-    found = Sensitivity({}, {"unet": {"a": Layer((64, 64), 1, {"int4": math.inf})}}, {"unet": {"int4": math.inf}})
+    found = Sensitivity(INFO, {"unet": {"a": Layer((64, 64), 1, {"int4": math.inf})}}, {"unet": {"int4": math.inf}})
     found.save(tmp_path / "layers.json")
 
     def refuse(name):
@@ -283,7 +322,7 @@ def test_what_cannot_be_meant(tmp_path, capsys):
         Sensitivity.open(broken)
     arguments = ["recipe", str(broken), "-o", str(tmp_path / "r.toml"), "--backend", "onnx", "--within"]
     assert main([*arguments, "much"]) == 4
-    broken.write_text('{"schema": 2, "info": {}, "parts": {}, "together": {}}')
+    Sensitivity(INFO).save(broken)
     assert main([*arguments, "much"]) == 2
     assert "got --within 'much'" in capsys.readouterr().err
     assert main(["recipe", str(broken), "-o", "recipe", "--backend", "onnx", "--within", "30"]) == 2

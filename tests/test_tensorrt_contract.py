@@ -50,11 +50,12 @@ from bakeoff.exporters.tensorrt_settings import DEFAULTS, Settings
 from bakeoff.hardware import Availability
 from bakeoff.quantize.grid import Grid
 from bakeoff.recipe import Placement, parse
+from bakeoff.runtimes import tensorrt as tensorrt_runtime
 from bakeoff.runtimes.crossing import Crossing
 from bakeoff.runtimes.runtime import PartFiles
 from bakeoff.runtimes.tensorrt import TensorRTRuntime
 from bakeoff.runtimes.tensorrt_device import Device
-from bakeoff.runtimes.tensorrt_inspection import dtype_of, inspect
+from bakeoff.runtimes.tensorrt_inspection import Inspection, dtype_of, inspect
 from bakeoff.runtimes.tensorrt_profiles import Profile, choose
 from bakeoff.sources.lora import Delta, added
 from bakeoff.weights import Checkpoint, sha256
@@ -832,12 +833,29 @@ def test_recorded_graphs_see_new_weights(lower, captured):
 def test_weights_that_tensorrt_combined_go_along(lower, captured, simulation):
     folder, _ = lower("fp32", refit=True)
     weights = {tensor: name for name, (tensor, _) in json.loads((folder / ABOUT).read_text())["weights"].items()}
-    simulation.extra_missing = [weights["second.weight"]]
+    simulation.extra_missing = [weights["second.weight"], weights["take.weight"]]
     inputs, a = example(), {"first.weight": [delta(1)]}
     with opened(folder) as runtime:
         runtime.adapt(a)
-        assert runtime.configuration["refit"]["unchanged"] == 1
+        assert runtime.configuration["refit"]["unchanged"] == 2, "the second one makes it want the third"
         assert close(runtime.run(inputs), eager(captured[0], inputs, a))
+
+
+def test_layers_of_another_float_than_the_part_computes_in_are_refused(captured, simulation, tmp_path):
+    """They would be computed in what the others are."""
+    subject = subject_of(captured[0], "w8a8", {"compute": "fp16"}, tmp_path)
+    subject = replace(subject, mixture=plugins.mixture("w8a8", {"first": "bf16"}))
+    with pytest.raises(RecipeError, match="layers are to be in bf16, where tensorrt:w8a8 computes in fp16"):
+        TensorRTExporter().lower(subject, tmp_path)
+
+
+def test_an_engine_that_names_no_product_says_so(lower, monkeypatch):
+    folder, _ = lower("fp16")
+    with opened(folder) as runtime:
+        assert runtime.configuration["fallback"] is None
+    monkeypatch.setattr(tensorrt_runtime, "inspect", lambda *_: Inspection())
+    with opened(folder) as runtime:
+        assert "names none of the products" in runtime.configuration["fallback"]
 
 
 def test_a_stripped_plan_that_takes_no_weights_is_refused(lower, monkeypatch):

@@ -1,6 +1,7 @@
 """The ONNX that TensorRT would build from: types, rounding and where it sits, numerics in ONNX Runtime on the CPU."""
 
 import math
+from dataclasses import replace
 
 import onnx
 import onnxruntime
@@ -148,7 +149,10 @@ class Captured:
     def write(self, folder, precision, compute, layers=None):
         folder.mkdir()
         scales = self.scales if precision in {"w8a8", "fp8"} else None
-        return typed(self.model.clone(), self.weights, self.subject(precision, scales, layers), compute, folder)
+        subject = self.subject(precision, scales, layers)
+        graph = typed(self.model.clone(), self.weights, subject, compute, folder, wide_norms=True)
+        onnx.checker.check_model(folder / "model.onnx")
+        return graph
 
     def calibrated(self, example):
         found = {}
@@ -296,6 +300,24 @@ def test_what_torch_keeps_wide_stays_wide(mixed, tmp_path, compute):
     makers = {name: node.op_type for node in model.graph.node for name in node.output}
     residual = [n for n in model.graph.node if n.op_type == "Add" and "MatMul" in {makers.get(i) for i in n.input}]
     assert any(types[node.output[0]] != TensorProto.FLOAT for node in residual)  # what leaves the norm goes on narrow
+
+
+@pytest.mark.parametrize("compute", ["fp16", "bf16"])
+def test_norms_are_wide(unet, tmp_path, compute):
+    """TensorRT 11 adds up in what it is given."""
+    unet.write(tmp_path / "g", compute, compute)
+    types, model = types_of(tmp_path / "g")
+    norms = [node for node in model.graph.node if node.op_type in {"InstanceNormalization", "LayerNormalization"}]
+    assert {types[node.output[0]] for node in norms} == {TensorProto.FLOAT}
+    assert {types[node.input[0]] for node in norms} == {TensorProto.FLOAT}
+
+
+def test_roundings_come_before_all_that_takes_them(mixed, tmp_path):
+    """Whichever of the products that share one is encoded first."""
+    weights = replace(mixed.weights, found=dict(reversed(mixed.weights.found.items())))
+    (tmp_path / "g").mkdir()
+    typed(mixed.model.clone(), weights, mixed.subject("w8a8", mixed.scales), "fp16", tmp_path / "g")
+    onnx.checker.check_model(tmp_path / "g" / "model.onnx")
 
 
 def test_a_float32_graph_has_nothing_else(mixed, tmp_path):

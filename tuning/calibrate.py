@@ -15,7 +15,7 @@ from ..quantize.calibration import Calibration
 from ..sources.lora import Lora
 from ..sources.source import Source
 from ..terminal import print_json
-from .options import add_drawing_options, check_folder, prompts_of, size_of
+from .options import add_drawing_options, check_output, prompts_of, size_of
 
 if TYPE_CHECKING:
     import argparse
@@ -129,7 +129,8 @@ def add_calibrate(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - a
 
 
 def _run(options: argparse.Namespace) -> None:
-    check_folder(options.output)
+    check_output(options.output)
+    Calibration.check_target(options.output)
     with Steps() as progress:
         made = calibrate(
             options.model,

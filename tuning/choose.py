@@ -22,7 +22,7 @@ from ..recipe import PartRecipe, Recipe, to_toml
 from ..sources.source import Source
 from ..terminal import print_json
 from ..weights import Checkpoint, Entry
-from .options import check_folder
+from .options import check_output
 from .studio import Studio
 
 if TYPE_CHECKING:
@@ -173,10 +173,15 @@ def _mixtures(found: Sensitivity, backend: str, *, fastest: bool) -> list[tuple[
     """
     measured = _measured(found)
     exporter, runtime = plugins.exporter(backend), plugins.runtime(backend)
+    if not measured:
+        message = "no layer was measured in any precision"
+        raise RecipeError(message, fix=f"bakeoff sensitivity {found.info['model']} -o FILE")
     able = [name for name in measured if _bakes(exporter, name)]
     if not able:
         message = f"{backend} bakes none of {', '.join(measured)} for single layers, which were measured"
-        raise RecipeError(message, fix=f"bakeoff sensitivity MODEL --precisions {','.join(exporter.precisions)}")
+        low = [name for name in exporter.precisions if name in plugins.names("formats")]
+        again = f"bakeoff sensitivity {found.info['model']} -o FILE --precisions {','.join(low)}"
+        raise RecipeError(message, fix=again if low else "another --backend")
     if fastest and min(map(runtime.relative_time, able)) >= 1:
         message = f"none of {', '.join(able)} is known to be quicker than {WIDE} in {backend} on this processor"
         raise RecipeError(message, fix="--smallest, or measure w8a8: bakeoff sensitivity … --precisions w8a8")
@@ -308,7 +313,7 @@ def _run(options: argparse.Namespace) -> None:
             f"got -o {options.output}, expected a name that ends in .toml, which is how recipes are told from text"
         )
         raise UsageError(message, fix=f"-o {options.output.with_suffix('.toml')}")
-    check_folder(options.output)
+    check_output(options.output)
     found = Sensitivity.open(options.layers)
     asked, backend = _decibels(options.within), options.backend or _first_able(found)
     if options.check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,12 +45,18 @@ def size_of(options: argparse.Namespace) -> tuple[int, int] | None:
     return None if options.height is None else (options.height, options.width)
 
 
-def check_folder(file: Path) -> None:
-    """Refuse to work for a file whose folder isn't there.
+def check_output(file: Path) -> None:
+    """Refuse to work for a file that can't be written.
 
     Raises:
-        UsageError: with the command that makes it.
+        UsageError: with what to type instead.
     """
+    if not file.name or file.is_dir():
+        message = f"got -o {file}, which is a folder, expected a file"
+        raise UsageError(message, fix=f"-o {file / 'FILE'}")
     if not file.parent.is_dir():
         message = f"got -o {file}, but there is no folder {file.parent}"
         raise UsageError(message, fix=f"mkdir -p {file.parent}")
+    if not os.access(file.parent, os.W_OK):
+        message = f"got -o {file}, but {file.parent} can't be written to"
+        raise UsageError(message, fix="give a file in another folder")

@@ -163,8 +163,8 @@ def rank_here(
     """Return what each narrow layer of a part costs, and what it would be put back in; in a child process.
 
     Returns:
-        Layer -> relative error of the part's output with this layer alone as narrow as it is; layer -> bf16 where it has
-        codes, fp32 where it is of two bytes. Layers for which the backend has no wider precision are left out.
+        Layer -> relative error of the part's output with this layer alone as narrow as it is; layer -> bf16, or what else the
+        part computes in, where it has codes, fp32 where it is of two bytes. Layers for which the backend has no wider precision are left out.
     """
     import torch
 
@@ -175,11 +175,13 @@ def rank_here(
     config, baked, entry = origin.config(found.module), artifact.folder / part, artifact.manifest.parts[part]
     mixture, scales = as_baked(entry, baked), scales_of(baked)
     possible = plugins.exporter(entry.backend).layer_precisions.get(entry.precision, ())
+    computed = entry.key_fields["recipe"].get("options", {}).get(_COMPUTE)
+    of_codes = computed if computed in possible else "bf16"
     cases = recorded(artifact, part).cases
     errors, widths = {}, {}
     for path, name in names_in(flat, origin.checkpoint(found.module)).items():
         alone, layer = _alone(flat, path, name, mixture, scales), flat.get_submodule(path)
-        wide = "bf16" if _has_codes(layer, name, mixture) else "fp32"
+        wide = of_codes if _has_codes(layer, name, mixture) else "fp32"
         if alone and wide in possible and [*layer.parameters(recurse=False)]:
             widths[name] = wide
             with alone:

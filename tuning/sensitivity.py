@@ -15,7 +15,7 @@ from ..progress import Steps
 from ..quantize.sensitivity import Layer, Sensitivity
 from ..sources.source import Source
 from .calibrate import FEWEST_PROMPTS
-from .options import add_drawing_options, check_folder, prompts_of, size_of
+from .options import add_drawing_options, check_output, prompts_of, size_of
 from .studio import Studio
 
 if TYPE_CHECKING:
@@ -103,8 +103,10 @@ def _begun(file: Path, info: dict[str, Any]) -> Sensitivity:
     if not file.is_file():
         return Sensitivity(info)
     found = Sensitivity.open(file)
-    if found.info != json.loads(json.dumps(info)):
-        message = f"{file} is of {found.info}, expected {info}"
+    asked = json.loads(json.dumps(info))
+    others = sorted(name for name in {*asked, *found.info} if asked.get(name) != found.info.get(name))
+    if others:
+        message = f"{file} was measured with other {', '.join(others)}"
         raise UsageError(message, fix="give another file with -o, or delete this one")
     return found
 
@@ -169,7 +171,7 @@ def add_sensitivity(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 -
 
 
 def _run(options: argparse.Namespace) -> None:
-    check_folder(options.output)
+    check_output(options.output)
     with Steps() as progress:
         found = sensitivity(
             options.model,

@@ -558,7 +558,7 @@ class Refitter(Body):
         return list(self._tensors())
 
     def get_missing_weights(self):
-        return [name for name in self.simulation.extra_missing if self.held and name not in self.held]
+        return [name for name in self.simulation.extra_missing if self.held and name not in self.held][:1]
 
     def set_named_weights(self, name, weights):
         tensor = self._tensors().get(name)
