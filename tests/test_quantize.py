@@ -702,6 +702,12 @@ class Repeated(Mixed):
     def flat(self, module):
         return RepeatedFlat(module)
 
+    def example(self, config, sizes, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            port.name: torch.randn(port.shape(sizes.as_dict()), generator=generator) for port in self.inputs(config)
+        }
+
 
 class RepeatedLayers(ModelMixin, ConfigMixin):
     config_name = "config.json"
@@ -718,7 +724,7 @@ class RepeatedFlat(nn.Module):
         self.module = module
 
     def forward(self, picture):
-        return self.module.take(10 * self.module.take(picture))
+        return (self.module.take(10 * self.module.take(picture)),)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -729,7 +735,7 @@ def test_a_weight_that_is_used_twice_is_right_in_both_places(tmp_path, backend):
     files, _ = lower(made, tmp_path / "source", tmp_path, backend, "fp32")
     inputs = made.example({}, Sizes(2, 6, 10, 5), seed=1)
     with torch.no_grad():
-        expected = made.flat(made.load(tmp_path / "source", torch.float32))(*inputs.values())
+        (expected,) = made.flat(made.load(tmp_path / "source", torch.float32))(*inputs.values())
     with plugins.runtime(backend)(files, Placement(device="cpu", threads=1)) as runtime:
         assert relative_error(runtime.run(inputs)["mixed"], expected) < 1e-4
 
