@@ -255,7 +255,7 @@ def _precisions(
 
 
 def _rounded_convolutions(graph: Any) -> set[str]:  # noqa: ANN401 - onnx is untyped
-    """Return the results of convolutions of rounded values and weights that are rounded themselves: ONNX Runtime makes QLinearConv of these."""
+    """Return the results of convolutions whose inputs, weights and results are rounded: ONNX Runtime makes them QLinearConv."""
     widened = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     users: dict[str, list[str]] = defaultdict(list)
     for node in graph.node:

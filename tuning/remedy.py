@@ -163,8 +163,9 @@ def rank_here(
     """Return what each narrow layer of a part costs, and what it would be put back in; in a child process.
 
     Returns:
-        Layer -> relative error of the part's output with this layer alone as narrow as it is; layer -> bf16, or what else the
-        part computes in, where it has codes, fp32 where it is of two bytes. Layers for which the backend has no wider precision are left out.
+        Layer -> relative error of the part's output with this layer alone as narrow as it is; layer -> bf16, or what else
+        the part computes in, where it has codes, fp32 where it is of two bytes. Layers for which the backend has no wider
+        precision are left out.
     """
     import torch
 
