@@ -308,13 +308,11 @@ def _uncalibrated(planned: Plan, part: Part, subject: Subject, lowered: Lowered)
     """
     from torch import nn
 
-    seen = [
-        planned.calibration.reached(each.name) if planned.calibration else {}
-        for each in planned.source.parts
-        if each.module == part.module
-    ]
-    if not is_calibrated(planned.parts[part.name]) or not all(seen):
+    calibration = planned.calibration
+    sharing = [each.name for each in planned.source.parts if each.module == part.module]
+    if not is_calibrated(planned.parts[part.name]) or not calibration or not all(map(calibration.parts.get, sharing)):
         return []
+    seen = [calibration.reached(name) for name in sharing]
     reached = {name for layers in seen for name in layer_names(layers, subject.checkpoint).values()}
     entries, mixture = subject.checkpoint.entries, subject.mixture
     paths = [path for path, layer in subject.module().named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch.export import ExportedProgram
+    from torch.fx import Node
 
     from ..weights import Entry
 
@@ -31,6 +33,8 @@ _SHARD_BYTES = 4_000_000_000
 _MARK = (6.0e-23, 1.6e-19)
 _MARK_BYTES = 16
 _PREFIX_BYTES = 4096
+_THROUGH = ("aten.to.", "aten._to_copy", "aten.alias", "aten.detach", "aten.clone")
+"""What leaves a float32 tensor as it is."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +81,25 @@ class Hollow:
                 return original
         return None
 
-    def needed(self, program: ExportedProgram) -> dict[str, int]:
+    def needed(self, program: ExportedProgram) -> Counter[str]:
         """Return each hollow tensor that a captured program uses -> how many operations take it."""
         signature = program.graph_signature
         sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         tensors = {**program.state_dict, **program.constants}
-        found: dict[str, int] = {}
+        found: Counter[str] = Counter()
         for node in program.graph.nodes:
-            if node.name in sources and node.users:
+            takers = _takers(node) if node.name in sources else 0
+            if takers:
                 entry = self.marks.get(bytes(as_bytes(tensors[sources[node.name]].contiguous())[:_MARK_BYTES]))
-                if entry is not None:
-                    found[entry.name] = found.get(entry.name, 0) + len(node.users)
+                found[entry.name if entry is not None else ""] += takers
+        del found[""]
         return found
+
+
+def _takers(node: Node) -> int:
+    """Count the operations that take a tensor, through those that leave it as it is; checks of it take nothing."""
+    taking = [user for user in node.users if user.users or user.op == "output"]
+    return sum(_takers(user) if str(user.target).startswith(_THROUGH) else 1 for user in taking)
 
 
 def lower_hollow(

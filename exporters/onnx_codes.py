@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..weights import Streamed
 from .onnx_convolutions import Convolutions
-from .onnx_editing import FLOAT, Editor, make_node, products_of
+from .onnx_editing import FLOAT, Editor, make_node, products_of, put_behind
 from .packing import Packing, nibbles
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Encoder:
         rounding = next((user for user, _ in taken.uses() if user.op_type == "DynamicQuantizeLinear"), None)
         if rounding is None:
             rounding = make_node("DynamicQuantizeLinear", [taken], name=f"{taken.name}.rounded", outputs=3)
-            self._edit.put_behind(taken, rounding)
+            put_behind(self._edit.graph, taken, [rounding])
         values, scale, zero = rounding.outputs
         product = make_node("MatMulInteger", [values, turned, zero], like=node)
         wide = make_node("Cast", product.outputs, {"to": FLOAT}, name=f"{node.name}.float32")

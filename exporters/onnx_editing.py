@@ -40,14 +40,6 @@ class Editor:
         """Put a node before all others: one that takes constants alone."""
         self.graph.insert_before(self.graph[0], node)
 
-    def put_behind(self, value: onnx_ir.Value, node: onnx_ir.Node) -> None:
-        """Put a node right behind what makes a value, before all that takes it, whichever of these is edited first."""
-        producer = value.producer()
-        if producer is None:
-            self.begin_with(node)
-        else:
-            self.graph.insert_after(producer, node)
-
     def rounded(self, value: onnx_ir.Value, grid: Grid, taker: onnx_ir.Node) -> onnx_ir.Value:
         """Return an activation's codes: rounded once for all that take it on this grid, named after the first that is edited."""
         key = (value, grid)
@@ -57,7 +49,7 @@ class Editor:
             node = make_node(
                 "QuantizeLinear", inputs, {"axis": 1} if grid.by_channel else {}, name=f"{taker.name}.taken"
             )
-            self.put_behind(value, node)
+            put_behind(self.graph, value, [node])
             self._codes[key] = node.outputs[0]
         return self._codes[key]
 
@@ -126,6 +118,15 @@ def make_node(
         name=like.name if like else name,
         metadata_props=dict(like.metadata_props) if like else None,
     )
+
+
+def put_behind(graph: onnx_ir.Graph, value: onnx_ir.Value, nodes: Sequence[onnx_ir.Node]) -> None:
+    """Put nodes right behind what makes a value, before all that takes it, whichever of these is edited first."""
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], nodes)
+    else:
+        graph.insert_after(producer, nodes)
 
 
 def products_of(value: onnx_ir.Value, others: Collection[str] = ()) -> list[onnx_ir.Node] | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..quantize.fp8 import activation_scale, to_fp8
 from ..weights import Streamed, as_bytes, read_rows
-from .onnx_editing import products_of
+from .onnx_editing import products_of, put_behind
 from .packing import nibbles
 
 if TYPE_CHECKING:
@@ -110,11 +110,7 @@ class Quantizer:
             back.outputs[0].type = onnx_ir.TensorType(self._dtype)
             for made in (quantize, back):
                 made.outputs[0].name, made.outputs[0].shape = made.name, taken.shape
-            producer, graph = taken.producer(), self._model.graph
-            if producer is None:
-                graph.insert_before(graph[0], [quantize, back])
-            else:
-                graph.insert_after(producer, [quantize, back])
+            put_behind(self._model.graph, taken, [quantize, back])
             self._rounded[key] = back.outputs[0]
         node.replace_input_with(0, self._rounded[key])
 

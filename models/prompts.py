@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError, unknown
+from ..recipe import read_text
 from ..sources.source import EMBEDDED
 from .scenes import is_held_out, random_scene
 
@@ -68,14 +69,7 @@ def read_prompts(name: str, count: int) -> tuple[Prompt, ...]:
 
 
 def _lines(file: Path) -> tuple[Prompt, ...]:
-    if not file.is_file():
-        message = f"no prompt file {file}"
-        raise UsageError(message)
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        message = f"{file} isn't text in UTF-8: {error}"
-        raise UsageError(message, fix="give a text file, with one prompt a line") from error
+    lines = [line.strip() for line in read_text(file, "prompt").splitlines() if line.strip()]
     return tuple(Prompt(hashlib.sha256(line.encode()).hexdigest()[:16], line) for line in lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from .distance import relative_error
@@ -37,7 +38,7 @@ HARMLESS = frozenset({LOW_PRECISION, ROUNDED})
 GRIDS = frozenset({"FakeQuantize", "QuantizeLinear"})
 """Operations that round activations to numbers that were calibrated."""
 
-LAYOUT = frozenset(
+_LAYOUT = frozenset(
     {
         "Broadcast", "Cast", "Chunk", "Concat", "Contiguous", "Convert", "Expand", "Flatten", "Gather", "Getitem", "Identity",
         "Movedim", "Permute", "Reshape", "Slice", "Split", "Squeeze", "StridedSlice", "To", "Transpose", "Unflatten",
@@ -125,17 +126,30 @@ class Evidence:
     def error(self) -> float:
         return relative_error(self.made, self.expected)
 
-    @property
+    @cached_property
     def unproved(self) -> Sequence[tuple[Operation, Tensor]]:
-        """Its operations behind the last softmax whose result is eager's: what comes before isn't at fault."""
+        """Its operations without those that lead to the last softmax whose result is eager's: these aren't at fault."""
         kinds = [operation.kind for operation, _ in self.inner]
         places = [place for place, kind in enumerate(kinds) if kind == "Softmax"]
         for place, attended in reversed([*zip(places, self.attended, strict=False)]):
             got = self.inner[place][1].float()
             same = got.numel() == attended.shares.numel()
             if same and relative_error(got.reshape(attended.shares.shape), attended.shares) < _EXPLAINED * self.error:
-                return self.inner[place + 1 :] or self.inner
+                sound = _leading_to(self.inner[place][0], self.inner)
+                return [each for each in self.inner if each[0].outputs[0] not in sound] or self.inner
         return self.inner
+
+
+def _leading_to(last: Operation, inner: Sequence[tuple[Operation, Tensor]]) -> set[str]:
+    """Return the first results of an operation and of those that it comes from."""
+    makers = {name: operation for operation, _ in inner for name in operation.outputs}
+    found, waiting = set(), [last]
+    while waiting:
+        operation = waiting.pop()
+        if operation.outputs[0] not in found:
+            found.add(operation.outputs[0])
+            waiting += [makers[name] for name in operation.inputs if name in makers]
+    return found
 
 
 @dataclass(frozen=True)
@@ -169,7 +183,7 @@ def principal(inner: Sequence[tuple[Operation, Tensor]]) -> Operation | None:
 def _changing(inner: Sequence[tuple[Operation, Tensor]]) -> list[Operation]:
     """Return the operations whose results are other values than what they took, such as sums: not layouts, not `x / 1`."""
     values = {operation.outputs[0]: tensor for operation, tensor in inner}
-    computing = [(operation, made) for operation, made in inner if operation.kind not in LAYOUT]
+    computing = [(operation, made) for operation, made in inner if operation.kind not in _LAYOUT]
     return [
         operation
         for operation, made in computing

@@ -81,7 +81,8 @@ class Eager:
         found: dict[str, float] = {}
 
         def keep(name: str, given: Tensor, made: Tensor) -> None:
-            found[name] = max(found.get(name, 0.0), *(float(each.abs().max()) for each in (given, made)))
+            values = [each for each in (given, made) if each.is_floating_point()]  # not the numbers of tokens
+            found[name] = max(found.get(name, 0.0), *(float(each.abs().max()) for each in values))
 
         with self._watched(self.layers, keep):
             self.run(inputs)

@@ -246,7 +246,7 @@ class Calibration:
         """
         from safetensors import SafetensorError, safe_open
 
-        if not file.exists():
+        if not file.exists() or not file.stat().st_size:
             return
         try:
             with safe_open(file, "pt") as stream:
@@ -282,7 +282,9 @@ class Calibration:
             calibration._refuse_halves()
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             message = f"{file} is not a calibration: {error}"
-            raise CorruptError(message, fix=f"bakeoff calibrate MODEL -o {file}") from error
+            raise CorruptError(
+                message, fix="calibrate again, into another file: bakeoff calibrate MODEL -o FILE"
+            ) from error
         return calibration
 
     def _put(self, name: str, values: Tensor) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..naming import layer_names
-from ..weights import read_header, read_rows, read_tensor
+from ..weights import read_header, read_rows, read_tensor, save_tensors
 from .channels import Channels
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def with_inputs(mixture: Mixture, calibration: Calibration | None, part: str, ch
     """Return a part's precisions with what the inputs of its layers took on, where weights are rounded for that."""
     if calibration is None or not any(each.uses_inputs for each in mixture.formats.values()):
         return mixture
-    seen = calibration.parts.get(part, {})
+    seen = calibration.reached(part)
     known: dict[str, Channels] = {}
     for path, name in layer_names(seen, checkpoint).items():
         weight_format, shape = mixture.format_of(name), checkpoint.entries[f"{name}.weight"].shape
@@ -44,7 +44,6 @@ def corrected(checkpoint: Checkpoint, mixture: Mixture, file: Path, kept: Contai
         kept: weights that stay as they are after all, and their biases with them.
     """
     import torch
-    from safetensors.torch import save_file
 
     made = {}
     for layer, channels in mixture.known.items():
@@ -58,15 +57,13 @@ def corrected(checkpoint: Checkpoint, mixture: Mixture, file: Path, kept: Contai
             made[bias.name] = read_tensor(bias).float() + torch.cat(lost)
     if not made:
         return checkpoint
-    save_file(made, file)
+    save_tensors(made, file)
     return replace(checkpoint, entries={**checkpoint.entries, **{entry.name: entry for entry in read_header(file)}})
 
 
 def write_inputs(known: Mapping[str, Channels], file: Path) -> None:
     """Write what layers' inputs took on, for proofs: safetensors, layer -> (4, C)."""
-    from safetensors.torch import save_file
-
-    save_file({layer: channels.as_tensor() for layer, channels in known.items()}, file)
+    save_tensors({layer: channels.as_tensor() for layer, channels in known.items()}, file)
 
 
 def read_inputs(file: Path) -> dict[str, Channels]:

@@ -78,7 +78,7 @@ class Sensitivity:
                 message = f"it doesn't say with which {', '.join(lacking)} it was measured"
                 raise ValueError(message)  # noqa: TRY301 - one of several that damage makes
             return cls(info, parts, {part: _from_json(each) for part, each in data["together"].items()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             message = f"{file} doesn't say what layers add to the error: {error}"
             raise CorruptError(
                 message, fix="measure again, into another file: bakeoff sensitivity MODEL -o FILE"

@@ -44,6 +44,7 @@ _DTYPES = {
 }
 """TensorRT's dtype -> torch's."""
 _MARGIN_BYTES = 512 << 20
+_ROWS = "batch"
 """Device memory that is left alone when weights are placed: inputs, outputs, and what else runs there."""
 
 
@@ -261,6 +262,10 @@ class TensorRTRuntime(Runtime):
         sizes = solve_sizes(self.part.name, self.inputs, inputs)
         fed = {port.name: as_port(self.part.name, port, inputs[port.name]) for port in self.inputs}
         on_device = all(tensor.device.type != "cpu" for tensor in fed.values())
+        given = {name: tuple(tensor.shape) for name, tensor in fed.items() if tensor.ndim}
+        by_rows = [port.name for port in self.inputs if port.dims and port.dims[0] == _ROWS]
+        if sizes.get(_ROWS, 0) > (most := profiles.most_rows(self._profiles, by_rows, given)) > 0:
+            return self._in_pieces(inputs, by_rows, sizes[_ROWS], most)
         results = self._execute(fed, {port.name: port.shape(sizes) for port in self.outputs})
         if on_device:
             results = {name: self._device.hand_over(tensor) for name, tensor in results.items()}
@@ -268,6 +273,17 @@ class TensorRTRuntime(Runtime):
             with self._device.working():
                 results = dict(zip(results, self._crossing.to_host([*results.values()]), strict=True))
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in results.items()}
+
+    def _in_pieces(self, inputs: Mapping[str, Tensor], by_rows: list[str], rows: int, most: int) -> dict[str, Tensor]:
+        """Run as many rows at a time as a profile takes, evenly: rows have nothing to do with each other."""
+        import torch
+
+        size = -(-rows // -(-rows // most))
+        pieces = [
+            self.run({**inputs, **{name: inputs[name][start : start + size] for name in by_rows}})
+            for start in range(0, rows, size)
+        ]
+        return {port.name: torch.cat([each[port.name] for each in pieces]) for port in self.outputs}
 
     def _run(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         return {name: self._device.hand_over(tensor) for name, tensor in self._execute(inputs, outputs).items()}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     Shape = tuple[int, ...]
 
@@ -77,4 +77,20 @@ def choose(part: str, profiles: Sequence[Profile], shapes: Mapping[str, Shape]) 
         f"{part} got {asked}: outside all {len(profiles)} profiles that it was built for; the nearest, "
         f"{nearest.index}, takes {nearest}"
     )
-    raise InputError(message, fix="export again with sizes that hold it, such as +profiles=batch:1:2:8/height:8:64:128")
+    raise InputError(message, fix="export again with sizes that hold it, such as +profiles=batch:1:2:6/height:8:64:128")
+
+
+def most_rows(profiles: Sequence[Profile], by_rows: Collection[str], shapes: Mapping[str, Shape]) -> int:
+    """Return how many rows a profile takes at sizes like these; 0 if none takes any.
+
+    Args:
+        profiles: of an engine.
+        by_rows: inputs whose first dimension is that of rows.
+        shapes: of all inputs that have dimensions.
+    """
+    found = 0
+    for profile in profiles:
+        most = min((profile.ranges[name][2][0] for name in by_rows), default=0)
+        if profile.fits({name: (most, *shape[1:]) if name in by_rows else shape for name, shape in shapes.items()}):
+            found = max(found, most)
+    return found

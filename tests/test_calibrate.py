@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bakeoff import bake
+from bakeoff import bake, plugins
 from bakeoff.cli import main
 from bakeoff.errors import CorruptError, InputError, UsageError
 from bakeoff.models.prompts import Prompt, read_prompts
@@ -16,7 +16,9 @@ from bakeoff.parity.distance import relative_error
 from bakeoff.plan import plan
 from bakeoff.quantize.calibration import METHODS, Calibration, Magnitudes
 from bakeoff.quantize.grid import Grid
+from bakeoff.quantize.inputs import with_inputs
 from bakeoff.recipe import parse
+from bakeoff.sources.source import Source
 from bakeoff.tuning.calibrate import calibrate
 from bakeoff.weights import Checkpoint
 
@@ -225,6 +227,15 @@ def test_what_is_no_calibration_is_not_written_over(tmp_path, capsys, shapes):
         assert (tmp_path / name).read_bytes() == content
 
 
+def test_noughts_say_nothing_of_importance(tmp_path):
+    """Codes are made as without a calibration then."""
+    found = Calibration({"model": "shapes"})
+    found.see("unet", "conv_in", torch.zeros(1, 8, 4, 4), torch.ones(1, 8, 4, 4), 1)
+    assert found.reached("unet") == {}
+    checkpoint = Checkpoint.open(Source.open("shapes").path("unet"))
+    assert with_inputs(plugins.mixture("int4"), found, "unet", checkpoint).known == {}
+
+
 def test_others_may_read_it(file):
     mask = os.umask(0)
     os.umask(mask)
@@ -235,7 +246,7 @@ def test_prompts_that_are_not_text_are_refused(tmp_path, capsys):
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
     arguments = ["calibrate", "shapes", "-o", str(tmp_path / "c.safetensors"), "--prompts", str(tmp_path / "p.txt")]
     assert main(arguments) == UsageError.exit_code
-    assert "isn't text in UTF-8" in capsys.readouterr().err
+    assert "is not UTF-8 text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", ["0", "-1"])

@@ -13,10 +13,10 @@ from bakeoff.bake import export
 from bakeoff.cli import main
 from bakeoff.errors import ParityError
 from bakeoff.parity.budget import Budget, Gate
-from bakeoff.recipe import parse
+from bakeoff.recipe import PartRecipe, parse
 from bakeoff.sources.source import Source
-from bakeoff.tuning.remedy import _alone, _worst, remedy
-from bakeoff.tuning.repair import _failing, export_repaired
+from bakeoff.tuning.remedy import Remedy, _alone, _worst, remedy
+from bakeoff.tuning.repair import Repair, _failing, export_repaired
 
 CONVOLUTION = "decoder.up_blocks.1.resnets.0.conv1"
 
@@ -31,6 +31,19 @@ def test_as_few_layers_as_are_predicted_to_be_needed():
     assert _worst({**errors, "b": float("inf")}, float("inf"), 0.03) == ["b"], "it breaks the part by itself"
     assert _worst(errors, float("inf"), 0.03) == [], "what breaks it isn't any layer"
     assert _worst(dict.fromkeys(errors, 0.0), measured, 0.03) == [], "none of them errs"
+
+
+def test_what_is_put_back_counts_last_and_keeps_what_was_asked():
+    part = PartRecipe("torch", "fp16", layers={"conv_in": "fp16", "conv_*": "fp16", "norm": "fp32"})
+    again = Remedy({"conv_in": "fp32"}).applied(part)
+    assert [*again.layers] == ["conv_*", "norm", "conv_in"]
+    assert Remedy(whole="bf16").applied(part).layers == {"norm": "fp32"}
+    assert Remedy(whole="fp32").applied(part).layers == {}
+
+
+def test_a_part_may_be_put_back_whole_and_then_in_layers():
+    told = Repair({"vae_decoder": {"a": "fp32"}}, {"vae_decoder": "bf16"}, 1, 2, {"vae_decoder": 1.5}).in_words()
+    assert told[0] == "repaired vae_decoder: all of it in bf16; 1 layer put back, a: 1.50 × the time"
 
 
 def test_what_the_backend_kept_wide_is_nothing_to_put_back():

@@ -564,6 +564,14 @@ def test_outside_all_profiles_is_an_error_with_the_nearest(lower):
     assert "profiles=" in e.value.fix
 
 
+def test_more_rows_than_a_profile_takes_run_in_pieces(lower, captured):
+    folder, _ = lower("fp32")
+    inputs = example(0, (8, 8, 12, 5))
+    with opened(folder) as runtime:
+        assert close(runtime.run(inputs), eager(captured[0], inputs))
+        assert runtime.configuration["runs"]["by_profile"] == {0: 2}, "of six rows at most: four and four"
+
+
 def test_profiles_are_ranked_by_how_far_shapes_are():
     small = Profile(0, {"x": ((1, 8), (1, 8), (2, 16))})
     large = Profile(1, {"x": ((1, 8), (2, 64), (4, 64))})

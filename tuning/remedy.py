@@ -53,9 +53,11 @@ class Remedy:
 
     def applied(self, recipe: PartRecipe) -> PartRecipe:
         if self.whole is None:
-            return replace(recipe, layers={**recipe.layers, **self.layers})
+            others = {name: each for name, each in recipe.layers.items() if name not in self.layers}
+            return replace(recipe, layers={**others, **self.layers})  # behind patterns, of which the last one counts
         options = {name: value for name, value in recipe.options.items() if name != _COMPUTE}
-        return replace(recipe, precision=self.whole, layers={}, options=options)
+        wide = {name: each for name, each in recipe.layers.items() if each == "fp32" != self.whole}
+        return replace(recipe, precision=self.whole, layers=wide, options=options)
 
     def in_words(self) -> str:
         if self.whole is None:
@@ -76,8 +78,11 @@ def remedy(artifact: Artifact, part: str, source: Source, aim: float) -> Remedy:
     if not found and is_narrow(entry):
         arguments = {"folder": str(artifact.folder), "part": part, **folders_of(source)}
         (errors, widths), _ = in_child("bakeoff.tuning.remedy:rank_here", arguments)
-        found = Remedy({layer: widths[layer] for layer in _worst(errors, largest_error(proof), aim)})
-    if not found or not (found.layers or found.whole):
+        worst = _worst(errors, largest_error(proof), aim)
+        found = Remedy({layer: widths[layer] for layer in worst}) if worst else None
+    if not found and entry.precision == "fp16" and not math.isfinite(largest_error(proof)):
+        found = Remedy(whole=_as_far_as_float32(entry))  # what overflows can't be seen, or is no layer's
+    if not found:
         raise hopeless(proof["problem"] or artifact.manifest.proof["trajectory"]["problem"])
     return found
 
@@ -126,14 +131,15 @@ def _blamed(artifact: Artifact, part: str, source: Source) -> Remedy | None:
     found = next((each for each in explain(artifact, source) if each.part == part and each.fault and each.layer), None)
     if found is None:
         return None
-    entry, overflows = artifact.manifest.parts[part], found.cause in {OVERFLOW, NOT_FINITE}
+    entry = artifact.manifest.parts[part]
+    overflows = found.cause in {OVERFLOW, NOT_FINITE} and entry.precision == "fp16"
     entries, mixture = source.checkpoint(family_part(artifact, part).module).entries, mixture_of(entry)
     if f"{found.layer}.weight" in entries:
         layers = {str(found.layer), *(_beyond_float16(artifact, part, source) if overflows else ())}
         wider = {layer: "fp32" for layer in sorted(layers) if mixture.precision_of(layer) != "fp32"}
         if wider:
             return Remedy(wider)
-    return Remedy(whole=_as_far_as_float32(entry)) if overflows and entry.precision == "fp16" else None
+    return Remedy(whole=_as_far_as_float32(entry)) if overflows else None
 
 
 def _beyond_float16(artifact: Artifact, part: str, source: Source) -> set[str]:

@@ -48,12 +48,16 @@ class Repair:
 
     def in_words(self) -> list[str]:
         more = self.bytes_after - self.bytes_before
-        put_back = {part: f"all of it in {precision}" for part, precision in self.whole.items()} | {
-            part: f"{len(layers)} layer{'s' if len(layers) > 1 else ''} put back, {', '.join(layers)}"
-            for part, layers in self.layers.items()
-        }
-        lines = [f"repaired {part}: {what}: {self.time_ratio[part]:.2f} × the time" for part, what in put_back.items()]
+        lines = [
+            f"repaired {part}: {self._what(part)}: {ratio:.2f} × the time" for part, ratio in self.time_ratio.items()
+        ]
         return [*lines, f"repairs took {more / 1e6:.2f} MB more of weights ({self.bytes_after / 1e6:.2f} MB)"]
+
+    def _what(self, part: str) -> str:
+        whole, layers = self.whole.get(part), self.layers.get(part, ())
+        said = [f"all of it in {whole}"] if whole else []
+        said += [f"{len(layers)} layer{'s' if len(layers) > 1 else ''} put back, {', '.join(layers)}"] if layers else []
+        return "; ".join(said)
 
 
 def export_repaired(
