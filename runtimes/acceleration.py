@@ -46,7 +46,11 @@ def compile_module(module: nn.Module, how: bool | str) -> tuple[Any, Any]:  # no
 
     if not how:
         return module, False
-    os.environ.setdefault(_CACHE, str(home() / "compiled"))
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    usual = default_cache_dir()  # which importing it may have set already
+    if os.environ.get(_CACHE, usual) == usual:
+        os.environ[_CACHE] = str(home() / "compiled")
     with warnings.catch_warnings():  # of torch, about itself
         warnings.simplefilter("ignore")
         if how != "regional":
