@@ -88,11 +88,10 @@ class Hollow:
         tensors = {**program.state_dict, **program.constants}
         found: Counter[str] = Counter()
         for node in program.graph.nodes:
-            takers = _takers(node) if node.name in sources else 0
-            if takers:
-                entry = self.marks.get(bytes(as_bytes(tensors[sources[node.name]].contiguous())[:_MARK_BYTES]))
-                found[entry.name if entry is not None else ""] += takers
-        del found[""]
+            if node.name in sources and (takers := _takers(node)):
+                mark = bytes(as_bytes(tensors[sources[node.name]].contiguous())[:_MARK_BYTES])
+                if mark in self.marks:
+                    found[self.marks[mark].name] += takers
         return found
 
 
