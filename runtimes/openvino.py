@@ -8,6 +8,8 @@ from ..errors import ArtifactError
 from ..hardware import OVERFLOWS, Availability, choose_device, has_instructions, overflows_bytes, usable_cores
 from . import openvino_graph, openvino_weights
 from .openvino_gates import keep_gates_apart
+from .openvino_heads import leave_large_heads
+from .openvino_pieces import cut_in_pieces
 from .openvino_splits import split_weights
 from .runtime import Operation, PartFiles, Runtime
 
@@ -98,6 +100,8 @@ class OpenVINORuntime(Runtime):
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _ROUNDED.get(part.precision, "0")
             widened = _avoid_overflow(model, part.precision, settings)
             fallback = "; ".join(filter(None, (fallback, widened))) or None
+            if _multiplies_tiles(settings):
+                leave_large_heads(model)
         self._model, self._device, self._settings = model, device.upper(), settings
         self._requests: dict[Any, Any] = {}
         """Shapes of the inputs, or None for any -> a compiled model's request, the one used last at the end."""
@@ -129,6 +133,8 @@ class OpenVINORuntime(Runtime):
         if self._device == "CPU":
             if split:
                 split_weights(model)
+            if split and _multiplies_tiles(self._settings):
+                cut_in_pieces(model)
             if _fuses_gates_wrongly(self._settings):
                 keep_gates_apart(model)
         return model
@@ -179,10 +185,15 @@ class OpenVINORuntime(Runtime):
         self._model = None
 
 
+def _multiplies_tiles(settings: Mapping[str, Any]) -> bool:
+    """Say whether products run in AMX's units."""
+    return settings["INFERENCE_PRECISION_HINT"] == "bf16" and has_instructions("amx_bf16")
+
+
 def _fuses_gates_wrongly(settings: Mapping[str, Any]) -> bool:
     """Say whether compiling gated layers would end the process: in bfloat16, with AMX, on one thread."""
     one_thread = 1 in {settings["INFERENCE_NUM_THREADS"], usable_cores()}
-    return one_thread and settings["INFERENCE_PRECISION_HINT"] == "bf16" and has_instructions("amx_bf16")
+    return one_thread and _multiplies_tiles(settings)
 
 
 def _avoid_overflow(model: Any, precision: str, settings: dict[str, Any]) -> str | None:  # noqa: ANN401 - openvino is untyped
