@@ -596,7 +596,7 @@ def test_openvino_rounds_queries_and_keys_of_large_heads_but_no_values(tmp_path,
         coarse = made.flat(eager)(inputs["given"])[0]
     with plugins.runtime("openvino")(files, Placement(device="cpu", threads=1)) as runtime:
         got = runtime.run(inputs)["tokens"]
-    assert relative_error(got, coarse if rounded else wide) < 2e-2
+    assert relative_error(got, coarse if rounded else wide) < 3e-2
     assert relative_error(wide, coarse) > 5e-2  # so coarse are these steps that leaving them out would show
 
 
