@@ -100,8 +100,6 @@ class OpenVINORuntime(Runtime):
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = _ROUNDED.get(part.precision, "0")
             widened = _avoid_overflow(model, part.precision, settings)
             fallback = "; ".join(filter(None, (fallback, widened))) or None
-            if _multiplies_tiles(settings):
-                leave_large_heads(model)
         self._model, self._device, self._settings = model, device.upper(), settings
         self._requests: dict[Any, Any] = {}
         """Shapes of the inputs, or None for any -> a compiled model's request, the one used last at the end."""
@@ -128,15 +126,18 @@ class OpenVINORuntime(Runtime):
         return compiled.create_infer_request()
 
     def _copy(self, *, split: bool) -> Any:  # noqa: ANN401 - openvino is untyped
-        """Return a copy of the model to compile; what `operations` names is there unless weights are split."""
+        """Return a copy of the model to compile, or to look at: then products are as `layers.json` names them."""
         model = self._model.clone()
-        if self._device == "CPU":
+        if self._device != "CPU":
+            return model
+        if split:
+            split_weights(model)
+        if _multiplies_tiles(self._settings):
+            leave_large_heads(model)
             if split:
-                split_weights(model)
-            if split and _multiplies_tiles(self._settings):
                 cut_in_pieces(model)
-            if _fuses_gates_wrongly(self._settings):
-                keep_gates_apart(model)
+        if _fuses_gates_wrongly(self._settings):
+            keep_gates_apart(model)
         return model
 
     def _request_for(self, inputs: dict[str, Tensor]) -> Any:  # noqa: ANN401 - openvino is untyped
@@ -175,7 +176,7 @@ class OpenVINORuntime(Runtime):
         return tensor if data.ctypes.data == tensor.data_ptr() else torch.from_numpy(data.copy())
 
     def operations(self, inputs: Mapping[str, Tensor]) -> list[Operation]:  # noqa: ARG002 - as Runtime's
-        return openvino_graph.operations(self._model, self.part.folder)
+        return openvino_graph.operations(self._copy(split=False), self.part.folder)
 
     def _tap(self, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         return openvino_graph.tap(self._copy(split=False), self._device, self._settings, inputs, names)

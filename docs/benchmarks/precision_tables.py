@@ -9,6 +9,7 @@ _IN_TURN = {
     "first": " Opened in turn: each step is the first after opening.",
     "later": " Opened anew for each block, whose step is the median of three behind the first.",
 }
+_NNCF = {"to_nncf": "NNCF's", "to_plain_nncf": "NNCF's as OpenVINO alone runs it"}
 HEAD = (
     "| arm | step, s | to fp32 | to bf16 | SQNR, dB | opened, GB | peak of a step, GB | on disk, GB | export, s | its peak, GB |",
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -47,12 +48,12 @@ def _group(group: dict[str, Any]) -> list[str]:
     told = f"{_machine(group['machine'])}. Threads: {group['threads']}; blocks: {group['blocks']}; {load}."
     if group.get("in_turn"):
         told += _IN_TURN[group["in_turn"]]
-    told += "".join(_beside(name, row["to_nncf"]) for name, row in group["arms"].items() if row.get("to_nncf"))
+    told += "".join(_beside(name, row, key) for name, row in group["arms"].items() for key in _NNCF if row.get(key))
     return [told, "", *HEAD, *(_arm(name, row) for name, row in group["arms"].items())]
 
 
-def _beside(name: str, ratio: dict[str, float]) -> str:
-    return f" {name} takes {_interval(ratio)} of the seconds of NNCF's."
+def _beside(name: str, row: dict[str, Any], key: str) -> str:
+    return f" {name} takes {_interval(row[key])} of the seconds of {_NNCF[key]}."
 
 
 def _arm(name: str, row: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bakeoff.recipe import PartRecipe, Placement
+    from bakeoff.runtimes.runtime import Runtime
 
 HERE = Path(__file__).parent
 PART = "unet"
@@ -33,7 +34,15 @@ TIMESTEPS = (981.0, 721.0, 461.0, 201.0)
 """Of the steps that are calibrated on."""
 _CHANNELS = {2: -1, 3: -1, 4: 1}
 """Dimensions of an activation -> which of them is that of its channels."""
-RUNTIME_PRECISIONS = {"nncf-int8": "int8", "nncf-w8a8": "w8a8", "ort-dynamic": "w8a8-dynamic", "ort-static": "w8a8"}
+PLAIN = "plain-"
+"""What the name of an arm starts with that OpenVINO compiles as the file is, without what our runtime changes for it."""
+RUNTIME_PRECISIONS = {
+    "nncf-int8": "int8",
+    "nncf-w8a8": "w8a8",
+    f"{PLAIN}nncf-w8a8": "w8a8",
+    "ort-dynamic": "w8a8-dynamic",
+    "ort-static": "w8a8",
+}
 """One call of another tool -> the recipe that its file is opened like."""
 
 
@@ -64,7 +73,11 @@ class Arm:
     def folder(self, source: Path, work: Path) -> Path:
         """Return the arm's folder, which arms share that differ in their placement alone."""
         options = self.parsed()[0].options
-        return work / "-".join([source.name, self.backend, self.precision, *map("=".join, sorted(options.items()))])
+        return work / "-".join([source.name, self.backend, self.made_as, *map("=".join, sorted(options.items()))])
+
+    @property
+    def made_as(self) -> str:
+        return self.precision.removeprefix(PLAIN)
 
     @property
     def opened_as(self) -> str:
@@ -124,7 +137,7 @@ def make(arm: Arm, folder: Path, work: Path, nncf_python: str | None) -> dict[st
     output.mkdir()
     shutil.copy(folder / "config.json", output)
     started = time.perf_counter()
-    if arm.precision.startswith("nncf"):
+    if arm.made_as.startswith("nncf"):
         peak = _by_nncf(arm, folder, work, str(nncf_python))
     elif arm.precision.startswith("ort"):
         arguments = {"source": str(Arm("onnx", "fp32").folder(folder, work)), "output": str(output)}
@@ -275,7 +288,19 @@ def opened(arm: Arm, source: Path, folder: Path, threads: int) -> Any:  # noqa: 
         outputs=made.outputs(config),
         build=lambda dtype: made.flat(made.load(folder, getattr(torch, dtype))).eval(),
     )
-    return plugins.runtime(arm.backend)(files, replace(arm.parsed()[1], device="cpu", threads=threads))
+    runtime = as_it_is() if arm.precision.startswith(PLAIN) else plugins.runtime(arm.backend)
+    return runtime(files, replace(arm.parsed()[1], device="cpu", threads=threads))
+
+
+def as_it_is() -> type[Runtime]:
+    """Return OpenVINO's runtime without what ours changes of a model before it is compiled."""
+    from bakeoff.runtimes.openvino import OpenVINORuntime
+
+    class AsItIs(OpenVINORuntime):
+        def _copy(self, *, split: bool) -> Any:  # noqa: ANN401, ARG002 - as its
+            return self._model.clone()
+
+    return AsItIs
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -6,10 +6,11 @@ stay open in processes of their own; each block runs every arm once, in another 
 the ratios of its seconds to fp32's and to bf16's, and to NNCF's of the same precision, with their 95 % intervals over blocks, the SQNR of its prediction to
 torch's in float32, anonymous memory opened and at the peak of a step, bytes on disk, and what the export took.
 
-`nncf-int8` and `nncf-w8a8` are one call of NNCF (`compress_weights`; `quantize` for transformers) on our fp32 IR, and
-`ort-dynamic` and `ort-static` ONNX Runtime's `quantize_dynamic` and `quantize_static` on our fp32 graph: the same
-weights, the same inputs to calibrate with, the same runtime and settings to run. NNCF lives in an environment of its
-own: without `--nncf-python` its arms are left out.
+`nncf-int8` and `nncf-w8a8` are one call of NNCF (`compress_weights`; `quantize` for transformers) on our fp32 IR,
+`plain-nncf-w8a8` is the same file compiled as it is, without what our runtime makes of a graph before, and `ort-dynamic`
+and `ort-static` are ONNX Runtime's `quantize_dynamic` and `quantize_static` on our fp32 graph: the same weights, the
+same inputs to calibrate with, the same runtime and settings to run. NNCF lives in an environment of its own: without
+`--nncf-python` its arms are left out.
 
 With `--in-turn` arms are opened one at a time, anew for each block; what is timed is the first step then, with
 `--in-turn later` the median of three steps behind it, so that intervals hold for how processes differ, too. A group's
@@ -33,7 +34,7 @@ import numpy as np
 import psutil
 from precision_tables import with_tables
 from tqdm import tqdm
-from unet_arms import SIZES, Arm, Resident, inputs, make, source
+from unet_arms import PLAIN, SIZES, Arm, Resident, inputs, make, source
 
 from bakeoff.hardware import describe, has_instructions, overflows_bytes
 from bakeoff.memory import available_bytes, in_child
@@ -49,10 +50,16 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "precisions.md"
 GROUPS = {
     "openvino, two bytes": ("openvino", ["fp32", "bf16", "fp16"]),
-    "openvino, activations too": ("openvino", ["fp32", "bf16", "w8a8", "w8a8-dynamic", "nncf-w8a8"]),
-    "openvino, static shapes": ("openvino", ["fp32+static", "bf16+static", "w8a8+static", "nncf-w8a8+static"]),
-    "openvino, beside NNCF": ("openvino", ["bf16", "w8a8", "nncf-w8a8"]),
-    "openvino, beside NNCF, static shapes": ("openvino", ["bf16+static", "w8a8+static", "nncf-w8a8+static"]),
+    "openvino, activations too": ("openvino", ["fp32", "bf16", "w8a8", "w8a8-dynamic", "nncf-w8a8", "plain-nncf-w8a8"]),
+    "openvino, static shapes": (
+        "openvino",
+        ["fp32+static", "bf16+static", "w8a8+static", "nncf-w8a8+static", "plain-nncf-w8a8+static"],
+    ),
+    "openvino, beside NNCF": ("openvino", ["bf16", "w8a8", "nncf-w8a8", "plain-nncf-w8a8"]),
+    "openvino, beside NNCF, static shapes": (
+        "openvino",
+        ["bf16+static", "w8a8+static", "nncf-w8a8+static", "plain-nncf-w8a8+static"],
+    ),
     "openvino, weights alone": ("openvino", ["fp32", "bf16", "int8", "nncf-int8"]),
     "openvino, 4 bits": ("openvino", ["fp32", "bf16", "int4", "nf4"]),
     "onnx, two bytes": ("onnx", ["fp32", "bf16", "fp16"]),
@@ -149,6 +156,7 @@ def _compare(backend: str, precisions: list[str], work: Path, options: argparse.
             "to_fp32": _interval(fp32, seconds[name]),
             "to_bf16": _interval(bf16, seconds[name]),
             "to_nncf": _interval(seconds.get(f"nncf-{name}"), seconds[name]),
+            "to_plain_nncf": _interval(seconds.get(f"{PLAIN}nncf-{name}"), seconds[name]),
         }
         for name, arm in taken.items()
     }
@@ -163,7 +171,7 @@ def _compare(backend: str, precisions: list[str], work: Path, options: argparse.
 
 
 def _is_possible(precision: str, options: argparse.Namespace) -> bool:
-    return not precision.startswith("nncf") or bool(options.nncf_python)
+    return "nncf" not in precision or bool(options.nncf_python)
 
 
 def _attempt(arm: Arm, folder: Path, work: Path, options: argparse.Namespace) -> dict[str, Any]:
