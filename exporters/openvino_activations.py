@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 _ROUNDING = {"MatMul", "Convolution"}
 _BITS = 8
 _LAYOUT = {"Reshape", "Transpose"}
-_ATTENTION = "ScaledDotProductAttention"
 _STORED = {"Constant", "Parameter"}
 _SMALL_HEAD = 32
 
@@ -33,8 +32,7 @@ def round_activations(  # openvino is untyped
 ) -> None:
     """Let calibrated layers round what they are given: FakeQuantize, which the plugins turn into 8-bit integers.
 
-    Each activation is rounded once for all layers that take it on the same grid; what attention makes before its heads are
-    put together, so that the plugin rounds within the attention and lays bytes out.
+    Each activation is rounded once for all layers that take it on the same grid.
     """
     layers = {f"{TENSOR}{number}": entry.name.removesuffix(".weight") for number, entry in enumerate(entries)}
     _round_attention(model, layers, grids)
@@ -48,12 +46,11 @@ def round_activations(  # openvino is untyped
             operation = target.get_node()
             if operation.get_type_name() not in _ROUNDING or target.get_index() != 1:
                 continue
-            place = _attention_behind(operation.input(0), grid) or operation.input(0)
-            given = place.get_source_output()
+            given = operation.input_value(0)
             key = (given.get_node().get_friendly_name(), given.get_index(), grid)
             if key not in rounded:
                 rounded[key] = _rounded(given, grid)
-            place.replace_source_output(rounded[key].output(0))
+            operation.input(0).replace_source_output(rounded[key].output(0))
 
 
 def _round_attention(model: Any, layers: Mapping[str, str], grids: Mapping[str, Grids]) -> None:  # noqa: ANN401
@@ -64,7 +61,7 @@ def _round_attention(model: Any, layers: Mapping[str, str], grids: Mapping[str, 
     product wrong on processors with AMX where there are as many keys as a head has channels, and no more than 32.
     """
     for attention in model.get_ordered_ops():
-        if attention.get_type_name() != _ATTENTION or not _has_large_heads(attention):
+        if attention.get_type_name() != "ScaledDotProductAttention" or not _has_large_heads(attention):
             continue
         for given in (attention.input_value(0), attention.input_value(1)):
             made = _before_layout(given)
@@ -131,18 +128,6 @@ def _before_layout(value: Any) -> Any:  # noqa: ANN401
     while value.get_node().get_type_name() in _LAYOUT and len(value.get_target_inputs()) == 1:
         value = value.get_node().input_value(0)
     return value
-
-
-def _attention_behind(taker: Any, grid: Grid) -> Any:  # noqa: ANN401
-    """Return where attention's heads go into the layout that a layer takes, if nothing else takes it."""
-    while taker.get_source_output().get_node().get_type_name() in _LAYOUT and not grid.by_channel:
-        made = taker.get_source_output()
-        if len(made.get_target_inputs()) != 1:
-            return None
-        taker = made.get_node().input(0)
-    made = taker.get_source_output()
-    is_attention = made.get_node().get_type_name() == _ATTENTION
-    return taker if is_attention and len(made.get_target_inputs()) == 1 else None
 
 
 def _layer_of(made: Any, layers: Mapping[str, str]) -> str | None:  # noqa: ANN401

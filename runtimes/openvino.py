@@ -8,7 +8,7 @@ from ..errors import ArtifactError
 from ..hardware import OVERFLOWS, Availability, choose_device, has_instructions, overflows_bytes, usable_cores
 from . import openvino_graph, openvino_weights
 from .openvino_gates import keep_gates_apart
-from .openvino_heads import leave_large_heads
+from .openvino_heads import leave_large_heads, round_within_attention
 from .openvino_pieces import cut_in_pieces
 from .openvino_splits import split_weights
 from .runtime import Operation, PartFiles, Runtime
@@ -135,6 +135,7 @@ class OpenVINORuntime(Runtime):
         if _multiplies_tiles(self._settings):
             leave_large_heads(model)
             if split:
+                round_within_attention(model)
                 cut_in_pieces(model)
         if _fuses_gates_wrongly(self._settings):
             keep_gates_apart(model)
@@ -228,7 +229,7 @@ def _name(node: Any, declared: set[str]) -> str:  # noqa: ANN401 - openvino is u
 
 
 def _executed_precision(compiled: Any) -> dict[str, int]:  # noqa: ANN401 - openvino is untyped
-    """Count the compiled matrix products and convolutions by the precision that they really run in.
+    """Count the compiled matrix products and convolutions by the precision that they really run in, one in pieces by these.
 
     Masks and indices are u8 and i32 whatever the recipe, so the other operations say nothing.
     """

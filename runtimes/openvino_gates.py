@@ -22,6 +22,7 @@ def keep_gates_apart(model: Any) -> int:  # noqa: ANN401 - openvino is untyped
     found = [product for product in map(_gated, model.get_ordered_ops()) if product is not None]
     for product in found:
         given = opset13.multiply(product.input_value(0), opset13.constant(_ONE))
+        given.set_friendly_name(f"{product.get_friendly_name()} given apart")  # the same one in each copy
         product.input(0).replace_source_output(given.output(0))
     return len(found)
 

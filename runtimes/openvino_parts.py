@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 _MARKS = {"decompression_0"}
 """What a conversion to float32 is marked with that compiling leaves to the kernels."""
 _WIDE = {"precise_0", "DisablePrecisionConversion_0"}
-"""What a product is marked with that is to stay in float32, as it is set and as it is read: a new one can't be marked."""
+"""What an operation is marked with that is to stay in float32, as it is set and as it is read: a new one can't be marked."""
 _TOKENS = 3
 """Rank of the activations that parts pay for: a part of a vector's product saves nothing."""
 
@@ -28,12 +28,17 @@ def is_of_weights(made: Any) -> bool:  # noqa: ANN401 - openvino is untyped
         product, biases = product.input_value(0).get_node(), [product.input_value(1)]
         if len(product.output(0).get_target_inputs()) != 1:
             return False
-    if product.get_type_name() != "MatMul" or _WIDE & set(product.get_rt_info()):
+    if product.get_type_name() != "MatMul" or is_to_stay_wide(product):
         return False
     layout = product.get_attributes()
     if layout["transpose_a"] or not layout["transpose_b"] or not _is_stored(product.input_value(1), _is_matrix):
         return False
     return all(is_stored_vector(bias) for bias in biases)
+
+
+def is_to_stay_wide(operation: Any) -> bool:  # noqa: ANN401
+    """Say whether an operation is marked, as what is made in its place can't be."""
+    return bool(_WIDE & set(operation.get_rt_info()))
 
 
 def is_stored_vector(value: Any) -> bool:  # noqa: ANN401

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from .openvino_parts import is_of_weights, is_stored_vector, part, stored_part
+from .openvino_parts import is_of_weights, is_stored_vector, is_to_stay_wide, part, stored_part
 
 _MOST_BYTES = 800 * 1024
 """Of a piece's weight: two fifths of the second cache of cores with AMX, where products were quickest."""
+_MOST_PIECES = 16
+"""From where more of them take as long to compile as they save."""
 _MULTIPLE = 64
 """Outputs of a piece are a multiple of: what the kernels compute at once."""
 _WIDENING = 2
@@ -28,7 +30,13 @@ def cut_in_pieces(model: Any, most_bytes: int = _MOST_BYTES, multiple: int = _MU
     Pieces are views of the whole weight, which has to live as long as what is compiled.
     """
     found = [made for made in map(_last_of_outputs, model.get_ordered_ops()) if made is not None]
-    return sum(_cut(made, most_bytes, multiple) for made in found)
+    lengths = [_piece_length(made, most_bytes, multiple) for made in found]
+    cut = [
+        (made, length) for made, length in zip(found, lengths, strict=True) if length < _shape(_products(made)[0])[0]
+    ]
+    for made, length in cut:
+        _cut(made, length)
+    return len(cut)
 
 
 def _last_of_outputs(operation: Any) -> Any:  # noqa: ANN401
@@ -48,6 +56,8 @@ def _products(made: Any) -> list[Any]:  # noqa: ANN401
         return [node.input_value(0).get_node() if node.get_type_name() == "Add" else node]
     kind = node.get_type_name()
     given = node.input_values()
+    if is_to_stay_wide(node):
+        return []
     if kind == "Multiply":
         sides = [_products_of_one_taker(each) for each in given]
         return [product for side in sides for product in side] if all(sides) else []
@@ -60,23 +70,24 @@ def _products_of_one_taker(made: Any) -> list[Any]:  # noqa: ANN401
     return _products(made) if len(made.get_target_inputs()) == 1 else []
 
 
-def _cut(made: Any, most_bytes: int, multiple: int) -> bool:  # noqa: ANN401
-    """Replace a value by its pieces, if these pay."""
+def _piece_length(made: Any, most_bytes: int, multiple: int) -> int:  # noqa: ANN401
+    """Return how many outputs a piece of a value has: all, where pieces don't pay."""
+    products = _products(made)
+    outputs, inputs = _shape(products[0])[0], max(_shape(product)[1] for product in products)
+    fewest = min(ceil(max(map(_bytes, products)) / most_bytes), _MOST_PIECES)
+    able = (n for n in range(fewest, 2 * _MOST_PIECES) if outputs % (n * multiple) == 0)
+    return outputs // next(able, 1) if outputs >= _WIDENING * inputs else outputs
+
+
+def _cut(made: Any, length: int) -> None:  # noqa: ANN401
+    """Replace a value by its pieces."""
     from openvino import opset13
 
-    outputs = made.get_partial_shape()[-1].get_length()
-    inputs = max(_shape(product)[1] for product in _products(made))
-    heaviest = max(_bytes(product) for product in _products(made))
-    fewest = ceil(heaviest / most_bytes)
-    pieces = next((n for n in range(fewest, outputs + 1) if outputs % (n * multiple) == 0), 1)
-    if outputs < _WIDENING * inputs or fewest == 1 or pieces == 1:
-        return False
-    size = outputs // pieces
+    outputs = _shape(_products(made)[0])[0]
     takers = made.get_target_inputs()
-    joined = opset13.concat([_piece(made, start, start + size) for start in range(0, outputs, size)], -1).output(0)
+    joined = opset13.concat([_piece(made, start, start + length) for start in range(0, outputs, length)], -1).output(0)
     for target in takers:
         target.replace_source_output(joined)
-    return True
 
 
 def _shape(product: Any) -> list[int]:  # noqa: ANN401

@@ -77,3 +77,16 @@ def test_text_encoders_run_on_one_thread(tiny, tmp_path, family, part):
     export(str(tiny(family)), folder, recipe, prove=False)
     with load(folder, threads=1) as engine:
         assert np.isfinite(engine.generate("a circle", steps=1, size=(64, 64)).images).all()
+
+
+def test_what_keeps_gates_apart_has_the_same_name_in_each_copy():
+    """Copies are looked into by names that another copy gave."""
+    model = gated(gelu)
+    copies = [model.clone(), model.clone()]
+    names = []
+    for copy in copies:
+        keep_gates_apart(copy)
+        names.append(
+            {each.get_friendly_name() for each in copy.get_ordered_ops() if each.get_type_name() != "Constant"}
+        )
+    assert names[0] == names[1]

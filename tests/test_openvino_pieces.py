@@ -101,20 +101,34 @@ def taken_twice(given):
     return opset13.multiply(gelu(made), product(made, WIDTH))
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        lambda given: product(given, CHANNELS + 8),
-        lambda given: opset13.softmax(product(given, WIDTH // 4), 2),
-        lambda given: opset13.reshape(product(given, 40), opset13.constant([0, 0, 40]), special_zero=True),
-    ],
-    ids=["hardly wider", "no wider", "no whole pieces"],
-)
-def test_other_products_stay(form):
-    model = model_of(form)
+@pytest.mark.parametrize(("outputs_to_inputs", "cut"), [(1, 0), (1.5, 0), (2, 1), (4, 1)])
+def test_products_that_hardly_widen_stay(outputs_to_inputs, cut):
+    model = model_of(lambda given: product(given, int(outputs_to_inputs * CHANNELS)))
     before = kinds(model)
-    assert cut_in_pieces(model, most_bytes=64, multiple=16) == 0
-    assert kinds(model) == before
+    assert cut_in_pieces(model, most_bytes=256, multiple=4) == cut
+    assert (kinds(model) == before) == (not cut)
+
+
+@pytest.mark.parametrize(("width", "cut"), [(40, 0), (48, 1)])
+def test_pieces_are_of_whole_multiples(width, cut):
+    model = model_of(lambda given: product(given, width))
+    assert cut_in_pieces(model, most_bytes=512, multiple=16) == cut
+
+
+@pytest.mark.parametrize("marked", ["MatMul", "Gelu"])
+def test_what_is_to_stay_in_float32_is_whole(marked):
+    model = model_of(FORMS["an activation"])
+    for operation in model.get_ordered_ops():
+        if operation.get_type_name() == marked:
+            operation.get_rt_info()["precise_0"] = ""
+    cut_in_pieces(model, most_bytes=CHANNELS * WIDTH // 4, multiple=8)
+    assert kinds(model).count("Gelu") == 1
+
+
+def test_there_are_not_too_many_pieces():
+    model = model_of(lambda given: product(given, 32 * CHANNELS))
+    assert cut_in_pieces(model, most_bytes=2 * CHANNELS, multiple=1) == 1
+    assert kinds(model).count("MatMul") == 16 + 2
 
 
 def test_what_is_taken_elsewhere_is_whole():
