@@ -86,7 +86,7 @@ $(INTEROP_READY): tests/interop/optimum-constraints.txt
 
 $(GENAI_READY): tests/interop/genai-constraints.txt
 	$(PYTHON) -m venv .venv-genai
-	$(GENAI_BIN)/pip install -q --disable-pip-version-check -c $< openvino-genai openvino-tokenizers openvino numpy
+	$(GENAI_BIN)/pip install -q --disable-pip-version-check -c $< openvino-genai openvino-tokenizers openvino transformers numpy
 	touch $@
 
 $(ORT_OPENVINO_READY): $(READY)
