@@ -65,7 +65,9 @@ def _round_before_layout(rounding: Any) -> bool:  # noqa: ANN401
         return False
     takers = rounding.output(0).get_target_inputs()
     levels = rounding.get_attributes()["levels"]
-    place.replace_source_output(opset13.fake_quantize(made, *rounding.input_values()[1:], levels=levels).output(0))
+    moved = opset13.fake_quantize(made, *rounding.input_values()[1:], levels=levels)
+    moved.set_friendly_name(f"{made.get_node().get_friendly_name()} rounded")
+    place.replace_source_output(moved.output(0))
     for taker in takers:
         taker.replace_source_output(last)
     return True
