@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _ATTENTION = "ScaledDotProductAttention"
 _LAYOUT = {"Reshape", "Transpose"}
@@ -84,16 +87,17 @@ def _before_layout(taker: Any) -> Any:  # noqa: ANN401
 
 def _is_of_tensor(rounding: Any) -> bool:  # noqa: ANN401
     """Say whether a rounding has one step for all values."""
-    return all(
-        end.get_node().get_type_name() == "Constant" and end.get_node().data.size == 1
-        for end in rounding.input_values()[1:]
-    )
+    ends = _ends(rounding)
+    return bool(ends) and all(end.size == 1 for end in ends)
 
 
 def _keeps_scale(rounding: Any) -> bool:  # noqa: ANN401
     """Say whether a rounding gives values in the units that it is given."""
-    ends = [end.get_node() for end in rounding.input_values()[1:]]
-    if any(end.get_type_name() != "Constant" for end in ends):
-        return False
-    low, high, least, most = (end.data for end in ends)
-    return np.array_equal(low, least) and np.array_equal(high, most)
+    ends = _ends(rounding)
+    return bool(ends) and all(map(np.array_equal, ends[:2], ends[2:]))
+
+
+def _ends(rounding: Any) -> list[NDArray[np.float32]]:  # noqa: ANN401
+    """Return from and to where a rounding takes values and gives them; nothing, if that isn't stored."""
+    nodes = [end.get_node() for end in rounding.input_values()[1:]]
+    return [node.data for node in nodes] if all(node.get_type_name() == "Constant" for node in nodes) else []

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .openvino_parts import is_of_weights, is_stored_vector, is_to_stay_wide, part, stored_part
+from .openvino_slices import is_of_weights, is_stored_vector, is_to_stay_wide, sliced, stored_slice
 
 _MOST_BYTES = 800 * 1024
 """Of a piece's weight: two fifths of the second cache of cores with AMX, where products were quickest."""
@@ -30,13 +30,11 @@ def cut_in_pieces(model: Any, most_bytes: int = _MOST_BYTES, multiple: int = _MU
     Pieces are views of the whole weight, which has to live as long as what is compiled.
     """
     found = [made for made in map(_last_of_outputs, model.get_ordered_ops()) if made is not None]
-    lengths = [_piece_length(made, most_bytes, multiple) for made in found]
-    cut = [
-        (made, length) for made, length in zip(found, lengths, strict=True) if length < _shape(_products(made)[0])[0]
-    ]
-    for made, length in cut:
-        _cut(made, length)
-    return len(cut)
+    pieces = [_count(made, most_bytes, multiple) for made in found]
+    for made, count in zip(found, pieces, strict=True):
+        if count > 1:
+            _cut(made, count)
+    return sum(count > 1 for count in pieces)
 
 
 def _last_of_outputs(operation: Any) -> Any:  # noqa: ANN401
@@ -70,24 +68,30 @@ def _products_of_one_taker(made: Any) -> list[Any]:  # noqa: ANN401
     return _products(made) if len(made.get_target_inputs()) == 1 else []
 
 
-def _piece_length(made: Any, most_bytes: int, multiple: int) -> int:  # noqa: ANN401
-    """Return how many outputs a piece of a value has: all, where pieces don't pay."""
-    products = _products(made)
-    outputs, inputs = _shape(products[0])[0], max(_shape(product)[1] for product in products)
+def _count(made: Any, most_bytes: int, multiple: int) -> int:  # noqa: ANN401
+    """Return of how many pieces a value is made: of one, where more don't pay."""
+    products, outputs = _products(made), _outputs(made)
+    if outputs < _WIDENING * max(_shape(product)[1] for product in products):
+        return 1
     fewest = min(ceil(max(map(_bytes, products)) / most_bytes), _MOST_PIECES)
-    able = (n for n in range(fewest, 2 * _MOST_PIECES) if outputs % (n * multiple) == 0)
-    return outputs // next(able, 1) if outputs >= _WIDENING * inputs else outputs
+    return next((n for n in range(fewest, 2 * _MOST_PIECES) if outputs % (n * multiple) == 0), 1)
 
 
-def _cut(made: Any, length: int) -> None:  # noqa: ANN401
+def _cut(made: Any, pieces: int) -> None:  # noqa: ANN401
     """Replace a value by its pieces."""
     from openvino import opset13
 
-    outputs = _shape(_products(made)[0])[0]
+    outputs = _outputs(made)
+    length = outputs // pieces
     takers = made.get_target_inputs()
     joined = opset13.concat([_piece(made, start, start + length) for start in range(0, outputs, length)], -1).output(0)
     for target in takers:
         target.replace_source_output(joined)
+
+
+def _outputs(made: Any) -> int:  # noqa: ANN401
+    count: int = made.get_partial_shape()[-1].get_length()
+    return count
 
 
 def _shape(product: Any) -> list[int]:  # noqa: ANN401
@@ -106,13 +110,13 @@ def _piece(made: Any, start: int, end: int) -> Any:  # noqa: ANN401
     from openvino import opset13
 
     if is_of_weights(made):
-        return part(made, start, end)
+        return sliced(made, start, end)
     node = made.get_node()
     kind = node.get_type_name()
     if kind == "Multiply":
         return opset13.multiply(*(_piece(each, start, end) for each in node.input_values()))
     given = _piece(node.input_value(0), start, end)
-    rest = [stored_part(each, start, end) for each in node.input_values()[1:]]
+    rest = [stored_slice(each, start, end) for each in node.input_values()[1:]]
     if kind == "FakeQuantize":
         return opset13.fake_quantize(given, *rest, levels=node.get_attributes()["levels"])
     if kind == "Gelu":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .openvino_parts import is_of_weights, part
+from .openvino_slices import is_of_weights, sliced
 
 _SPLITS = {"Split", "VariadicSplit"}
 
@@ -20,7 +20,7 @@ def split_weights(model: Any) -> int:  # noqa: ANN401 - openvino is untyped
         end = 0
         for output in split.outputs():
             start, end = end, end + output.get_partial_shape()[-1].get_length()
-            made = part(split.input_value(0), start, end).output(0)
+            made = sliced(split.input_value(0), start, end).output(0)
             for target in output.get_target_inputs():
                 target.replace_source_output(made)
     return len(found)

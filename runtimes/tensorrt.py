@@ -44,8 +44,9 @@ _DTYPES = {
 }
 """TensorRT's dtype -> torch's."""
 _MARGIN_BYTES = 512 << 20
-_ROWS = "batch"
 """Device memory that is left alone when weights are placed: inputs, outputs, and what else runs there."""
+_ROWS = "batch"
+"""Dimension whose rows have nothing to do with each other."""
 
 
 @dataclass
@@ -275,7 +276,7 @@ class TensorRTRuntime(Runtime):
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in results.items()}
 
     def _in_pieces(self, inputs: Mapping[str, Tensor], by_rows: list[str], rows: int, most: int) -> dict[str, Tensor]:
-        """Run as many rows at a time as a profile takes, evenly: rows have nothing to do with each other."""
+        """Run as many rows at a time as a profile takes, evenly."""
         import torch
 
         size = -(-rows // -(-rows // most))

@@ -12,11 +12,11 @@ _MARKS = {"decompression_0"}
 _WIDE = {"precise_0", "DisablePrecisionConversion_0"}
 """What an operation is marked with that is to stay in float32, as it is set and as it is read: a new one can't be marked."""
 _TOKENS = 3
-"""Rank of the activations that parts pay for: a part of a vector's product saves nothing."""
+"""Rank of the activations that slices pay for: one of a vector's product saves nothing."""
 
 
 def is_of_weights(made: Any) -> bool:  # noqa: ANN401 - openvino is untyped
-    """Say whether this is a product of tokens with a stored weight, and perhaps a bias, of which parts can be taken.
+    """Say whether this is a product of tokens with a stored weight, and perhaps a bias, of which slices can be taken.
 
     Its outputs are the last axis. Nothing else takes the product that a bias is added to; of what is made, look yourself.
     """
@@ -61,24 +61,24 @@ def _is_matrix(shape: list[int]) -> bool:
 
 
 def _is_vector(shape: list[int]) -> bool:
-    """Say whether it has no axis but its last: parts of it are views, then."""
+    """Say whether it has no axis but its last: slices of it are views, then."""
     return all(size == 1 for size in shape[:-1])
 
 
-def part(value: Any, start: int, end: int) -> Any:  # noqa: ANN401
+def sliced(value: Any, start: int, end: int) -> Any:  # noqa: ANN401
     """Return a product, and the bias added to it, of these outputs alone."""
     from openvino import opset13
 
     node = value.get_node()
     if node.get_type_name() == "Add":
-        return opset13.add(part(node.input_value(0), start, end), stored_part(node.input_value(1), start, end))
+        return opset13.add(sliced(node.input_value(0), start, end), stored_slice(node.input_value(1), start, end))
     weight = _taken(node.input_value(1), start, end, 0)
     made = opset13.matmul(node.input_value(0), weight, transpose_a=False, transpose_b=True)
     made.set_friendly_name(f"{node.get_friendly_name()} of {start} to {end}")
     return made
 
 
-def stored_part(value: Any, start: int, end: int) -> Any:  # noqa: ANN401
+def stored_slice(value: Any, start: int, end: int) -> Any:  # noqa: ANN401
     """Return these places of a stored vector's last axis."""
     return _taken(value, start, end, -1)
 
