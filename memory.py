@@ -8,6 +8,7 @@ import gc
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -116,16 +117,16 @@ def in_child(function: str, arguments: dict[str, Any], *, extra_path: str | None
         except BaseException:
             process.kill()
             raise
-    return _read_result(function, process.returncode, output, errors or ""), watch.peak
+    return _read_result(function, process.returncode, output, errors or "", watch.peak), watch.peak
 
 
-def _read_result(function: str, returncode: int, output: str, errors: str) -> Any:  # noqa: ANN401 - any JSON value
+def _read_result(function: str, returncode: int, output: str, errors: str, peak: Peak) -> Any:  # noqa: ANN401 - any JSON
     lines = [line for line in output.splitlines() if line.startswith(_RESULT)]
     if not lines:
         reason = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
         message = f"{function} died in its child process ({reason}): {errors.strip()[-2000:]}"
-        fix = "signal 9 is most often the kernel running out of memory" if returncode == -9 else None  # noqa: PLR2004
-        raise BakeoffError(message, fix=fix)
+        held = f"killed, most often for memory, of which it held {peak.anon_bytes / 1e9:.1f} GB"
+        raise BakeoffError(message, fix=held if returncode == -signal.SIGKILL else None)
     result = json.loads(lines[-1].removeprefix(_RESULT))
     if "error" in result:
         from . import errors as tree

@@ -11,13 +11,11 @@ def quantize_here(source: str, output: str, kind: str, inputs: str) -> None:
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 
-    whole = Path(output) / "whole.onnx"
-    model = onnx.load(Path(source) / "model.onnx")
+    whole, target = Path(source) / "unshaped.onnx", Path(output) / "model.onnx"  # beside its weights
+    model = onnx.load(Path(source) / "model.onnx", load_external_data=False)
     known = list(model.graph.value_info)
     del model.graph.value_info[:]  # theirs go stale when Gemm is replaced, and then they are refused
-    onnx.save(model, whole, save_as_external_data=True, location="whole.data")
-    del model
-    target = Path(output) / "model.onnx"
+    onnx.save(model, whole)
     if kind == "ort-dynamic":
         quantize_dynamic(whole, target, weight_type=QuantType.QUInt8, use_external_data_format=True)
     else:
@@ -30,8 +28,7 @@ def quantize_here(source: str, output: str, kind: str, inputs: str) -> None:
                 return next(self._rows, None)
 
         quantize_static(whole, target, Reader(), use_external_data_format=True, per_channel=True)
-    for file in (whole, whole.with_name("whole.data")):
-        file.unlink()
+    whole.unlink()
     _tell_shapes(target, known)
 
 
