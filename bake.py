@@ -39,6 +39,7 @@ from .parity.budget import Gate, check_parts
 from .plan import (
     ACTIVATIONS_OPTION,
     OUTPUTS_OPTION,
+    check_provable,
     check_room,
     is_calibrated,
     mixture_of,
@@ -133,6 +134,8 @@ def export(
         progress(f"{target} is up to date")
         return _proved_later(present, planned, gate, progress) if prove else present
     check_room(planned, target)
+    if prove:
+        check_provable(planned)
     if planned.note:
         progress(f"note: {planned.note}")
     if calibration is not None and planned.calibration is None:

@@ -5,6 +5,7 @@ Making any TensorRT object without a driver ends the process. So nothing else im
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -98,15 +99,25 @@ def binding() -> dict[str, Any]:
 
 
 def logger(trt: ModuleType, lines: list[str]) -> Any:  # noqa: ANN401 - tensorrt is untyped
-    """Return a logger that keeps warnings and errors as lines: severity, colon, message."""
+    """Return the process's logger; warnings and errors go into `lines` from here on: severity, colon, message.
 
+    TensorRT keeps the first logger that it is given for all that comes, and doesn't keep it alive: so there is one.
+    """
+    made = _logger(trt)
+    made.lines = lines
+    return made
+
+
+@functools.cache
+def _logger(trt: ModuleType) -> Any:  # noqa: ANN401
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            self.lines: list[str] = []
 
         def log(self, severity: Any, msg: str) -> None:  # noqa: ANN401
             if severity.name in _KEPT:
-                lines.append(f"{severity.name}: {msg}")
+                self.lines.append(f"{severity.name}: {msg}")
 
     return Log()
 

@@ -350,6 +350,19 @@ def check_room(planned: Plan, target: Path) -> None:
         raise ResourceError("; ".join(obstacles), fix=would)
 
 
+def check_provable(planned: Plan) -> None:
+    """Refuse what couldn't be opened here to be proved, before anything is written.
+
+    Raises:
+        UnavailableError: naming the part, and what is missing.
+    """
+    for name, part in planned.parts.items():
+        available = plugins.runtime(part.backend).probe()
+        if not available.ok:
+            message = f"{name} can't be proved here once it is written: {available.reason}"
+            raise UnavailableError(message, fix=f"{available.fix}; or export with --no-prove")
+
+
 def _other_recipes() -> Iterator[Recipe]:
     for backend in plugins.names("exporters"):
         exporter = plugins.exporter(backend)

@@ -163,9 +163,13 @@ def _add_profile(builder: Any, config: Any, shapes: Mapping[str, Triple], number
     if not shapes:
         return
     profile = builder.create_optimization_profile()
-    for name, (least, best, most) in shapes.items():
-        profile.set_shape(name, least, best, most)
-    if config.add_optimization_profile(profile) < 0:
+    try:
+        for name, (least, best, most) in shapes.items():
+            profile.set_shape(name, least, best, most)
+        taken = config.add_optimization_profile(profile) >= 0
+    except RuntimeError:
+        taken = False
+    if not taken:
         message = f"TensorRT doesn't take profile {number}: {dict(shapes)}"
         raise LoweringError(message, fix="give other sizes with +profiles=…")
 

@@ -106,8 +106,17 @@ def option_obstacle(option: str, placement: Placement) -> tuple[str, str] | None
         return f"ONNX Runtime has no {placement.attention} attention", fix
     if option == "attention" and placement.attention == "flash" and not fused_dtypes(provider, placement):
         return f"{provider} has no fused attention", "leave out attention"
-    if option == "provider_options" and provider == CPU:
+    return _settings_obstacle(provider, placement) if option == "provider_options" else None
+
+
+def _settings_obstacle(provider: str, placement: Placement) -> tuple[str, str] | None:
+    """Say why a provider's own options can't be had: a GPU other than the first, which tensors and watches are of."""
+    if provider == CPU:
         return f"{CPU} has no options", "leave out provider_options, or name another provider"
+    number = placement.provider_settings().get("device_id", "0")
+    if provider in NVIDIA and number != "0":
+        reason = f"device_id={number}: bakeoff uses the first GPU that it is shown"
+        return reason, f"leave out device_id, and begin the command with CUDA_VISIBLE_DEVICES={number}"
     return None
 
 

@@ -55,7 +55,7 @@ class _Memory:
 
     plan: int
     weights: int
-    most_activations: int
+    most_activations: int = 0
     """What the largest shapes of all profiles would take beside weights."""
     activations: int = 0
     """What the largest shapes that have been run take; before, the first profile's best ones."""
@@ -96,19 +96,23 @@ class TensorRTRuntime(Runtime):
         trt = nvinfer.library()
         self._files.refuse_elsewhere(nvinfer.binding())
         self._trt, self._log = trt, list[str]()
-        self._logger = nvinfer.logger(trt, self._log)
+        self._logger = self._heard()
         self._device = Device.shared()
         self._crossing = Crossing(self._device.name)
         self._engine = self._deserialized()
         self._contexts = Contexts(part.name, trt, self._engine, self._device, self._log)
         self._graphs = Graphs(self._device)
         self._by_profile: Counter[int] = Counter()
-        self._unseen = False
+        self._unknown = 0
         try:
             self._open(part.deltas)
         except BaseException:
             self.close()
             raise
+
+    def _heard(self) -> Any:  # noqa: ANN401 - tensorrt is untyped
+        """Let what TensorRT says from here on be this part's; return its logger."""
+        return nvinfer.logger(self._trt, self._log)
 
     def _open(self, deltas: Mapping[str, Sequence[Delta]]) -> None:
         """Give the engine its weights, look at it, and place it on the device."""
@@ -157,18 +161,25 @@ class TensorRTRuntime(Runtime):
         found = [] if asked.device in {"auto", "cuda"} else [f"TensorRT doesn't run on {asked.device}"]
         if asked.cuda_graphs and self._streams:
             found.append("no cuda_graphs: some weights come from host memory in each run")
-        if self._unseen:
-            found.append("its inspector names none of the products: what they run in isn't known")
+        if self._unknown:
+            found.append(
+                f"its inspector doesn't tell what {self._unknown} of {len(self._files.products)} products run in"
+            )
         return "; ".join(found) or None
 
     def _deserialized(self) -> Any:  # noqa: ANN401 - tensorrt is untyped
         runtime = self._trt.Runtime(self._logger)
         if self._files.settings["version_compatible"]:
             runtime.engine_host_code_allowed = True
+        self._device.give_back()
         with self._files.mapped() as plan:
             engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            message = f"TensorRT can't open {self._files.folder}: {' '.join(self._log) or 'nothing said why'}"
+            said = " ".join(self._log)
+            message = f"TensorRT can't open {self._files.folder}: {said or 'nothing said why'}"
+            if "out of memory" in said.lower():
+                fix = "close what uses the GPU; --offload parts; or export it with +weight_streaming"
+                raise ResourceError(message, fix=fix)
             raise ArtifactError(message, fix="export the model again on this machine")
         self._runtime = runtime
         return engine
@@ -176,27 +187,24 @@ class TensorRTRuntime(Runtime):
     def _read_memory(self) -> _Memory:
         """Read what the engine takes; weights that may stream do so at first, so that a context doesn't need them all."""
         engine, stat = self._engine, self._trt.EngineStat.TOTAL_WEIGHTS_SIZE
-        memory = _Memory(self._files.plan_bytes, int(engine.get_engine_stat(stat)), int(engine.device_memory_size_v2))
+        memory = _Memory(self._files.plan_bytes, int(engine.get_engine_stat(stat)))
         if self._files.settings["weight_streaming"]:
             memory.streamable = int(engine.streamable_weights_size)
             self._set_budget(memory, 0)
+        memory.most_activations = int(engine.device_memory_size_v2)  # with scratch, which it has once there is a budget
         return memory
 
     def _set_budget(self, memory: _Memory, size: int) -> None:
         """Keep so many bytes of streamable weights on the device; no context may be there. Say what came of it."""
         self._engine.weight_streaming_budget_v2 = size
         memory.streaming_budget = int(self._engine.weight_streaming_budget_v2)
-        memory.scratch = int(self._engine.weight_streaming_scratch_memory_size)
+        memory.scratch = self._contexts.scratch = int(self._engine.weight_streaming_scratch_memory_size)
 
     def _needed_at_best(self) -> int:
         """Return the device memory that a run of the first profile's best shapes takes."""
         context = self._contexts.of(0)
-        context.set_shapes(self._best)
+        context.set_shapes(self._profiles[0].best)
         return context.needs
-
-    @property
-    def _best(self) -> dict[str, tuple[int, ...]]:
-        return {name: ranges[1] for name, ranges in self._profiles[0].ranges.items()}
 
     def _expect(self, needed: int) -> None:
         """Prepare for runs that take so much device memory: weights stay there as far as they fit beside it.
@@ -207,6 +215,7 @@ class TensorRTRuntime(Runtime):
         memory.activations = needed
         self._device.expect(self, needed)
         if memory.streaming_budget is not None:
+            self._device.give_back()
             room = self._device.free_bytes() + memory.streaming_budget - self._device.lacking - _MARGIN_BYTES
             budget = max(0, min(memory.streamable, room))
             if budget != memory.streaming_budget:
@@ -244,19 +253,25 @@ class TensorRTRuntime(Runtime):
         return {name: getattr(torch, dtype) for name, dtype in dtypes.items()}
 
     def _inspected(self) -> dict[str, Any]:
-        """Read back what the engine runs, at the first profile's best shapes.
+        """Read back what the engine runs, at each profile's best shapes.
 
         Raises:
             ArtifactError: none of its products run in what the recipe says.
         """
-        context = self._contexts.of(0)
-        context.set_shapes(self._best)
+        products = self._files.products
+        found = inspect([self._information(profile) for profile in self._profiles], products)
+        self._contexts.clear()  # of profiles that may never be run
+        refuse_another_precision(self.part.name, found, products)
+        self._unknown = len(found.unseen) + len(found.undecided) if found.undecided or not found.precision else 0
+        return found.as_dict()
+
+    def _information(self, profile: profiles.Profile) -> str:
+        """Return what the inspector says of the engine in a profile."""
+        context = self._contexts.of(profile.index)
+        context.set_shapes(profile.best)
         inspector = self._engine.create_engine_inspector()
         inspector.execution_context = context.trt
-        found = inspect(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON), self._files.products)
-        refuse_another_precision(self.part.name, found, self._files.products)
-        self._unseen = bool(self._files.products) and not found.precision
-        return found.as_dict()
+        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As `Runtime.run`; where all inputs lie on the GPU, so do the results."""
@@ -319,6 +334,7 @@ class TensorRTRuntime(Runtime):
         inputs: Mapping[str, Tensor],
         outputs: Mapping[str, tuple[int, ...]],
     ) -> dict[str, Tensor]:
+        self._heard()
         context = self._context(index, given)
         made = context.outputs(outputs)
         block = self._device.block(context.needs)
@@ -333,9 +349,8 @@ class TensorRTRuntime(Runtime):
 
     def _context(self, index: int, given: Mapping[str, tuple[int, ...]]) -> Context:
         """Return a context of these shapes, once there is room for what they need."""
-        needed = self._shaped(index, given).needs
-        if needed > self._memory.activations:
-            self._expect(needed)
+        while (needed := self._shaped(index, given).needs) > self._memory.activations:
+            self._expect(needed)  # weights that move to the host for it may need scratch
         return self._shaped(index, given)
 
     def _shaped(self, index: int, given: Mapping[str, tuple[int, ...]]) -> Context:
@@ -381,6 +396,7 @@ class TensorRTRuntime(Runtime):
             message = f"LoRAs can't be added to {self._files.folder}: its engine can't be refitted"
             raise ArtifactError(message, fix="export it with +refit, or bake the LoRA in: --lora FILE:SCALE")
         self._device.finish()
+        self._heard()
         self._refit.change(deltas)
         self.configuration["refit"] = dict(self._refit.last)
 

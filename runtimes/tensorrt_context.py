@@ -22,6 +22,8 @@ class Contexts:
     def __init__(self, part: str, trt: Any, engine: Any, device: Device, log: list[str]) -> None:  # noqa: ANN401 - tensorrt is untyped
         self._part, self._trt, self._engine, self._device, self._log = part, trt, engine, device, log
         self._kept: dict[int, Context] = {}
+        self.scratch = 0
+        """Device memory in bytes that a run takes beside its activations: where weights are streamed."""
 
     def of(self, index: int) -> Context:
         """Return the context that is kept for a profile."""
@@ -39,12 +41,18 @@ class Contexts:
         if made is None:
             message = f"{self._part}: TensorRT made no context: {' '.join(self._log) or 'nothing said why'}"
             raise ArtifactError(message, fix="free device memory, or export it again")
-        if index and not made.set_optimization_profile_async(index, self._device.stream):
-            message = f"{self._part}: TensorRT can't use profile {index}"
-            raise ArtifactError(message, fix="export it again")
+        if index:
+            self._choose(made, index)
         self._device.finish()
         most = int(self._engine.get_device_memory_size_for_profile_v2(index))
-        return Context(f"{self._part}, profile {index}", made, most, self._log)
+        return Context(f"{self._part}, profile {index}", made, most, self.scratch, self._log)
+
+    def _choose(self, made: Any, index: int) -> None:  # noqa: ANN401
+        try:
+            made.set_optimization_profile_async(index, self._device.stream)
+        except RuntimeError as error:
+            message = f"{self._part}: TensorRT can't use profile {index}: {' '.join(self._log[-3:]) or error}"
+            raise ArtifactError(message, fix="export it again") from error
 
     def clear(self) -> None:
         self._kept.clear()
@@ -62,11 +70,12 @@ class Context:
         name: in messages.
         context: TensorRT's own.
         most: device memory in bytes that the profile's largest shapes need.
+        scratch: what streamed weights need besides.
         log: what TensorRT says.
     """
 
-    def __init__(self, name: str, context: Any, most: int, log: list[str]) -> None:  # noqa: ANN401 - tensorrt is untyped
-        self.trt, self._name, self._most, self._log = context, name, most, log
+    def __init__(self, name: str, context: Any, most: int, scratch: int, log: list[str]) -> None:  # noqa: ANN401 - tensorrt is untyped
+        self.trt, self._name, self._most, self._scratch, self._log = context, name, most, scratch, log
         self._shapes: dict[str, Shape] | None = None
         self._outputs: dict[str, Shape] | None = None
         self.needs = 0
@@ -85,9 +94,8 @@ class Context:
             if not self.trt.set_input_shape(name, shape):
                 message = f"{self._name}: TensorRT doesn't take {name} of shape {shape}"
                 raise ArtifactError(message, fix="export it again with other +profiles=…")
-        self.needs = (
-            int(self.trt.update_device_memory_size_for_shapes()) or self._most
-        )  # 0 is also its word for an error
+        activations = int(self.trt.update_device_memory_size_for_shapes()) or self._most  # 0: also an error
+        self.needs = activations + self._scratch
         self._shapes = dict(given)
 
     def outputs(self, expected: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -97,15 +105,22 @@ class Context:
             ArtifactError: they aren't those that are expected.
         """
         if self._outputs is None:
-            lacking = self.trt.infer_shapes()
-            if lacking:
-                message = f"{self._name}: TensorRT can't tell the results' shapes without {', '.join(lacking)}"
-                raise ArtifactError(message, fix="export it again")
+            self._infer()
             self._outputs = {name: tuple(int(size) for size in self.trt.get_tensor_shape(name)) for name in expected}
         if self._outputs != dict(expected):
             message = f"{self._name} would give {self._outputs}, expected {dict(expected)}"
             raise ArtifactError(message, fix="export it again")
         return self._outputs
+
+    def _infer(self) -> None:
+        try:
+            lacking = self.trt.infer_shapes()
+        except RuntimeError as error:
+            message = f"{self._name}: TensorRT can't tell the results' shapes: {' '.join(self._log[-3:]) or error}"
+            raise ArtifactError(message, fix="export it again") from error
+        if lacking:
+            message = f"{self._name}: TensorRT can't tell the results' shapes without {', '.join(lacking)}"
+            raise ArtifactError(message, fix="export it again")
 
     def place(self, block: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
         """Say where things lie: address and bytes of the device memory, and all inputs and outputs."""

@@ -6,12 +6,13 @@ import json
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 _DTYPES = {
     "float": "float32", "fp32": "float32", "float32": "float32", "half": "float16", "fp16": "float16", "float16": "float16",
@@ -22,6 +23,14 @@ _KINDS = ("fp8", "fp4", "int4")
 """Beginnings of dtypes that come with their layout: FP8E4M3."""
 _MOVES = {"Reformat", "NoOp", "Constant", "Shuffle", "Slice", "Copy", "Quantize", "Dequantize", "Cast"}
 """Layers that multiply nothing, whatever nodes they are named after."""
+_PRODUCTS = re.compile("gemm|conv(?!ert)|matmul|matrix|fc|mha|attention|einsum", re.IGNORECASE)
+"""In the types of layers that multiply; others may name a product, too, whose bias they add."""
+_FACTORS = {"float32", "float16", "bfloat16", "int8", "float8", "int4"}
+_NARROW = {"int8", "float8"}
+"""dtypes that weights may have, and what they are multiplied by not."""
+_ROUNDED = "{}.rounded"
+"""Name of the node that rounds what a product is given."""
+_UNDECIDED = "undecided"
 _NAMES = re.compile(r"[\w.]+")
 """Names of nodes, in a text of several."""
 
@@ -40,43 +49,53 @@ class Inspection:
     """Product that runs in another dtype than the recipe says -> which, and which was asked for."""
     unseen: list[str] = field(default_factory=list)
     """Products that no layer of the engine names: fused away under another name, or folded."""
+    undecided: list[str] = field(default_factory=list)
+    """Products whose layer takes narrow and wide numbers, and doesn't tell which of them it multiplies."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "precision": self.precision,
             "other_precision": self.other,
-            "fusion": {"layers": self.layers, "kinds": self.kinds, "unseen_products": len(self.unseen)},
+            "fusion": {
+                "layers": self.layers,
+                "kinds": self.kinds,
+                "unseen_products": len(self.unseen),
+                "undecided_products": len(self.undecided),
+            },
+            "undecided_products": len(self.undecided),
         }
 
 
-def inspect(text: str, products: Mapping[str, str]) -> Inspection:
+def inspect(texts: Sequence[str], products: Mapping[str, str]) -> Inspection:
     """Read the inspector's JSON.
 
     Args:
-        text: of `get_engine_information`, of an engine built with detailed verbosity.
+        texts: of `get_engine_information`, of an engine built with detailed verbosity, with a context in each profile.
         products: node -> dtype that it is to compute in.
     """
-    layers = [layer for layer in json.loads(text).get("Layers", []) if isinstance(layer, dict)]
-    found = Inspection(len(layers), dict(Counter(str(layer.get("LayerType", "?")) for layer in layers)))
-    owners = _owners(layers)
+    read = [[layer for layer in json.loads(text).get("Layers", []) if isinstance(layer, dict)] for text in texts]
+    found = Inspection(len(read[0]), dict(Counter(str(layer.get("LayerType", "?")) for layer in read[0])))
+    owners = _owners(chain.from_iterable(read))
     for node, wanted in products.items():
-        ran = _ran(owners.get(node, ()), wanted)
+        ran = _ran(node, owners.get(node, ()), products)
         if ran is None:
             found.unseen.append(node)
-            continue
-        found.precision[ran] = found.precision.get(ran, 0) + 1
-        if ran != wanted:
-            found.other[node] = f"{ran}, asked for {wanted}"
+        elif ran == _UNDECIDED:
+            found.undecided.append(node)
+        else:
+            found.precision[ran] = found.precision.get(ran, 0) + 1
+            if ran != wanted:
+                found.other[node] = f"{ran}, asked for {wanted}"
     return found
 
 
 def refuse_another_precision(part: str, found: Inspection, products: Mapping[str, str]) -> None:
-    """Raise if no product of a part runs in what the recipe mostly asks for, though some were seen.
+    """Raise if no product of a part runs in what the recipe mostly asks for, though it is known what some run in.
 
     Raises:
         ArtifactError: naming both.
     """
-    if not products or not found.precision:
+    if not products or not found.precision or found.undecided:
         return
     asked = Counter(products.values()).most_common(1)[0][0]
     if asked not in found.precision:
@@ -92,18 +111,46 @@ def _owners(layers: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
     found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for layer in layers:
         if layer.get("LayerType") not in _MOVES:
-            for name in {*_NAMES.findall(f"{layer.get('Metadata', '')} {layer.get('Name', '')}")}:
+            for name in _named(layer):
                 found[name].append(layer)
     return found
 
 
-def _ran(owners: Iterable[Mapping[str, Any]], wanted: str) -> str | None:
-    """Return the dtype in which the layers of a product take what they multiply; the wanted one if any input is of it."""
-    taken = [dtype_of(tensor) for layer in owners for tensor in layer.get("Inputs", ()) if isinstance(tensor, dict)]
-    floats = [dtype for dtype in taken if dtype in {"float32", "float16", "bfloat16", "int8", "float8", "int4"}]
-    if not floats:
-        return None
-    return wanted if wanted in floats else floats[0]
+def _ran(node: str, owners: Sequence[Mapping[str, Any]], products: Mapping[str, str]) -> str | None:
+    """Return the dtype that a product's layers multiply in; where they differ, by profile, one that isn't wanted."""
+    multiply = [layer for layer in owners if _PRODUCTS.search(str(layer.get("LayerType", "")))] or owners
+    found = {dtype for layer in multiply if (dtype := _multiplied(node, layer, products)) is not None}
+    others = sorted(found - {products[node], _UNDECIDED})
+    return next(iter((*others, *(found & {_UNDECIDED}), *found)), None)
+
+
+def _multiplied(node: str, layer: Mapping[str, Any], products: Mapping[str, str]) -> str | None:
+    """Return the dtype in which a layer takes what it multiplies; None where it says nothing of floats and codes.
+
+    A layer of codes may take wide numbers that it adds or scales by, one of wide numbers weights that are codes: it has to
+    take more codes than it has products, or to round what it is given itself.
+    """
+    wanted = products[node]
+    inputs = [(tensor, dtype_of(tensor)) for tensor in layer.get("Inputs", ()) if isinstance(tensor, dict)]
+    inputs = [(tensor, dtype) for tensor, dtype in inputs if dtype in _FACTORS]
+    codes = sum(dtype == wanted for _, dtype in inputs)
+    if not codes:
+        return inputs[0][1] if inputs else None
+    if wanted not in _NARROW or all(dtype == wanted or _is_scale(tensor) for tensor, dtype in inputs):
+        return wanted
+    named = _named(layer)
+    return wanted if codes > len(named & products.keys()) or _ROUNDED.format(node) in named else _UNDECIDED
+
+
+def _is_scale(tensor: Mapping[str, Any]) -> bool:
+    """Say whether an input is one number, or one a channel; one whose dimensions aren't told may be anything."""
+    sizes = tensor.get("Dimensions")
+    return isinstance(sizes, list) and (len(sizes) <= 1 or (sizes[-1] == 1 and sum(size != 1 for size in sizes) <= 1))
+
+
+def _named(layer: Mapping[str, Any]) -> set[str]:
+    """Return all names in a layer's own and its metadata."""
+    return {*_NAMES.findall(f"{layer.get('Metadata', '')} {layer.get('Name', '')}")}
 
 
 def dtype_of(tensor: Mapping[str, Any]) -> str:

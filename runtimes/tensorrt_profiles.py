@@ -21,6 +21,10 @@ class Profile:
     index: int
     ranges: Mapping[str, tuple[Shape, Shape, Shape]]
 
+    @property
+    def best(self) -> dict[str, Shape]:
+        return {name: best for name, (_, best, _) in self.ranges.items()}
+
     def fits(self, shapes: Mapping[str, Shape]) -> bool:
         return self.excess(shapes) == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,10 @@ class Refit:
 
     def __init__(self, trt: Any, engine: Any, logger: Any, files: EngineFiles) -> None:  # noqa: ANN401 - tensorrt is untyped
         self._trt, self._engine, self._files, self._logger = trt, engine, files, logger
-        self._names = {tensor: name for name, (tensor, _) in files.weights.items()}
+        self._names: dict[str, set[str]] = defaultdict(set)
+        """Tensor of the checkpoint -> initializers that hold it."""
+        for name, (tensor, _) in files.weights.items():
+            self._names[tensor].add(name)
         self._changed: set[str] = set()
         self.last: dict[str, int] = {}
         """What the last exchange came to: weights that LoRAs changed, that went back, and that went along unchanged."""
@@ -80,7 +84,7 @@ class Refit:
         if deltas and not self._files.refits:
             message = f"{self._files.folder / PLAN} was built for identical weights alone"
             raise ArtifactError(message, fix="export it with +refit")
-        changed = {self._names[tensor] for tensor in deltas}
+        changed = {name for tensor in deltas for name in self._names[tensor]}
         touched = changed | self._changed
         if not touched:
             return

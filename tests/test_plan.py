@@ -10,10 +10,12 @@ from bakeoff import cli
 from bakeoff import plan as planning
 from bakeoff.artifact import shares_of, stated_share
 from bakeoff.bake import export
-from bakeoff.errors import ResourceError
+from bakeoff.errors import ResourceError, UnavailableError
+from bakeoff.hardware import Availability
 from bakeoff.models import fullsize
 from bakeoff.plan import check_room, plan
 from bakeoff.recipe import parse
+from bakeoff.runtimes.openvino import OpenVINORuntime
 from bakeoff.sources.source import Source
 
 
@@ -89,6 +91,16 @@ def test_what_cannot_fit_is_refused_with_what_would(sdxl, tmp_path, monkeypatch)
     with pytest.raises(ResourceError, match="of memory"):
         export(str(sdxl), tmp_path / "a", recipe("onnx:bf16"))
     assert not (tmp_path / "a").exists()
+
+
+def test_what_cannot_be_opened_to_be_proved_is_refused_before_it_is_written(tiny, tmp_path, monkeypatch):
+    source = tiny("stable-diffusion")
+    missing = Availability(ok=False, reason="torch is built without CUDA", fix="install another")
+    monkeypatch.setattr(OpenVINORuntime, "probe", classmethod(lambda _: missing))
+    with pytest.raises(UnavailableError, match="can't be proved here once it is written: torch is built") as raised:
+        export(str(source), tmp_path / "out", recipe("openvino:fp32"))
+    assert raised.value.fix == "install another; or export with --no-prove"
+    assert not (tmp_path / "out").exists()
 
 
 RECORD = json.loads((Path(__file__).parent.parent / "docs" / "benchmarks" / "full_size.json").read_text())["rows"]

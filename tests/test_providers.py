@@ -249,6 +249,18 @@ def test_a_provider_that_cannot_start_is_no_silent_fallback(model, monkeypatch):
             OnnxRuntime(files(model), Placement("cuda", **option))
 
 
+def test_another_gpu_is_chosen_by_the_environment(model, monkeypatch):
+    """Tensors, memory and guards are of the first one that is shown."""
+    has(monkeypatch, "CUDAExecutionProvider")
+    with OnnxRuntime(files(model), Placement("cuda", provider_options="device_id=0")):
+        pass
+    reason, fix = providers.option_obstacle(
+        "provider_options", Placement(provider="CUDAExecutionProvider", provider_options="device_id=1")
+    )
+    assert "device_id=1" in reason
+    assert "CUDA_VISIBLE_DEVICES=1" in fix
+
+
 def test_a_provider_that_is_not_built_in_says_how_to_get_it():
     with pytest.raises(UnavailableError, match="CUDAExecutionProvider") as raised:
         providers.choose(Placement(provider="CUDAExecutionProvider"))

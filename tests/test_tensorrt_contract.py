@@ -440,6 +440,15 @@ def test_a_build_that_cannot_fit_is_refused_with_figures(lower, monkeypatch):
     lower("fp32", name="two", weight_streaming=True)  # so the hint helps
 
 
+def test_sizes_that_the_builder_does_not_take_are_an_error(simulation):
+    """`set_shape` of the bindings raises where others say no."""
+    builder = simulation.module.Builder(nvinfer.logger(simulation.module, []))
+    config = builder.create_builder_config()
+    with pytest.raises(LoweringError, match="TensorRT doesn't take profile 3") as raised:
+        tensorrt_build._add_profile(builder, config, {"rows": ((2, 4), (1, 4), (2, 4))}, 3)
+    assert "+profiles=" in raised.value.fix
+
+
 def test_free_memory_is_asked_for_each_time(monkeypatch):
     free = iter([3_000, 2_000])
     monkeypatch.setattr(cuda, "in_child", lambda *_: ({"device": {"free_bytes": next(free)}, "reason": ""}, None))
@@ -462,14 +471,16 @@ def test_an_engine_computes_what_torch_does(lower, captured):
         assert runtime.configuration["fusion"]["kinds"]["Reformat"] == 1
 
 
-@pytest.mark.parametrize("precision", ["fp16", "w8a8", "fp8"])
-def test_engines_of_less_compute_it_nearly(lower, captured, precision):
+@pytest.mark.parametrize(
+    ("precision", "compute"), [("fp16", None), ("bf16", None), ("w8a8", "fp16"), ("w8a8", None), ("fp8", "fp16")]
+)
+def test_engines_of_less_compute_it_nearly(lower, captured, precision, compute):
     scales = dict.fromkeys(("first", "second", "take"), (Grid((0.03,)), None)) if precision in {"w8a8", "fp8"} else None
-    folder, _ = lower(precision, activations=scales, **({} if precision == "fp16" else {"compute": "fp16"}))
+    folder, _ = lower(precision, activations=scales, **({"compute": compute} if compute else {}))
     with opened(folder) as runtime:
         inputs = example()
         assert close(runtime.run(inputs), eager(captured[0], inputs), 0.1)
-        wanted = {"fp16": "float16", "w8a8": "int8", "fp8": "float8"}[precision]
+        wanted = {"fp16": "float16", "bf16": "bfloat16", "w8a8": "int8", "fp8": "float8"}[precision]
         assert runtime.configuration["precision"] == {wanted: 3}
 
 
@@ -572,6 +583,13 @@ def test_more_rows_than_a_profile_takes_run_in_pieces(lower, captured):
         assert runtime.configuration["runs"]["by_profile"] == {0: 2}, "of six rows at most: four and four"
 
 
+def test_a_profile_that_a_context_cannot_be_put_in_is_an_error(lower, simulation):
+    folder, _ = lower("fp32", profiles="batch:1/height:8/width:8/sequence:4|batch:2/height:16/width:16/sequence:4")
+    simulation.profiles_fail = True
+    with pytest.raises(ArtifactError, match="little: TensorRT can't use profile 1"):
+        opened(folder)
+
+
 def test_profiles_are_ranked_by_how_far_shapes_are():
     small = Profile(0, {"x": ((1, 8), (1, 8), (2, 16))})
     large = Profile(1, {"x": ((1, 8), (2, 64), (4, 64))})
@@ -600,7 +618,7 @@ def test_few_graphs_are_kept_each_with_a_context_of_its_own(lower, captured, sim
         assert runtime.configuration["runs"]["graph_captures"] == 6
         assert runtime.configuration["runs"]["graph_replays"] == 2
         gc.collect()
-        assert len(runtime._engine._body.contexts) == 1 + 4
+        assert len(runtime._engine._body.contexts) == 4
 
 
 def test_graphs_are_recorded_anew_when_an_address_changed(lower, captured, simulation):
@@ -632,7 +650,13 @@ BEST = 4096 + 4 * (2 * 5 * 64 + 2 * 8 * 8 * 8)
 """What the stand-in takes for a run of the first profile's best shapes."""
 
 
-@pytest.mark.parametrize(("free", "kept"), [(10_000_000_000, 5_000), ((512 << 20) + BEST + 1_000, 1_000), (1_000, 0)])
+SCRATCH = 128
+"""And beside it while weights are streamed."""
+
+
+@pytest.mark.parametrize(
+    ("free", "kept"), [(10_000_000_000, 5_000), ((512 << 20) + BEST + SCRATCH + 1_000, 1_000), (1_000, 0)]
+)
 def test_as_many_weights_stay_on_the_device_as_fit(lower, simulation, free, kept):
     simulation.streamable, simulation.device.free = 5_000, free
     folder, _ = lower("fp32", weight_streaming=True)
@@ -652,11 +676,12 @@ def test_weights_leave_room_for_what_runs_take(lower, captured, simulation):
     folder, _ = lower("fp32", weight_streaming=True)
     with opened(folder) as runtime:
         assert runtime.configuration["memory"]["streaming_budget_bytes"] == 100_000
-        simulation.device.free = 512 << 20  # beside all of this engine's weights
+        engine, free = runtime._engine._body, (512 << 20) + 100_000  # room for its weights, and nothing else
+        simulation.device.free_bytes = lambda: free - engine.budget
         inputs = example(0, (4, 16, 16, 12))
         assert close(runtime.run(inputs), eager(captured[0], inputs))
         memory = runtime.configuration["memory"]
-        assert memory["activations_bytes"] == 4096 + 4 * (4 * 12 * 64 + 4 * 8 * 16 * 16)
+        assert memory["activations_bytes"] == 4096 + 4 * (4 * 12 * 64 + 4 * 8 * 16 * 16) + SCRATCH
         assert memory["streaming_budget_bytes"] == 100_000 - memory["activations_bytes"]
         assert close(runtime.run(inputs), eager(captured[0], inputs))
 
@@ -690,6 +715,31 @@ def test_a_part_that_fails_to_open_leaves_nothing(lower, simulation):
     with pytest.raises(ArtifactError):
         opened(folder)
     assert simulation.device.lacking == 0
+
+
+def test_no_room_for_an_engine_is_told_from_an_engine_that_is_none(lower, monkeypatch):
+    folder, _ = lower("fp32")
+
+    def full(self, serialized_engine):
+        self.logger.log(self.module.ILogger.Severity.ERROR, "Error Code 2: OutOfMemory: Requested size was 9 bytes")
+        self.logger.log(self.module.ILogger.Severity.ERROR, "CUDA: out of memory")
+
+    monkeypatch.setattr(STANDIN.Runtime, "deserialize_cuda_engine", full)
+    with pytest.raises(ResourceError, match="out of memory") as raised:
+        opened(folder)
+    assert "--offload parts" in raised.value.fix
+
+
+def test_a_process_has_one_logger_and_each_part_hears_its_own(lower, simulation):
+    one, _ = lower("fp32", name="one")
+    two, _ = lower("fp32", name="two")
+    with opened(one) as first, opened(two) as second:
+        assert first._logger is second._logger
+        first.run(example())
+        first._logger.log(simulation.module.ILogger.Severity.WARNING, "of the first")
+        second.run(example())
+        second._logger.log(simulation.module.ILogger.Severity.WARNING, "of the second")
+        assert (first._log, second._log) == (["WARNING: of the first"], ["WARNING: of the second"])
 
 
 def test_a_closed_part_lets_its_engine_go(lower, simulation):
@@ -766,10 +816,58 @@ def test_nodes_whose_names_begin_alike_are_told_apart():
         {"Name": "node_linear", "LayerType": "gemm", "Inputs": [{"DataType": "Float"}]},
     ]
     found = inspect(
-        json.dumps({"Layers": layers}), {"node_linear": "float16", "node_linear_1": "float16", "gone": "float16"}
+        [json.dumps({"Layers": layers})], {"node_linear": "float16", "node_linear_1": "float16", "gone": "float16"}
     )
     assert found.other == {"node_linear": "float32, asked for float16"}
     assert found.unseen == ["gone"]
+
+
+def layer(*inputs, name="node_linear", kind="gemm", metadata=""):
+    taken = [{"DataType": dtype, "Dimensions": sizes} for dtype, sizes in inputs]
+    return {"Name": name, "LayerType": kind, "Inputs": taken, "Metadata": metadata}
+
+
+ROWS, WEIGHT, STEPS = [2, 77, 64], [96, 64], [96]
+
+
+@pytest.mark.parametrize(
+    ("read", "ran"),
+    [
+        ([layer(("Int8", ROWS), ("Int8", WEIGHT), ("Half", STEPS))], "int8"),
+        ([layer(("Int8", ROWS), ("Half", STEPS), ("Half", []))], "int8"),
+        ([layer(("Int8", ROWS), ("Int8", WEIGHT), ("Half", ROWS))], "int8"),
+        ([layer(("Half", ROWS), ("Half", WEIGHT))], "float16"),
+        ([layer(("Half", ROWS), ("Int8", WEIGHT), ("Half", STEPS))], "undecided"),
+        ([layer(("Int8", ROWS), ("Half", ROWS))], "undecided"),
+        ([layer(("Half", ROWS), ("Int8", WEIGHT), metadata="node_linear.rounded node_linear")], "int8"),
+        ([layer(("Half", ROWS), ("Int8", WEIGHT), ("Int8", WEIGHT), metadata="node_linear node_other")], "undecided"),
+        ([layer(("Int8", ROWS), ("Int8", WEIGHT)), layer(("Float", ROWS), name="node_linear [profile 1]")], "float32"),
+        ([layer(("Int8", ROWS), ("Int8", WEIGHT)), layer(("Float", ROWS), kind="kgen")], "int8"),
+        ([layer(("Float", ROWS), kind="kgen")], "float32"),
+        ([layer(("Int32", ROWS))], "unseen"),
+    ],
+)
+def test_a_product_is_of_codes_where_both_of_its_factors_are(read, ran):
+    products = {"node_linear": "int8", "node_other": "int8"}
+    for texts in ([read], [read[:1], read[1:]]):  # all in one profile's text, or each in its own
+        found = inspect([json.dumps({"Layers": each}) for each in texts], products)
+        told = {"undecided": found.undecided, "unseen": found.unseen}
+        if ran in told:
+            assert "node_linear" in told[ran]
+        else:
+            assert found.other.get("node_linear", "int8, as").startswith(ran)
+            assert "node_linear" not in (*found.undecided, *found.unseen)
+
+
+def test_codes_that_are_widened_before_they_are_multiplied_are_said(lower, simulation):
+    """Activations in half precision by weights that are codes still: no part that was to be int8."""
+    scales = dict.fromkeys(("first", "second", "take"), (Grid((0.03,)), None))
+    folder, _ = lower("w8a8", activations=scales, compute="fp16")
+    products = json.loads((folder / ABOUT).read_text())["products"]
+    simulation.other_precision = dict.fromkeys(products, "Half")
+    with opened(folder) as runtime:
+        assert "doesn't tell what 3 of 3 products run in" in runtime.configuration["fallback"]
+        assert runtime.configuration["fusion"]["undecided_products"] == 3
 
 
 def test_large_engines_are_looked_at_at_once():
@@ -784,7 +882,7 @@ def test_large_engines_are_looked_at_at_once():
         for name in (*names, *(f"other_{name}" for name in names))
     ]
     started = time.process_time()
-    found = inspect(json.dumps({"Layers": layers}), dict.fromkeys(names, "float16"))
+    found = inspect([json.dumps({"Layers": layers})], dict.fromkeys(names, "float16"))
     assert found.precision == {"float16": 3_000}
     assert time.process_time() - started < 5  # looking for each name in each layer takes half a minute
 
@@ -816,6 +914,37 @@ def test_loras_go_on_and_off_bit_for_bit(lower, captured, simulation):
 def taken(seed):
     generator = torch.Generator().manual_seed(seed)
     return Delta(torch.randn(64, 2, 1, 1, generator=generator), torch.randn(2, 8, 3, 3, generator=generator), 0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_loras_go_on_and_off_in_two_bytes(lower, captured, precision):
+    folder, _ = lower(precision, refit=True)
+    inputs, a, b = example(), {"first.weight": [delta(1)]}, {"first.weight": [delta(2)], "take.weight": [taken(3)]}
+    with opened(folder) as runtime:
+        plain = runtime.run(inputs)
+        for deltas in (a, b, a):
+            assert runtime.adapt(deltas)
+            assert close(runtime.run(inputs), eager(captured[0], inputs, deltas), 0.1)
+        assert runtime.adapt({})
+        back = runtime.run(inputs)
+        assert all(torch.equal(back[name], plain[name]) for name in back)
+
+
+def test_a_lora_changes_all_copies_of_a_weight(tmp_path, monkeypatch):
+    """Two initializers of one tensor of the checkpoint."""
+    from bakeoff.runtimes import tensorrt_refit
+
+    files = SimpleNamespace(
+        weights={"one": ("w", False), "two": ("w", True), "three": ("v", False)}, folder=tmp_path, refits=True
+    )
+    refit = tensorrt_refit.Refit(None, None, None, files)
+    stored = SimpleNamespace(read=lambda name: torch.zeros(2, 3) if name == "one" else torch.zeros(3, 2))
+    monkeypatch.setattr(tensorrt_refit, "_Stored", lambda _: stored)
+    given = {}
+    monkeypatch.setattr(refit, "_apply", lambda values, _: given.update(values) or 0)
+    refit.change({"w": [Delta(torch.ones(2, 1), torch.ones(1, 3), 1.0)]})
+    assert {name: tuple(value.shape) for name, value in given.items()} == {"one": (2, 3), "two": (3, 2)}
+    assert all(bool((value == 1).all()) for value in given.values())
 
 
 def test_a_refitted_engine_is_the_one_that_opens_with_the_lora(lower):
@@ -861,9 +990,9 @@ def test_an_engine_that_names_no_product_says_so(lower, monkeypatch):
     folder, _ = lower("fp16")
     with opened(folder) as runtime:
         assert runtime.configuration["fallback"] is None
-    monkeypatch.setattr(tensorrt_runtime, "inspect", lambda *_: Inspection())
+    monkeypatch.setattr(tensorrt_runtime, "inspect", lambda *_: Inspection(unseen=["a", "b", "c"]))
     with opened(folder) as runtime:
-        assert "names none of the products" in runtime.configuration["fallback"]
+        assert "doesn't tell what 3 of 3 products run in" in runtime.configuration["fallback"]
 
 
 def test_a_stripped_plan_that_takes_no_weights_is_refused(lower, monkeypatch):

@@ -58,6 +58,10 @@ SHAPES_ARMS = (
 TRIED_ARMS = ("torch:fp32", "torch:bf16", "torch:bf16+cuda_graphs", "torch:nf4", "tensorrt:fp16")
 """With `--tiny`."""
 
+_COMMANDS = (
+    'Each row of its own: `python docs/benchmarks/gpu.py RECORD.json --only "ROW"`, with its first column for ROW; '
+    "`--only shapes` and `--only features` for what stands below the table."
+)
 _OWN_TABLES = {"shapes", "features"}
 _SAID_APART = {"outcome", "seconds"}
 _MEMORY = ("allocator_peak_bytes", "reserved_peak_bytes", "process_bytes")
@@ -252,7 +256,7 @@ def write(file: Path, record: dict[str, Any]) -> None:
 def page(record: dict[str, Any]) -> str:
     """Return the record in words and tables."""
     gpus = ", ".join(gpu["name"] for gpu in record["machine"]["gpus"]) or "no GPU"
-    lines = ["# What the GPU showed", "", f"`{record['command']}` on {gpus}; {record['machine']['cpu']}."]
+    lines = ["# What the GPU showed", "", f"On {gpus}; {record['machine']['cpu']}. {_COMMANDS}"]
     lines += [", ".join(f"{name} {each}" for name, each in record["versions"].items()) + ".", ""]
     if record["tiny"] or record["device"] != "cuda":
         lines += [f"**Tiny models on {record['device']}: the script was tried, no figure here means anything.**", ""]
@@ -348,7 +352,6 @@ def main() -> int:
     work = (options.work or options.record.parent / "gpu-work").resolve()
     work.mkdir(parents=True, exist_ok=True)
     record = open_record(options.record, options.device, tiny=options.tiny)
-    record["command"] = " ".join(["python", "docs/benchmarks/gpu.py", *sys.argv[1:]])
     due = [
         item
         for item in items(options.device, work, tiny=options.tiny)

@@ -19,9 +19,11 @@ import onnxruntime
 from onnx import numpy_helper
 
 API = json.loads((Path(__file__).parent / "api.json").read_text())
-ONNX_DTYPES = {"FLOAT": 1, "HALF": 10, "INT32": 6, "INT64": 7, "BOOL": 9}
+ONNX_DTYPES = {"FLOAT": 1, "HALF": 10, "BF16": 16, "INT32": 6, "INT64": 7, "BOOL": 9}
 NAMES = {number: name for name, number in ONNX_DTYPES.items()}
 NUMPY = {1: np.float32, 10: np.float16, 6: np.int32, 7: np.int64, 9: np.bool_}
+WIDE = {16: 1}
+"""What runs in the place of bfloat16, which ONNX Runtime has hardly a kernel for: float32, of the same weights."""
 SPELLED = {1: "Float", 10: "Half", 16: "BFloat16", 3: "Int8", 17: "FP8"}
 PRODUCTS = {"Conv", "Gemm", "MatMul"}
 
@@ -52,6 +54,8 @@ class Simulation:
         """Weights after which an exchange fails."""
         self.released = []
         """Memory that isn't the engine's any more; kept, so that reading it finds rubbish every time."""
+        self.profiles_fail = False
+        """Whether contexts can't be put in another profile."""
         self.lost_timings = False
         """Whether timing caches are those of another machine."""
         self.capturing = None
@@ -273,7 +277,9 @@ class Profile(Body):
         self.shapes = {}
 
     def set_shape(self, input, min, opt, max):  # noqa: A002 - the bindings' names
-        assert all(low <= best <= high for low, best, high in zip(min, opt, max, strict=True))
+        if not all(low <= best <= high for low, best, high in zip(min, opt, max, strict=True)):
+            message = f"Shape provided for min is inconsistent with other shapes: {input}"
+            raise RuntimeError(message)
         self.shapes[input] = [list(min), list(opt), list(max)]
 
 
@@ -316,6 +322,7 @@ class Runtime(Body):
 
     def __init__(self, simulation, module, logger):
         super().__init__(simulation, module)
+        self.logger = logger
 
     def deserialize_cuda_engine(self, serialized_engine):
         head, _, model = bytes(serialized_engine).partition(b"\n")
@@ -339,7 +346,10 @@ class Engine(Body):
     num_io_tensors = property(lambda self: len(self.tensors))
     num_optimization_profiles = property(lambda self: max(1, len(self.about["profiles"])))
     refittable = property(lambda self: bool({"REFIT", "REFIT_IDENTICAL"} & set(self.about["flags"])))
-    weight_streaming_scratch_memory_size = 128
+
+    @property
+    def weight_streaming_scratch_memory_size(self):
+        return 128 if self.budget is not None and self.budget < self.simulation.streamable else 0
 
     @property
     def streamable_weights_size(self):
@@ -357,7 +367,8 @@ class Engine(Body):
 
     @property
     def device_memory_size_v2(self):
-        return max(map(self.get_device_memory_size_for_profile_v2, range(self.num_optimization_profiles)))
+        most = max(map(self.get_device_memory_size_for_profile_v2, range(self.num_optimization_profiles)))
+        return most + self.weight_streaming_scratch_memory_size
 
     def get_device_memory_size_for_profile_v2(self, profile_index):
         profiles = self.about["profiles"]
@@ -406,6 +417,25 @@ def activation_bytes(shapes):
     return 4096 + 4 * sum(int(np.prod(shape)) for shape in shapes)
 
 
+def widened(model):
+    """Return a model that computes in float32 what this one does in bfloat16."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    for tensor in made.graph.initializer:
+        if tensor.data_type in WIDE:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    for value in (*made.graph.input, *made.graph.output, *made.graph.value_info):
+        kind = value.type.tensor_type
+        kind.elem_type = WIDE.get(kind.elem_type, kind.elem_type)
+    for node in made.graph.node:
+        for attribute in node.attribute:
+            if attribute.name in {"to", "output_dtype"}:
+                attribute.i = WIDE.get(attribute.i, attribute.i)
+            elif attribute.HasField("t") and attribute.t.data_type in WIDE:
+                attribute.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(attribute.t).astype(np.float32)))
+    return made
+
+
 class Context(Body):
     def __init__(self, simulation, module, engine, strategy):
         super().__init__(simulation, module)
@@ -416,8 +446,11 @@ class Context(Body):
         """How often a shape became another."""
 
     def set_optimization_profile_async(self, profile_index, stream_handle):
+        if profile_index >= self.engine_body.num_optimization_profiles or self.simulation.profiles_fail:
+            message = "Error in set optimization profile async."
+            raise RuntimeError(message)
         self.profile = profile_index
-        return profile_index < self.engine_body.num_optimization_profiles
+        return True
 
     def set_input_shape(self, name, shape):
         least, _, most = self.engine_body.about["profiles"][self.profile][name]
@@ -464,7 +497,7 @@ class Context(Body):
     def execute_async_v3(self, stream_handle):
         assert stream_handle == 77  # the device's stream
         assert self.strategy is self.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        assert self.memory[1] >= self.needs
+        assert self.memory[1] >= self.needs + self.engine_body.weight_streaming_scratch_memory_size
         shapes, addresses, memory = dict(self.shapes), dict(self.addresses), self.memory
         if self.simulation.capturing is not None:
             reshaped = self.reshaped
@@ -486,7 +519,7 @@ class Context(Body):
             options = onnxruntime.SessionOptions()
             options.log_severity_level, options.intra_op_num_threads = 3, 1
             options.add_session_config_entry("session.disable_quant_qdq", "1")
-            self.session = onnxruntime.InferenceSession(self.engine_body.model.SerializeToString(), options)
+            self.session = onnxruntime.InferenceSession(widened(self.engine_body.model).SerializeToString(), options)
             self.version = self.engine_body.version
         fed = {name: self._array(name, shapes.get(name, ()), addresses) for name in self.engine_body.inputs}
         names = [v.name for v in self.engine_body.model.graph.output]
@@ -514,6 +547,7 @@ class Inspector(Body):
         assert self.engine_body.about["verbosity"] == "DETAILED"
         model = onnx.shape_inference.infer_shapes(self.engine_body.model)
         types_ = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.input)}
+        types_ |= {t.name: t.data_type for t in model.graph.initializer}
         makers = {name: node for node in model.graph.node for name in node.output}
         layers = []
         for node in model.graph.node:
@@ -523,12 +557,19 @@ class Inspector(Body):
                 if maker is not None and maker.op_type == "DequantizeLinear":
                     taken = maker.input[0]
                 dtype = self.simulation.other_precision.get(node.name, SPELLED.get(types_.get(taken), "Float"))
+                weight = makers.get(node.input[1])
+                weight = makers.get(weight.input[0]) if weight is not None and weight.op_type == "Transpose" else weight
+                codes = weight is not None and weight.op_type == "DequantizeLinear"
+                beside = (
+                    [(weight.input[0], SPELLED[types_[weight.input[0]]]), (weight.input[1], "Half")] if codes else []
+                )
                 layers.append(
                     {
                         "Name": f"{node.name} + fused",
                         "LayerType": "CaskConvolution" if node.op_type == "Conv" else "gemm",
                         "Inputs": [
-                            {"Name": taken, "Location": "Device", "Format": "Row major linear", "DataType": dtype}
+                            {"Name": name, "Location": "Device", "Format": "Row major linear", "DataType": spelled}
+                            for name, spelled in [(taken, dtype), *beside]
                         ],
                         "Outputs": [{"Name": node.output[0], "Format": "Row major linear", "DataType": dtype}],
                         "Metadata": f"[ONNX Layer: {node.name}]",
@@ -564,7 +605,7 @@ class Refitter(Body):
         tensor = self._tensors().get(name)
         if tensor is None or weights._body.dtype.name != NAMES[tensor.data_type]:
             return False
-        array = numpy_helper.to_array(tensor)
+        array = numpy_helper.to_array(tensor)  # of bfloat16 by ml_dtypes, in two bytes
         if array.size != weights._body.size:
             return False
         self.held[name] = weights._body.ptr, array.nbytes  # where it lies, as the real one does
