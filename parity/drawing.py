@@ -87,16 +87,16 @@ def open_source(source: Source, precision: str = "fp32", threads: int | None = N
     return Engine(of_source(source, precision), placement)
 
 
-def open_whole(source: Source) -> Engine:
+def open_whole(source: Source, precision: str = "fp32") -> Engine:
     """Open a model as `open_source` does, all parts at once: for those who change modules between drawings.
 
     Raises:
         ResourceError: they don't fit into memory together.
     """
-    engine = open_source(source, offload="none", vae_tiling="off")
+    engine = open_source(source, precision, offload="none", vae_tiling="off")
     if engine.all_bytes > usable_bytes():
         needed, free = engine.all_bytes / 1e9, usable_bytes() / 1e9
-        message = f"all parts in float32 take about {needed:.1f} GB of memory, {free:.1f} GB are free"
+        message = f"all parts in {precision} take about {needed:.1f} GB of memory, {free:.1f} GB are free"
         raise ResourceError(message, fix="a machine with more memory, or close what uses it")
     return engine
 

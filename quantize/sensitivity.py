@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-SCHEMA = 2
-"""1 had no shapes of weights, without which what a backend makes of a layer can't be told."""
+SCHEMA = 3
+"""1 had no shapes of weights, without which what a backend makes of a layer can't be told; 2 not what bfloat16 itself errs."""
 
 _INFO = ("model", "prompts", "steps", "size", "calibration")
 """What is always said of a measurement."""
@@ -40,6 +40,8 @@ class Sensitivity:
     parts: dict[str, dict[str, Layer]] = field(default_factory=dict)
     together: dict[str, dict[str, float]] = field(default_factory=dict)
     """Part -> precision -> error with all of the part's layers in it at once."""
+    wide: dict[str, float] = field(default_factory=dict)
+    """`computed`: error with everything in bfloat16; `stored`: with weights of bfloat16 that float32 is computed with."""
 
     def save(self, file: Path) -> None:
         """Write JSON, atomically."""
@@ -48,7 +50,8 @@ class Sensitivity:
             for part, layers in self.parts.items()
         }
         together = {part: _to_json(errors) for part, errors in self.together.items()}
-        text = json.dumps({"schema": SCHEMA, "info": self.info, "together": together, "parts": parts}, indent=1)
+        found = {"schema": SCHEMA, "info": self.info, "wide": _to_json(self.wide), "together": together, "parts": parts}
+        text = json.dumps(found, indent=1)
         partial = file.with_name(f".{file.name}.partial")
         partial.write_text(text + "\n")
         partial.replace(file)
@@ -77,7 +80,8 @@ class Sensitivity:
             if lacking:
                 message = f"it doesn't say with which {', '.join(lacking)} it was measured"
                 raise ValueError(message)  # noqa: TRY301 - one of several that damage makes
-            return cls(info, parts, {part: _from_json(each) for part, each in data["together"].items()})
+            together = {part: _from_json(each) for part, each in data["together"].items()}
+            return cls(info, parts, together, _from_json(data["wide"]))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             message = f"{file} doesn't say what layers add to the error: {error}"
             raise CorruptError(

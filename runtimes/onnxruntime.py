@@ -44,6 +44,7 @@ class OnnxRuntime(Runtime):
     held: ClassVar[Mapping[str, float]] = {"float32": 1.1, "bfloat16": 3.9, "int8": 2.2, "int4": 4, "nf4": 4}
     held_mapped: ClassVar[Mapping[str, float] | None] = {**held, "float32": 0.02, "bfloat16": 0.25}
     live_maps: ClassVar[Mapping[str, float]] = {"fp32": 25}
+    widens: ClassVar[bool] = True
     options: ClassVar[frozenset[str]] = frozenset({"provider", "provider_options", "cuda_graphs", "attention"})
     devices: ClassVar[tuple[str, ...]] = tuple(providers.BY_DEVICE)
 

@@ -87,6 +87,8 @@ class Runtime(ABC):
     """The same for int8 weights of convolutions, where these take another share."""
     live_maps: ClassVar[Mapping[str, float]] = {}
     """Precision -> bytes at the peak of a run for an element of a convolutional part's largest feature map; 16 unless said."""
+    widens: ClassVar[bool] = False
+    """Whether weights of two bytes are widened, and float32 is computed with them."""
 
     @classmethod
     def relative_time(cls, precision: str) -> float:  # noqa: ARG003

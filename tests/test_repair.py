@@ -15,7 +15,7 @@ from bakeoff.errors import ParityError
 from bakeoff.parity.budget import Budget, Gate
 from bakeoff.recipe import PartRecipe, parse
 from bakeoff.sources.source import Source
-from bakeoff.tuning.remedy import Remedy, _alone, _worst, remedy
+from bakeoff.tuning.remedy import Remedy, _alone, _worst, reached, remedy
 from bakeoff.tuning.repair import Repair, _failing, export_repaired
 
 CONVOLUTION = "decoder.up_blocks.1.resnets.0.conv1"
@@ -31,6 +31,13 @@ def test_as_few_layers_as_are_predicted_to_be_needed():
     assert _worst({**errors, "b": float("inf")}, float("inf"), 0.03) == ["b"], "it breaks the part by itself"
     assert _worst(errors, float("inf"), 0.03) == [], "what breaks it isn't any layer"
     assert _worst(dict.fromkeys(errors, 0.0), measured, 0.03) == [], "none of them errs"
+
+
+def test_the_end_of_the_interval_counts_where_it_is_beyond_all_cases():
+    cases = [{"error": 0.9e-3}, {"error": 0.5e-3}]
+    assert reached({"cases": cases, "upper": 1.5e-3}) == 1.5e-3
+    assert reached({"cases": cases, "upper": 0.7e-3}) == 0.9e-3
+    assert reached({"cases": cases, "upper": float("inf")}) == 0.9e-3
 
 
 def test_what_is_put_back_counts_last_and_keeps_what_was_asked():
@@ -77,7 +84,7 @@ def test_where_pictures_alone_fail_the_part_nearest_to_its_tolerance_is_put_back
     assert _failing(made) == {}
     proof = {**made.manifest.proof, "trajectory": {**made.manifest.proof["trajectory"], "problem": "gate pictures"}}
     failing = made.with_proof({**proof, "status": "failing"})
-    worst = max(case["error"] for case in proof["parts"]["unet"]["cases"])
+    worst = max(proof["parts"]["unet"]["upper"], *(case["error"] for case in proof["parts"]["unet"]["cases"]))
     assert _failing(failing) == {"unet": pytest.approx(worst / 2)}
     layers = remedy(failing, "unet", Source.open("shapes"), worst / 2).layers
     assert "conv_in" in layers, "its loss alone is most of the part's"

@@ -91,14 +91,15 @@ def test_a_run_goes_on_where_it_stopped(measured, tmp_path):
 
 
 def test_a_recipe_keeps_what_it_is_asked(measured, tmp_path, capsys):
-    file, _ = measured
+    file, found = measured
     target = tmp_path / "recipe.toml"
     sizes = []
-    for decibels in (30, 60, 200):
-        arguments = ["recipe", str(file), "-o", str(target), "--backend", "onnx", "--within", f"{decibels}dB"]
+    stored = -10 * math.log10(found.wide["stored"])
+    for decibels in (30, 40, stored - 0.01):  # the last leaves nothing for layers
+        arguments = ["recipe", str(file), "-o", str(target), "--backend", "onnx", "--within", f"{decibels:.3f}dB"]
         assert main([*arguments, "--json"]) == 0
         told = json.loads(capsys.readouterr().out)
-        assert told["psnr_db"] is None or told["psnr_db"] >= decibels  # None: nothing is rounded
+        assert told["psnr_db"] >= decibels - 1e-3
         recipe = from_toml(target.read_text())
         assert to_toml(recipe) == "".join(target.read_text().splitlines(keepends=True)[1:])
         planned = plan("shapes", recipe)
@@ -111,7 +112,32 @@ def made_up(errors, together=None):
     """A measurement of three layers, each with these errors."""
     layers = {f"layer{number}": Layer((64 * (number + 1), 64), 1000, dict(errors)) for number in range(3)}
     total = {name: 3 * error for name, error in errors.items()}
-    return Sensitivity({"calibration": None}, {"unet": layers}, {"unet": together or total})
+    return Sensitivity({"calibration": None}, {"unet": layers}, {"unet": together or total}, NOTHING)
+
+
+NOTHING = {"computed": 0.0, "stored": 0.0}
+"""What bfloat16 errs in a model that it holds exactly."""
+
+
+def test_what_bfloat16_errs_counts():
+    found = made_up({"int8": 1e-6})
+    found.wide = {"computed": 1e-4, "stored": 1e-6}
+    recipe, psnr = recipe_within(found, "onnx", 53)
+    assert recipe.parts["unet"] == PartRecipe("onnx", "int8")
+    assert psnr == pytest.approx(-10 * math.log10(4e-6))
+    assert recipe_within(found, "onnx", 59)[0].parts["unet"] == PartRecipe("onnx", "bf16")
+    with pytest.raises(RecipeError, match=r"onnx keeps 60.0 dB in bf16 alone, got --within 61dB") as raised:
+        recipe_within(found, "onnx", 61)
+    assert "or --backend" not in raised.value.fix
+    with pytest.raises(RecipeError, match=r"openvino keeps 40.0 dB in bf16 alone, got --within 53dB") as raised:
+        recipe_within(found, "openvino", 53)
+    assert "--backend onnx, which computes in float32: it keeps 60.0 dB" in raised.value.fix
+    assert recipe_within(found, "openvino", 39)[0].parts["unet"] == PartRecipe("openvino", "int8")
+
+
+def test_bfloat16_is_measured_as_it_is_stored_and_as_it_is_computed(measured):
+    _, found = measured
+    assert 0 < found.wide["stored"] < found.wide["computed"] < 1e-3
 
 
 def test_what_breaks_pictures_all_at_once_is_not_chosen():
@@ -207,7 +233,7 @@ def test_a_measurement_of_nothing_known_is_refused(tmp_path, info, capsys):
 
 
 def check_damage(folder, damage, capsys):
-    sound = {"schema": 2, "info": INFO, "parts": {}, "together": {}}
+    sound = {"schema": 3, "info": INFO, "wide": {}, "parts": {}, "together": {}}
     (folder / "layers.json").write_text(json.dumps({**sound, **damage}))
     arguments = ["recipe", str(folder / "layers.json"), "--within", "40dB", "-o", str(folder / "r.toml")]
     assert main(arguments) == CorruptError.exit_code
@@ -224,7 +250,7 @@ def test_where_nothing_was_measured_there_is_nothing_to_choose(tmp_path, capsys)
 
 def test_measurements_of_an_older_schema_are_refused(tmp_path):
     (tmp_path / "layers.json").write_text('{"schema": 1, "info": {}, "parts": {}, "together": {}}')
-    with pytest.raises(CorruptError, match="schema 1, expected 2"):
+    with pytest.raises(CorruptError, match="schema 1, expected 3"):
         Sensitivity.open(tmp_path / "layers.json")
 
 
@@ -233,13 +259,13 @@ def test_a_choice_that_draws_nan_is_made_again_with_less(measured, monkeypatch):
     drawn = iter([math.inf, 1e-9])
     monkeypatch.setattr(Studio, "error", lambda *_: next(drawn))
     recipe, psnr = checked_recipe(found, "onnx", 30)
-    assert psnr == pytest.approx(90)
+    assert psnr == pytest.approx(-10 * math.log10(found.wide["stored"] + 1e-9))
     assert recipe.parts["text_encoder"].precision != "bf16", "something is still rounded"
 
 
 def test_other_weights_than_those_measured_are_refused(measured):
     _, found = measured
-    other = Sensitivity({**found.info, "modules": {"unet": "others"}}, found.parts, found.together)
+    other = Sensitivity({**found.info, "modules": {"unet": "others"}}, found.parts, found.together, found.wide)
     with pytest.raises(UsageError, match="other weights than when its layers were measured"):
         checked_recipe(other, "onnx", 30)
 
@@ -249,7 +275,7 @@ def test_all_parts_have_to_fit_at_once(monkeypatch, tmp_path):
     from bakeoff.parity import drawing
 
     monkeypatch.setattr(drawing, "usable_bytes", lambda: 1_000_000)
-    with pytest.raises(ResourceError, match="all parts in float32 take about"):
+    with pytest.raises(ResourceError, match="all parts in fp32 take about"):
         sensitivity("shapes", read_prompts("shapes-64", 4), tmp_path / "l.json", precisions=["int8"], steps=1)
 
 
@@ -257,7 +283,7 @@ def test_a_checked_recipe_is_drawn(measured, tmp_path, capsys):
     file, found = measured
     together = 10 * -math.log10(found.together["text_encoder"]["int4"])
     target = tmp_path / "recipe.toml"
-    asked = together + 6
+    asked = together + 2
     arguments = ["recipe", str(file), "-o", str(target), "--within", f"{asked:.1f}", "--smallest", "--check"]
     assert main([*arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -268,7 +294,7 @@ def test_a_checked_recipe_is_drawn(measured, tmp_path, capsys):
 
 
 def test_a_backend_that_mixes_nothing_measured_says_so(measured):
-    found = Sensitivity(INFO, {"unet": {"a": Layer((64, 64), 1, {"fp8": 1.0})}}, {"unet": {"fp8": 1.0}})
+    found = Sensitivity(INFO, {"unet": {"a": Layer((64, 64), 1, {"fp8": 1.0})}}, {"unet": {"fp8": 1.0}}, NOTHING)
     with pytest.raises(RecipeError, match="onnx bakes none of fp8 for single layers"):
         recipe_within(found, "onnx", 30)
 
@@ -277,8 +303,10 @@ def test_an_interrupted_measurement_makes_no_recipe(measured):
     _, found = measured
     whole = found.together["text_encoder"]
     cut = Sensitivity(found.info, found.parts, {"text_encoder": {"int8": whole["int8"]}})
-    with pytest.raises(UsageError, match="interrupted: it hasn't all layers of text_encoder in int4"):
+    with pytest.raises(UsageError, match="interrupted: it lacks layers of text_encoder in int4"):
         recipe_within(cut, "onnx", 30)
+    with pytest.raises(UsageError, match="interrupted: it lacks everything in bf16"):
+        recipe_within(Sensitivity(found.info, found.parts, found.together), "onnx", 30)
 
 
 def test_layers_that_break_the_pictures_are_json(tmp_path):

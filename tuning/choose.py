@@ -39,7 +39,7 @@ _LEAST_TIGHTENING = 1.25
 _BROKEN_TIGHTENING = 10.0
 """The same of a choice whose pictures aren't finite."""
 WIDE = "bf16"
-"""What layers have that aren't rounded to a few bits; its error is taken as none."""
+"""What layers have that aren't rounded to a few bits."""
 _USUAL_BACKENDS = ("onnx", "openvino", "torch")
 
 
@@ -48,12 +48,14 @@ def recipe_within(
 ) -> tuple[Recipe, float]:
     """Choose a precision for each layer that was measured.
 
+    What is left in bfloat16 errs, too: as much as everything in it was measured to, which layers add to.
+
     Args:
         found: what layers add to the error.
         backend: for all parts.
         psnr_db: least PSNR of the pictures to eager float32's, in dB, as predicted.
         fastest: save time of multiplications rather than bytes.
-        factor: by which errors together are more than the sum of those alone.
+        factor: by which errors of layers together are more than the sum of those alone.
 
     Returns:
         The recipe, and the PSNR that it is predicted to have, in dB.
@@ -64,11 +66,10 @@ def recipe_within(
         UsageError: the measurement was interrupted.
     """
     _refuse_interrupted(found)
-    bound = 10 ** (-psnr_db / 10) / factor
+    mixtures, wide = _mixtures(found, backend, fastest=fastest), _wide(found, backend)
+    bound = (_allowed(psnr_db, wide, found, backend) - wide) / factor
     possible = [
-        chosen
-        for able in _mixtures(found, backend, fastest=fastest)
-        if (chosen := choose(_options(found, backend, able, fastest=fastest), bound))
+        chosen for able in mixtures if (chosen := choose(_options(found, backend, able, fastest=fastest), bound))
     ]
     if not possible:
         message = f"no recipe of {backend} keeps {psnr_db:g} dB"
@@ -78,8 +79,35 @@ def recipe_within(
         part: {name: chosen[_key(part, name)].precision for name in found.parts[part]} for part in found.parts
     }
     parts = {part: _part(backend, layers) for part, layers in precisions.items()}
-    error = sum(option.error for option in chosen.values()) * factor
-    return Recipe(PartRecipe(backend, WIDE), parts), -10 * math.log10(error) if error else math.inf
+    error = wide + sum(option.error for option in chosen.values()) * factor
+    return Recipe(PartRecipe(backend, WIDE), parts), _psnr(error)
+
+
+def _wide(found: Sensitivity, backend: str) -> float:
+    """Return the pictures' error of a backend that has everything in `WIDE`."""
+    return found.wide["stored" if plugins.runtime(backend).widens else "computed"]
+
+
+def _allowed(psnr_db: float, wide: float, found: Sensitivity, backend: str) -> float:
+    """Return the error that pictures may have.
+
+    Raises:
+        RecipeError: what isn't rounded errs as much by itself.
+    """
+    allowed: float = 10 ** (-psnr_db / 10)
+    if wide >= allowed:
+        message = f"{backend} keeps {_psnr(wide):.1f} dB in {WIDE} alone, got --within {psnr_db:g}dB"
+        stored = _psnr(found.wide["stored"])
+        fix = f"ask for less than {_psnr(wide):.1f} dB with --within"
+        if psnr_db < stored:
+            fix += f"; or --backend onnx, which computes in float32: it keeps {stored:.1f} dB"
+        raise RecipeError(message, fix=fix)
+    return allowed
+
+
+def _psnr(error: float) -> float:
+    """Return the PSNR of pictures in dB, from their mean squared error, of pixels from 0 to 1."""
+    return -10 * math.log10(error) if error else math.inf
 
 
 def _refuse_interrupted(found: Sensitivity) -> None:
@@ -89,9 +117,11 @@ def _refuse_interrupted(found: Sensitivity) -> None:
         UsageError: with what lacks.
     """
     begun = {(part, name) for part, layers in found.parts.items() for layer in layers.values() for name in layer.errors}
-    lacking = sorted(f"{part} in {name}" for part, name in begun if name not in found.together.get(part, {}))
+    lacking = sorted(f"layers of {part} in {name}" for part, name in begun if name not in found.together.get(part, {}))
+    if begun and not lacking and not found.wide:
+        lacking = [f"everything in {WIDE}"]
     if lacking:
-        message = f"the measurement was interrupted: it hasn't all layers of {', '.join(lacking)}"
+        message = f"the measurement was interrupted: it lacks {', '.join(lacking)}"
         raise UsageError(
             message, fix=f"bakeoff sensitivity {found.info['model']} -o …, as before: it goes on from there"
         )
@@ -108,12 +138,13 @@ def checked_recipe(
 ) -> tuple[Recipe, float]:
     """Choose as `recipe_within`, draw with the choice in eager float32, and choose anew until the pictures keep the bound.
 
-    Errors of layers aren't independent: a trajectory may amplify what several do together.
+    Errors of layers aren't independent: a trajectory may amplify what several do together. What bfloat16 errs is added to
+    what was drawn.
 
     Args:
         found: what layers add to the error; its model and prompts are drawn again.
         backend: for all parts.
-        psnr_db: least PSNR of the pictures to those without rounding, in dB.
+        psnr_db: least PSNR of the pictures to eager float32's, in dB.
         fastest: save time of multiplications rather than bytes.
         calibration: the one that was measured with, where one was.
         progress: called with a line at each choice.
@@ -143,13 +174,14 @@ def checked_recipe(
         studio = Studio(engine, source, found.info["prompts"], options, usual)
         for _ in range(_MOST_CHOICES):
             recipe, predicted = recipe_within(found, backend, psnr_db, fastest=fastest, factor=factor)
-            error = studio.error(_rounded(studio, found, recipe), scales)
-            measured = -10 * math.log10(error) if error else math.inf
+            error, wide = studio.error(_rounded(studio, found, recipe), scales), _wide(found, backend)
+            measured = _psnr(wide + error)
             progress(f"chosen for {predicted:.1f} dB, drawn with {measured:.1f} dB")
             if measured >= psnr_db:
                 return recipe, measured
-            missed = predicted - measured
-            factor *= max(_LEAST_TIGHTENING, 10 ** (missed / 10)) if math.isfinite(missed) else _BROKEN_TIGHTENING
+            foreseen = 10 ** (-predicted / 10) - wide
+            missed = error / foreseen if foreseen > 0 else math.inf
+            factor *= max(_LEAST_TIGHTENING, missed) if math.isfinite(missed) else _BROKEN_TIGHTENING
     message = f"no recipe of {backend} keeps {psnr_db:g} dB when it is drawn"
     raise RecipeError(message, fix="ask for less with --within")
 
@@ -326,7 +358,7 @@ def _run(options: argparse.Namespace) -> None:
                 calibration=options.calibration,
                 progress=progress,
             )
-        told = f"measured: {psnr:.1f} dB to no rounding, on the prompts that layers were measured on"
+        told = f"measured: {psnr:.1f} dB to eager float32, {WIDE}'s own error among it, on the prompts that layers were measured on"
     else:
         recipe, psnr = recipe_within(found, backend, asked, fastest=options.fastest)
         told = f"predicted: {psnr:.1f} dB, if layers err independently; --check draws with it"

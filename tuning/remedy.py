@@ -78,7 +78,7 @@ def remedy(artifact: Artifact, part: str, source: Source, aim: float) -> Remedy:
     if not found and is_narrow(entry):
         arguments = {"folder": str(artifact.folder), "part": part, **folders_of(source)}
         (errors, widths), _ = in_child("bakeoff.tuning.remedy:rank_here", arguments)
-        worst = _worst(errors, largest_error(proof), aim)
+        worst = _worst(errors, reached(proof), aim)
         found = Remedy({layer: widths[layer] for layer in worst}) if worst else None
     if not found and entry.precision == "fp16" and not math.isfinite(largest_error(proof)):
         found = Remedy(whole=_as_far_as_float32(entry))  # what overflows can't be seen, or is no layer's
@@ -95,6 +95,12 @@ def hopeless(problem: str) -> ParityError:
 def largest_error(proof: Mapping[str, Any]) -> float:
     """Return the largest relative error of a part's cases, from its proof; infinity if it has none."""
     return max((float(case["error"]) for case in proof["cases"]), default=math.inf)
+
+
+def reached(proof: Mapping[str, Any]) -> float:
+    """Return what is held against a part's tolerance: its largest error, or the end of its rows' interval, which is more."""
+    largest, upper = largest_error(proof), float(proof["upper"])
+    return max(largest, upper) if math.isfinite(upper) else largest
 
 
 def is_narrow(entry: PartEntry) -> bool:

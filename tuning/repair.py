@@ -19,7 +19,7 @@ from ..parity.proof import family_part, fed, recorded
 from ..parity.prover import UNPROVED
 from ..parity.trajectory import NO_PICTURE
 from ..runtimes.opening import judged_on, open_part
-from .remedy import hopeless, is_narrow, largest_error, remedy
+from .remedy import hopeless, is_narrow, reached, remedy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -110,7 +110,11 @@ def export_repaired(
                 artifact = attempt(work / str(number), recipe, reuse=reuse, **options)
                 reuse = [artifact.folder, *reuse]
         repaired = _compare(first, artifact)
-        final = export(model, target, recipe, gate=gate, progress=progress, reuse=reuse, **options)
+        try:
+            final = export(model, target, recipe, gate=gate, progress=progress, reuse=reuse, **options)
+        except ParityError as error:
+            message = f"{error.message}, though --repair put layers back {_MOST_ROUNDS} times"
+            raise ParityError(message, fix="a part that fails so in another precision, or a looser --budget") from error
     return final, repaired
 
 
@@ -128,12 +132,12 @@ def _failing(artifact: Artifact) -> dict[str, float]:
     if not narrow:
         raise hopeless(proof["trajectory"]["problem"])
     nearest = max(narrow, key=lambda name: float(proof["parts"][name]["upper"] / proof["parts"][name]["tolerance"]))
-    return {nearest: _LESS * largest_error(proof["parts"][nearest])}
+    return {nearest: _LESS * reached(proof["parts"][nearest])}
 
 
 def _aim(allowed: float, before: float | None, artifact: Artifact, part: str) -> float:
     """Return the error that a part is to be brought to: less than is allowed by as much as it missed what was aimed at before."""
-    came_to = largest_error(artifact.manifest.proof["parts"][part])
+    came_to = reached(artifact.manifest.proof["parts"][part])
     return allowed if before is None or not allowed < came_to < math.inf else before * allowed / came_to
 
 

@@ -95,6 +95,7 @@ def sensitivity(
             if part not in studio.modules:
                 raise UsageError(unknown("part", part, studio.modules))
             _measure(studio, found, part, precisions, scales, file, progress)
+        _measure_wide(studio, found, source, file, progress)
     return found
 
 
@@ -142,6 +143,20 @@ def _measure(
             together[precision] = studio.error({part: (own, mixture)}, calibration)
             progress(f"{part}, {precision}: all layers at once {_decibels(together[precision])}")
             found.save(file)
+
+
+def _measure_wide(
+    studio: Studio, found: Sensitivity, source: Source, file: Path, progress: Callable[[str], None]
+) -> None:
+    """Measure what layers that aren't rounded to a few bits err, all together; weights of the studio are others then."""
+    if found.wide:
+        return
+    stored = studio.in_bfloat16()
+    with open_whole(source, "bf16") as engine:
+        computed = studio.beside(engine)
+    found.wide = {"computed": computed, "stored": stored}
+    progress(f"everything in bfloat16: {_decibels(computed)}; weights alone: {_decibels(stored)}")
+    found.save(file)
 
 
 def _decibels(error: float) -> str:

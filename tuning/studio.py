@@ -101,8 +101,6 @@ class Studio:
             parts: part -> path of each layer that is rounded, with its name in the checkpoint, and what they are rounded to.
             calibration: of their activations, where precisions take one.
         """
-        import numpy as np
-
         try:
             with contextlib.ExitStack() as stack:
                 for part, (names, mixture) in parts.items():
@@ -110,7 +108,31 @@ class Studio:
                     known = with_inputs(mixture, calibration, part, checkpoint)
                     grids = calibration.grids_of(part, mixture, checkpoint, usual=self._usual) if calibration else {}
                     stack.enter_context(rounded_layers(self.modules[part], names, known, grids))
-                found = float(np.square(self._draw() - self.reference).mean())
+                return self.distance(self._draw())
         except ParityError:
             return math.inf
+
+    def in_bfloat16(self) -> float:
+        """Return the error of pictures, as `error` does, whose weights are bfloat16 from here on; float32 is computed with them."""
+        import torch
+
+        with torch.no_grad():
+            for module in self.modules.values():
+                for tensor in (*module.parameters(), *module.buffers()):
+                    if tensor.is_floating_point():
+                        tensor.copy_(tensor.bfloat16())
+        return self.error({}, None)
+
+    def beside(self, engine: Engine) -> float:
+        """Return the error of another engine's pictures, as `error` does: the same ones."""
+        try:
+            return self.distance(Studio(engine, self._source, self._texts, self._options).reference)
+        except ParityError:
+            return math.inf
+
+    def distance(self, pictures: NDArray[np.float64]) -> float:
+        """Return the mean squared difference of pictures from those without rounding; infinite where they aren't finite."""
+        import numpy as np
+
+        found = float(np.square(pictures - self.reference).mean())
         return found if math.isfinite(found) else math.inf
