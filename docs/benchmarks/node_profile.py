@@ -81,6 +81,23 @@ def onnx_here(folder: str, inputs: str, threads: int, arm: dict[str, str]) -> di
     return {"step_seconds": round(ended - started, 3), "nodes": summed(nodes)}
 
 
+def torch_here(folder: str, inputs: str, threads: int, arm: dict[str, str]) -> dict[str, Any]:
+    """Take steps of a module as the runtime does, and return a third one's profile, by torch's operators."""
+    import torch
+    from unet_arms import Arm, fed_to, opened
+
+    with opened(Arm(**arm), Path(folder), Path(folder), threads) as runtime:
+        fed = fed_to(runtime, {name: torch.from_numpy(value) for name, value in _fed(inputs).items()})
+        runtime.run(fed)
+        started = time.perf_counter()
+        runtime.run(fed)
+        ended = time.perf_counter()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            runtime.run(fed)
+    nodes = [(event.name, "", event.self_cpu_time_total / 1e6) for event in profile.events()]
+    return {"step_seconds": round(ended - started, 3), "nodes": summed(nodes)}
+
+
 def _dtype(arguments: Mapping[str, Any]) -> str:
     """Return the dtype of a node's first input."""
     kinds = [kind for shape in arguments.get("input_type_shape", []) for kind in shape]

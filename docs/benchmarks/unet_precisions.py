@@ -74,6 +74,7 @@ GROUPS = {
     "torch, whose codes": ("torch", ["fp32", "bf16", "int8", "int8+codes=bakeoff"]),
 }
 PROFILED = ["openvino:bf16+static", "openvino:w8a8+static", "openvino:nncf-w8a8+static", "onnx:fp32", "onnx:w8a8"]
+PROFILED += ["torch:bf16", "torch:w8a8"]
 STEPS = {"first": 0, "later": 3}
 """Which steps `--in-turn` times -> how many are taken behind the first."""
 REFERENCE = Arm("torch", "fp32")
