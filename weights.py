@@ -284,7 +284,11 @@ def _width(dtype: str) -> int:
 
 
 def read_chunks(entry: Entry, target: str) -> Iterable[bytes | memoryview]:
-    """Read an entry's bytes a few MB at a time, as another floating-point dtype if `target` differs."""
+    """Read an entry's bytes a few MB at a time, as another floating-point dtype if `target` differs.
+
+    Raises:
+        SourceError: what is converted holds NaN, or the file ends too early.
+    """
     import torch
 
     with entry.file.open("rb") as stream:
@@ -300,11 +304,17 @@ def read_chunks(entry: Entry, target: str) -> Iterable[bytes | memoryview]:
                 yield bytes(data)
             else:
                 values = torch.frombuffer(data, dtype=getattr(torch, TORCH_DTYPES[entry.dtype]))
+                if values.isnan().any():
+                    raise _broken(entry, "NaN")
                 yield as_bytes(values.to(getattr(torch, TORCH_DTYPES[target])))
 
 
 def read_rows(entry: Entry) -> Iterable[Tensor]:
-    """Read a floating-point tensor a few MB at a time, in whole rows of its first dimension."""
+    """Read a floating-point tensor a few MB at a time, in whole rows of its first dimension, to be rounded.
+
+    Raises:
+        SourceError: it holds what can't be: NaN or infinity.
+    """
     import torch
 
     width = entry.length // entry.shape[0]
@@ -316,7 +326,13 @@ def read_rows(entry: Entry) -> Iterable[Tensor]:
             values = torch.frombuffer(
                 bytearray(stream.read(count * width)), dtype=getattr(torch, TORCH_DTYPES[entry.dtype])
             )
+            if not values.isfinite().all():
+                raise _broken(entry, "NaN or infinity")
             yield values.reshape(count, *entry.shape[1:])
+
+
+def _broken(entry: Entry, what: str) -> SourceError:
+    return SourceError(f"{entry.name} of {entry.file} holds {what}", fix="get the model again: its weights are damaged")
 
 
 def read_tensor(entry: Entry) -> Tensor:

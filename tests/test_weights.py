@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from bakeoff.errors import PickleError, SourceError, UsageError
 from bakeoff.naming import meant
-from bakeoff.weights import Checkpoint, convert, place, read_header, write_entries
+from bakeoff.weights import Checkpoint, convert, place, read_chunks, read_header, read_rows, write_entries
 
 
 @pytest.fixture
@@ -147,3 +147,22 @@ def test_a_variant_alone_is_refused_with_the_name_to_give_it(folder):
 )
 def test_the_name_that_a_path_means(path, names, expected):
     assert meant(path, names) == meant(path, names[::-1]) == expected
+
+
+@pytest.mark.parametrize(("value", "rounded", "converted"), [(float("nan"), True, True), (float("inf"), True, False)])
+def test_what_holds_no_number_is_neither_rounded_nor_converted(tmp_path, value, rounded, converted):
+    """A mask may be of infinities, and be stored in fewer bits; no weight may be NaN."""
+    broken = torch.ones(4, 8)
+    broken[2, 3] = value
+    save_file({"w": broken}, tmp_path / "model.safetensors")
+    (entry,) = read_header(tmp_path / "model.safetensors")
+    for read, refused in (
+        (lambda: list(read_rows(entry)), rounded),
+        (lambda: list(read_chunks(entry, "BF16")), converted),
+    ):
+        if refused:
+            with pytest.raises(SourceError, match=r"w of .*model.safetensors holds NaN"):
+                read()
+        else:
+            read()
+    list(read_chunks(entry, "F32"))  # as it is

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bakeoff.runtimes.runtime import Runtime
 
 HERE = Path(__file__).parent
+TOOK = "took.json"
 PART = "unet"
 SIZES = {"sd-1.5": Sizes(2, 64, 64, 77), "sdxl": Sizes(2, 128, 128, 77)}
 CALIBRATED = Sizes(2, 24, 24, 77)
@@ -100,10 +101,15 @@ def inputs(folder: Path, sizes: Sizes, seed: int, timestep: float) -> dict[str, 
 
 
 def calibration(folder: Path, work: Path) -> Path:
-    """Watch the UNet's layers in eager float32; return a folder with what was seen and what was given."""
+    """Watch the UNet's layers in eager float32; return a folder with what was seen and given, and what that took."""
     made = work / f"{folder.name}-calibration"
     if not made.exists():
-        in_child("unet_arms:calibrate_here", {"folder": str(folder), "output": str(made)}, extra_path=str(HERE))
+        started = time.perf_counter()
+        arguments = {"folder": str(folder), "output": str(made)}
+        _, peak = in_child("unet_arms:calibrate_here", arguments, extra_path=str(HERE))
+        took = {"calibration_seconds": round(time.perf_counter() - started, 1)}
+        took |= {"calibration_peak_anon_bytes": peak.anon_bytes}
+        (made / TOOK).write_text(json.dumps(took))
     return made
 
 
@@ -154,6 +160,8 @@ def make(arm: Arm, folder: Path, work: Path, nncf_python: str | None) -> dict[st
         "export_peak_anon_bytes": peak,
         "disk_bytes": sum(file.stat().st_size for file in output.iterdir()),
     }
+    if arm.precision == "w8a8" and (calibrated / TOOK).exists():
+        row |= json.loads((calibrated / TOOK).read_text())
     told.write_text(json.dumps(row))
     return row
 
