@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ..weights import Checkpoint
 
 _LEAST, _MOST, _NOUGHT = -128, 127, 128
+_PIECE = 1 << 17
+"""Activations that a thread rounds at a time: half a MiB of float32."""
 
 
 class ByteLayer(nn.Module):
@@ -51,9 +53,9 @@ class ByteLayer(nn.Module):
         if self._step is None:
             weight = (self.weight * self._along(self.weight_scale, 0)).to(given.dtype)
             return self._with_bias(self._multiply(given, weight))
-        codes = (given.float() / self._step).round_().clamp_(_LEAST, _MOST)
         if self.integers and given.device.type == "cpu":
-            return self._multiply_integers(codes, given.dtype)
+            return self._multiply_integers(given)
+        codes = (given.float() / self._step).round_().clamp_(_LEAST, _MOST)
         dtype = _product_dtype(given)
         made = self._multiply(codes.to(dtype), self.weight.to(dtype)).float()
         return self._with_bias(made.mul_(self._along(self.weight_scale * self._step, 1, made.ndim))).to(given.dtype)
@@ -73,16 +75,17 @@ class ByteLayer(nn.Module):
         behind = rank - 1 - axis if self._convolution is not None or axis == 0 else 0
         return channels[(..., *[None] * behind)]
 
-    def _multiply_integers(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    def _multiply_integers(self, given: Tensor) -> Tensor:
         """Multiply unsigned codes, around 128, by signed ones: oneDNN's own kernels, of weights packed once."""
         import torch
 
+        assert self._step is not None  # noqa: S101 - asked of layers that round
         if self._packed is None:
-            self._packed = self._pack(codes), torch.zeros(len(self.weight), dtype=torch.int64)
+            self._packed = self._pack(given), torch.zeros(len(self.weight), dtype=torch.int64)
         packed, zeros = self._packed
-        unsigned = (codes + _NOUGHT).to(torch.uint8)
+        unsigned = unsigned_codes(given, self._step)
         bias = None if self.bias is None else self.bias.float()
-        ending: tuple[Any, ...] = (1.0, 0, dtype, "none", [], "")
+        ending: tuple[Any, ...] = (1.0, 0, given.dtype, "none", [], "")
         common = (packed, self.weight_scale.flatten(), zeros, bias)
         if self._convolution is None:
             made: Tensor = torch.ops.onednn.qlinear_pointwise(unsigned, self._step, _NOUGHT, *common, *ending)
@@ -92,14 +95,14 @@ class ByteLayer(nn.Module):
         convolved: Tensor = torch.ops.onednn.qconv_pointwise(unsigned, self._step, _NOUGHT, *common, *places, *ending)
         return convolved
 
-    def _pack(self, codes: Tensor) -> Any:  # noqa: ANN401 - an opaque tensor of oneDNN's
+    def _pack(self, given: Tensor) -> Any:  # noqa: ANN401 - an opaque tensor of oneDNN's
         import torch
 
         if self._convolution is None:
             return torch.ops.onednn.qlinear_prepack(self.weight, None)
         scales = self.weight_scale.flatten()
         places = [*map(list, self._places()), self._convolution[3]]
-        return torch.ops.onednn.qconv_prepack(self.weight, scales, self._step, _NOUGHT, *places, list(codes.shape))
+        return torch.ops.onednn.qconv_prepack(self.weight, scales, self._step, _NOUGHT, *places, list(given.shape))
 
     def _places(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Return stride, padding and dilation."""
@@ -107,6 +110,30 @@ class ByteLayer(nn.Module):
         stride, padding, dilation, _ = self._convolution
         assert not isinstance(padding, str)  # noqa: S101 - `takes` leaves these out
         return stride, padding, dilation
+
+
+def unsigned_codes(given: Tensor, step: float) -> Tensor:
+    """Round to multiples of a step, from -128 to 127 of them; return uint8 around 128, laid out as what is given.
+
+    A piece at a time, which stays in a core's cache from one pass to the next: twice to six times as fast as all at once.
+    """
+    import torch
+
+    if torch.compiler.is_compiling():  # which makes one pass of it
+        return ((given.float() / step).round().clamp(_LEAST, _MOST) + _NOUGHT).to(torch.uint8)
+    codes = torch.empty_like(given, dtype=torch.uint8)
+    if codes.stride() != given.stride():  # not dense: a piece of something else
+        given = given.contiguous()
+        codes = torch.empty_like(given, dtype=torch.uint8)
+    order = sorted(range(given.ndim), key=given.stride, reverse=True)
+    source, target = given.permute(order).view(-1), codes.permute(order).view(-1)
+    size = _PIECE * torch.get_num_threads()
+    wide = torch.empty(min(size, source.numel()))
+    for start in range(0, source.numel(), size):
+        piece = source[start : start + size]
+        rounded = wide[: len(piece)].copy_(piece).div_(step).round_().clamp_(_LEAST, _MOST).add_(_NOUGHT)
+        target[start : start + size] = rounded
+    return codes
 
 
 def _product_dtype(given: Tensor) -> torch.dtype:

@@ -28,6 +28,7 @@ import bakeoff
 from bakeoff import hardware, plugins
 from bakeoff.bake import export
 from bakeoff.cli import main
+from bakeoff.components import byte_layers
 from bakeoff.components.byte_layers import ByteLayer
 from bakeoff.components.component import Component, Port, Sizes
 from bakeoff.components.loading import load_diffusers
@@ -483,6 +484,25 @@ def test_torch_multiplies_integers_where_the_cpu_can(source, tmp_path):
     for key, wide in outputs[0].items():
         assert relative_error(outputs[1][key], wide) < 5e-3, key
     assert any(layer._packed is not None for layer in layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "laid_out",
+    [
+        lambda rows: rows,
+        lambda rows: rows.contiguous(memory_format=torch.channels_last),
+        lambda rows: rows[:, ::2],
+        lambda rows: rows[:1].expand(3, -1, -1, -1),
+        lambda rows: rows.flatten(0, 2).T,
+        lambda rows: rows[..., :0],
+    ],
+)
+def test_activations_are_rounded_piece_by_piece_as_all_at_once(monkeypatch, dtype, laid_out):
+    monkeypatch.setattr(byte_layers, "_PIECE", 100)
+    given = laid_out(torch.randn(2, 6, 7, 9, generator=torch.Generator().manual_seed(0)).to(dtype))
+    codes = byte_layers.unsigned_codes(given, 0.02)
+    assert torch.equal(codes, (given.float() / 0.02).round().clamp(-128, 127).add(128).to(torch.uint8))
 
 
 def test_a_layer_that_was_not_calibrated_keeps_its_activations(source, tmp_path):
