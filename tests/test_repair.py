@@ -15,7 +15,7 @@ from bakeoff.errors import ParityError
 from bakeoff.parity.budget import Budget, Gate
 from bakeoff.recipe import PartRecipe, parse
 from bakeoff.sources.source import Source
-from bakeoff.tuning.remedy import Remedy, _alone, _worst, reached, remedy
+from bakeoff.tuning.remedy import Remedy, _alone, _put_back, _worst, reached, remedy
 from bakeoff.tuning.repair import Repair, _failing, export_repaired
 
 CONVOLUTION = "decoder.up_blocks.1.resnets.0.conv1"
@@ -53,13 +53,29 @@ def test_a_part_may_be_put_back_whole_and_then_in_layers():
     assert told[0] == "repaired vae_decoder: all of it in bf16; 1 layer put back, a: 1.50 × the time"
 
 
-def test_what_the_backend_kept_wide_is_nothing_to_put_back():
+def test_what_has_no_codes_beside_layers_that_have_is_bfloat16():
     module = torch.nn.ModuleDict({"coded": torch.nn.Linear(64, 64), "kept": torch.nn.Linear(64, 64)})
     mixture = replace(plugins.mixture("int8"), kept={"kept.weight"})
-    assert _alone(module, "kept", "kept", mixture, {}) is None
-    given, before = torch.rand(4, 64), module["coded"]
-    with _alone(module, "coded", "coded", mixture, {}):
-        assert not torch.equal(module["coded"](given), before(given))
+    given = torch.rand(4, 64)
+    before = {name: layer(given) for name, layer in module.items()}
+    for name in before:
+        with _alone(module, name, name, mixture, {}):
+            assert not torch.equal(module[name](given), before[name])
+    weight, bias = (each.bfloat16().float() for each in (module["kept"].weight, module["kept"].bias))
+    with _alone(module, "kept", "kept", mixture, {}, stored=True):
+        assert torch.equal(module["kept"](given), torch.nn.functional.linear(given, weight, bias))
+    assert _alone(module, "kept", "kept", plugins.mixture("fp32"), {}) is None
+
+
+def test_a_part_whose_last_layers_with_codes_are_put_back_has_no_codes():
+    widths = {"a": "bf16", "b": "bf16", "norm": "fp32"}
+    assert _put_back({"a": "bf16", "norm": "fp32"}, widths).whole is None
+    last = _put_back({"a": "bf16", "b": "bf16", "norm": "fp32"}, widths)
+    assert last.applied(PartRecipe("onnx", "int8", layers={"c": "fp32"})) == PartRecipe(
+        "onnx", "bf16", layers={"c": "fp32", "norm": "fp32"}
+    )
+    assert "bf16 for all of it" in last.in_words()
+    assert _put_back({"norm": "fp32"}, {"norm": "fp32"}).whole is None, "it had none before"
 
 
 @pytest.mark.slow

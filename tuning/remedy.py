@@ -49,19 +49,22 @@ class Remedy:
     layers: Mapping[str, str] = field(default_factory=dict)
     """Layer -> its precision from now on."""
     whole: str | None = None
-    """The part's precision from now on, where what overflows belongs to no layer: the layers have it, too."""
+    """The part's precision from now on, where what overflows belongs to no layer, or no layer with codes is left: the others
+    have it, too."""
 
     def applied(self, recipe: PartRecipe) -> PartRecipe:
         if self.whole is None:
             others = {name: each for name, each in recipe.layers.items() if name not in self.layers}
             return replace(recipe, layers={**others, **self.layers})  # behind patterns, of which the last one counts
         options = {name: value for name, value in recipe.options.items() if name != _COMPUTE}
-        wide = {name: each for name, each in recipe.layers.items() if each == "fp32" != self.whole}
+        wide = {name: each for name, each in {**recipe.layers, **self.layers}.items() if each == "fp32" != self.whole}
         return replace(recipe, precision=self.whole, layers=wide, options=options)
 
     def in_words(self) -> str:
         if self.whole is None:
             return f"putting back {', '.join(self.layers)}"
+        if self.layers:
+            return f"{self.whole} for all of it, since the last layers with codes would be put back"
         return f"{self.whole} for all of it, since what lies between its layers overflows in float16"
 
 
@@ -79,12 +82,23 @@ def remedy(artifact: Artifact, part: str, source: Source, aim: float) -> Remedy:
         arguments = {"folder": str(artifact.folder), "part": part, **folders_of(source)}
         (errors, widths), _ = in_child("bakeoff.tuning.remedy:rank_here", arguments)
         worst = _worst(errors, reached(proof), aim)
-        found = Remedy({layer: widths[layer] for layer in worst}) if worst else None
+        found = _put_back({layer: widths[layer] for layer in worst}, widths) if worst else None
     if not found and entry.precision == "fp16" and not math.isfinite(largest_error(proof)):
         found = Remedy(whole=_as_far_as_float32(entry))  # what overflows can't be seen, or is no layer's
     if not found:
         raise hopeless(proof["problem"] or artifact.manifest.proof["trajectory"]["problem"])
     return found
+
+
+def _put_back(layers: Mapping[str, str], widths: Mapping[str, str]) -> Remedy:
+    """Put layers back; of a part that has no codes then, all.
+
+    Args:
+        layers: those that are put back -> in what.
+        widths: all that could be -> in what: in float32 those of two bytes.
+    """
+    coded = {layer: wide for layer, wide in widths.items() if wide != "fp32"}
+    return Remedy(layers, next(iter(coded.values())) if coded and coded.keys() <= layers.keys() else None)
 
 
 def hopeless(problem: str) -> ParityError:
@@ -176,8 +190,8 @@ def rank_here(
 
     Returns:
         Layer -> relative error of the part's output with this layer alone as narrow as it is; layer -> bf16, or what else
-        the part computes in, where it has codes, fp32 where it is of two bytes. Layers for which the backend has no wider
-        precision are left out.
+        the part computes in, where it has codes, fp32 where it is of two bytes, be it beside codes. Layers for which the
+        backend has no wider precision are left out.
     """
     import torch
 
@@ -190,10 +204,12 @@ def rank_here(
     possible = plugins.exporter(entry.backend).layer_precisions.get(entry.precision, ())
     computed = entry.key_fields["recipe"].get("options", {}).get(_COMPUTE)
     of_codes = computed if computed in possible else "bf16"
+    stored = plugins.runtime(entry.backend).widens and computed is None
     cases = recorded(artifact, part).cases
     errors, widths = {}, {}
     for path, name in names_in(flat, origin.checkpoint(found.module)).items():
-        alone, layer = _alone(flat, path, name, mixture, scales), flat.get_submodule(path)
+        alone = _alone(flat, path, name, mixture, scales, stored=stored)
+        layer = flat.get_submodule(path)
         wide = of_codes if _has_codes(layer, name, mixture) else "fp32"
         if alone and wide in possible and [*layer.parameters(recurse=False)]:
             widths[name] = wide
@@ -211,23 +227,29 @@ def _has_codes(layer: Any, name: str, mixture: Mixture) -> bool:  # noqa: ANN401
 
 
 def _alone(
-    module: nn.Module, path: str, name: str, mixture: Mixture, scales: Mapping[str, Grids]
+    module: nn.Module, path: str, name: str, mixture: Mixture, scales: Mapping[str, Grids], *, stored: bool = False
 ) -> AbstractContextManager[None] | None:
-    """Let one layer of a module be as narrow as it is to be, for the while; None where that isn't narrow."""
-    if mixture.format_of(name):
+    """Let one layer of a module be as narrow as it is to be, for the while; None where that isn't narrow.
+
+    What has no codes among layers that have some is bfloat16. With `stored` two bytes are what weights lie in alone.
+    """
+    layer, precision = module.get_submodule(path), mixture.precision_of(name)
+    if _has_codes(layer, name, mixture):
         return rounded_layers(module, {path: name}, mixture, scales)
-    dtype = _NARROW.get(mixture.precision_of(name))
-    return replaced(module, {path: _in_dtype(module.get_submodule(path), dtype)}) if dtype else None
+    dtype = _NARROW.get("bf16" if precision in mixture.formats else precision)
+    return replaced(module, {path: _in_dtype(layer, dtype, stored=stored)}) if dtype else None
 
 
-def _in_dtype(layer: nn.Module, dtype: str) -> nn.Module:
-    """Return a copy of a layer that computes in a dtype, and takes and gives float32."""
+def _in_dtype(layer: nn.Module, dtype: str, *, stored: bool) -> nn.Module:
+    """Return a copy of a layer that computes in a dtype, or has its weights stored in it; it takes and gives float32."""
     import torch
 
     def narrowed(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(each.to(getattr(torch, dtype)) if each.is_floating_point() else each for each in given)
 
     copied = copy.deepcopy(layer).to(getattr(torch, dtype))
+    if stored:
+        return copied.float()
     copied.register_forward_pre_hook(narrowed)
     copied.register_forward_hook(lambda *call: call[-1].float())
     return copied
