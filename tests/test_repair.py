@@ -58,9 +58,9 @@ def test_what_has_no_codes_beside_layers_that_have_is_bfloat16():
     mixture = replace(plugins.mixture("int8"), kept={"kept.weight"})
     given = torch.rand(4, 64)
     before = {name: layer(given) for name, layer in module.items()}
-    for name in before:
+    for name, plain in before.items():
         with _alone(module, name, name, mixture, {}):
-            assert not torch.equal(module[name](given), before[name])
+            assert not torch.equal(module[name](given), plain)
     weight, bias = (each.bfloat16().float() for each in (module["kept"].weight, module["kept"].bias))
     with _alone(module, "kept", "kept", mixture, {}, stored=True):
         assert torch.equal(module["kept"](given), torch.nn.functional.linear(given, weight, bias))
