@@ -2,7 +2,8 @@
 
 Reads the pictures that `bakeoff bench` left in its folder: arms that are artifact folders, on `shapes-1024`, same prompts
 and latents. Per arm: the share of pictures that show all of their prompt, the paired difference to the baseline in points
-with its 95 % interval over prompts, PSNR, and which words are got wrong that the baseline got right.
+with its 95 % interval over prompts, PSNR, which words are got wrong that the baseline got right, each prompt's score as a digit, and
+the artifact's key; and the machine, when it was, and the experiment's hash.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("record", type=Path)
     options = parser.parse_args()
     declared = tomllib.loads(options.folder.with_suffix(".toml").read_text())
+    drawn_with = json.loads((options.folder / "record.json").read_text())
     prompts = [prompt.text for prompt in prompt_set(PROMPTS)][: declared["quality_prompts"]]
     pictures = {arm: np.load(_pictures(options.folder, arm)) for arm in declared["arms"]}
     baseline = declared["baseline"]
@@ -43,7 +45,11 @@ def main() -> None:
         "prompts": f"{PROMPTS}, {len(prompts)} of them",
         "steps": declared["steps"],
         "baseline": baseline,
-        "arms": {arm: _figures(arm, baseline, scores, pictures) for arm in pictures},
+        **{name: drawn_with[name] for name in ("started", "machine", "hash")},
+        "arms": {
+            arm: {"key": drawn_with["arms"][arm]["artifact"]["key"], **_figures(arm, baseline, scores, pictures)}
+            for arm in pictures
+        },
     }
     options.record.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
@@ -56,6 +62,7 @@ def _pictures(folder: Path, arm: str) -> Path:
 def _figures(arm: str, baseline: str, scores: dict[str, list[Any]], pictures: dict[str, Any]) -> dict[str, Any]:
     right = {name: [100.0 * each.right for each in scores[name]] for name in (arm, baseline)}
     found: dict[str, Any] = {"right": round(float(np.mean(right[arm])), 2)}
+    found["scores"] = "".join("1" if each.right else "0" for each in scores[arm])
     if arm != baseline:
         mean, low, high = mean_interval(list(np.subtract(right[arm], right[baseline])))
         distances = [psnr(a, b) for a, b in zip(pictures[baseline], pictures[arm], strict=True)]

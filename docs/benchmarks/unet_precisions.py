@@ -71,6 +71,7 @@ GROUPS = {
     "onnx, attention": ("onnx", ["fp32", "fp32+attention=math"]),
     "torch, two bytes": ("torch", ["fp32", "bf16", "fp16"]),
     "torch": ("torch", ["fp32", "bf16", "int8", "int4", "nf4", "w8a8", "w8a8-dynamic"]),
+    "torch, activations too": ("torch", ["bf16", "w8a8"]),
     "torch, whose codes": ("torch", ["fp32", "bf16", "int8", "int8+codes=bakeoff"]),
 }
 PROFILED = ["openvino:bf16+static", "openvino:w8a8+static", "openvino:nncf-w8a8+static", "onnx:fp32", "onnx:w8a8"]
