@@ -124,9 +124,10 @@ def _read_result(function: str, returncode: int, output: str, errors: str, peak:
     lines = [line for line in output.splitlines() if line.startswith(_RESULT)]
     if not lines:
         reason = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
-        message = f"{function} died in its child process ({reason}): {errors.strip()[-2000:]}"
-        held = f"killed, most often for memory, of which it held {peak.anon_bytes / 1e9:.1f} GB"
-        raise BakeoffError(message, fix=held if returncode == -signal.SIGKILL else None)
+        message, fix = f"{function} died in its child process ({reason}): {errors.strip()[-2000:]}", None
+        if returncode == -signal.SIGKILL:
+            fix = f"close what uses memory, for which it was most likely killed: it held {peak.anon_bytes / 1e9:.2f} GB"
+        raise BakeoffError(message, fix=fix)
     result = json.loads(lines[-1].removeprefix(_RESULT))
     if "error" in result:
         from . import errors as tree

@@ -360,7 +360,7 @@ def check_provable(planned: Plan) -> None:
         available = plugins.runtime(part.backend).probe()
         if not available.ok:
             message = f"{name} can't be proved here once it is written: {available.reason}"
-            raise UnavailableError(message, fix=f"{available.fix}; or export with --no-prove")
+            raise UnavailableError(message, fix=f"{available.fix}; or --no-prove, without --repair")
 
 
 def _other_recipes() -> Iterator[Recipe]:

@@ -332,7 +332,10 @@ def read_rows(entry: Entry) -> Iterable[Tensor]:
 
 
 def _broken(entry: Entry, what: str) -> SourceError:
-    return SourceError(f"{entry.name} of {entry.file} holds {what}", fix="get the model again: its weights are damaged")
+    return SourceError(
+        f"{entry.name} of {entry.file} holds {what}",
+        fix="get the model again: its weights are damaged, or its training diverged",
+    )
 
 
 def read_tensor(entry: Entry) -> Tensor:

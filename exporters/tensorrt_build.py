@@ -163,15 +163,16 @@ def _add_profile(builder: Any, config: Any, shapes: Mapping[str, Triple], number
     if not shapes:
         return
     profile = builder.create_optimization_profile()
+    said: RuntimeError | None = None
     try:
         for name, (least, best, most) in shapes.items():
             profile.set_shape(name, least, best, most)
         taken = config.add_optimization_profile(profile) >= 0
-    except RuntimeError:
-        taken = False
+    except RuntimeError as error:
+        taken, said = False, error
     if not taken:
-        message = f"TensorRT doesn't take profile {number}: {dict(shapes)}"
-        raise LoweringError(message, fix="give other sizes with +profiles=…")
+        message = f"TensorRT doesn't take profile {number}: {dict(shapes)}{f': {said}' if said else ''}"
+        raise LoweringError(message, fix="give other sizes with +profiles=…") from said
 
 
 def timing_cache_file() -> Path:

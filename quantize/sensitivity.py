@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SCHEMA = 3
-"""1 had no shapes of weights, without which what a backend makes of a layer can't be told; 2 not what bfloat16 itself errs."""
+_READ = (2, SCHEMA)
+"""1 had no shapes of weights, without which what a backend makes of a layer can't be told; 2 not what bfloat16 itself errs, which
+can be measured later."""
 
 _INFO = ("model", "prompts", "steps", "size", "calibration")
 """What is always said of a measurement."""
@@ -69,7 +71,7 @@ class Sensitivity:
             raise InputError(message, fix=f"bakeoff sensitivity MODEL -o {file}")
         try:
             data = json.loads(file.read_text())
-            if data["schema"] != SCHEMA:
+            if data["schema"] not in _READ:
                 message = f"{file} is of schema {data['schema']}, expected {SCHEMA}"
                 raise CorruptError(message, fix="measure again, into another file: bakeoff sensitivity MODEL -o FILE")
             parts = {
@@ -81,7 +83,11 @@ class Sensitivity:
                 message = f"it doesn't say with which {', '.join(lacking)} it was measured"
                 raise ValueError(message)  # noqa: TRY301 - one of several that damage makes
             together = {part: _from_json(each) for part, each in data["together"].items()}
-            return cls(info, parts, together, _from_json(data["wide"]))
+            wide = _from_json(data.get("wide", {}))
+            if wide and wide.keys() != {"computed", "stored"}:
+                message = f"got {', '.join(wide)} of bfloat16, expected computed and stored"
+                raise ValueError(message)  # noqa: TRY301
+            return cls(info, parts, together, wide)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             message = f"{file} doesn't say what layers add to the error: {error}"
             raise CorruptError(

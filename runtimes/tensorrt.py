@@ -262,7 +262,7 @@ class TensorRTRuntime(Runtime):
         found = inspect([self._information(profile) for profile in self._profiles], products)
         self._contexts.clear()  # of profiles that may never be run
         refuse_another_precision(self.part.name, found, products)
-        self._unknown = len(found.unseen) + len(found.undecided) if found.undecided or not found.precision else 0
+        self._unknown = len(found.undecided) + (0 if found.precision else len(found.unseen))
         return found.as_dict()
 
     def _information(self, profile: profiles.Profile) -> str:

@@ -6,7 +6,6 @@ import json
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError
@@ -75,17 +74,19 @@ def inspect(texts: Sequence[str], products: Mapping[str, str]) -> Inspection:
     """
     read = [[layer for layer in json.loads(text).get("Layers", []) if isinstance(layer, dict)] for text in texts]
     found = Inspection(len(read[0]), dict(Counter(str(layer.get("LayerType", "?")) for layer in read[0])))
-    owners = _owners(chain.from_iterable(read))
+    owners = [_owners(layers) for layers in read]
     for node, wanted in products.items():
-        ran = _ran(node, owners.get(node, ()), products)
-        if ran is None:
-            found.unseen.append(node)
-        elif ran == _UNDECIDED:
+        ran = {_ran(node, each.get(node, ()), products) for each in owners}
+        others = sorted(dtype for dtype in ran if dtype not in {wanted, _UNDECIDED, None})
+        if _UNDECIDED in ran and not others:
             found.undecided.append(node)
+        elif None in ran and not others:
+            found.unseen.append(node)
         else:
-            found.precision[ran] = found.precision.get(ran, 0) + 1
-            if ran != wanted:
-                found.other[node] = f"{ran}, asked for {wanted}"
+            dtype = str(next(iter(others), wanted))
+            found.precision[dtype] = found.precision.get(dtype, 0) + 1
+            if dtype != wanted:
+                found.other[node] = f"{dtype}, asked for {wanted}"
     return found
 
 
@@ -117,7 +118,7 @@ def _owners(layers: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
 
 
 def _ran(node: str, owners: Sequence[Mapping[str, Any]], products: Mapping[str, str]) -> str | None:
-    """Return the dtype that a product's layers multiply in; where they differ, by profile, one that isn't wanted."""
+    """Return the dtype that a product's layers multiply in; where they differ, one that isn't wanted."""
     multiply = [layer for layer in owners if _PRODUCTS.search(str(layer.get("LayerType", "")))] or owners
     found = {dtype for layer in multiply if (dtype := _multiplied(node, layer, products)) is not None}
     others = sorted(found - {products[node], _UNDECIDED})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -49,10 +48,10 @@ class Refit:
 
     def __init__(self, trt: Any, engine: Any, logger: Any, files: EngineFiles) -> None:  # noqa: ANN401 - tensorrt is untyped
         self._trt, self._engine, self._files, self._logger = trt, engine, files, logger
-        self._names: dict[str, set[str]] = defaultdict(set)
+        self._names: dict[str, set[str]] = {}
         """Tensor of the checkpoint -> initializers that hold it."""
         for name, (tensor, _) in files.weights.items():
-            self._names[tensor].add(name)
+            self._names.setdefault(tensor, set()).add(name)
         self._changed: set[str] = set()
         self.last: dict[str, int] = {}
         """What the last exchange came to: weights that LoRAs changed, that went back, and that went along unchanged."""

@@ -99,7 +99,7 @@ def test_what_cannot_be_opened_to_be_proved_is_refused_before_it_is_written(tiny
     monkeypatch.setattr(OpenVINORuntime, "probe", classmethod(lambda _: missing))
     with pytest.raises(UnavailableError, match="can't be proved here once it is written: torch is built") as raised:
         export(str(source), tmp_path / "out", recipe("openvino:fp32"))
-    assert raised.value.fix == "install another; or export with --no-prove"
+    assert raised.value.fix == "install another; or --no-prove, without --repair"
     assert not (tmp_path / "out").exists()
 
 

@@ -65,17 +65,17 @@ def test_what_has_no_codes_beside_layers_that_have_is_bfloat16():
     with _alone(module, "kept", "kept", mixture, {}, stored=True):
         assert torch.equal(module["kept"](given), torch.nn.functional.linear(given, weight, bias))
     assert _alone(module, "kept", "kept", plugins.mixture("fp32"), {}) is None
+    assert _alone(module, "kept", "kept", mixture, {}, beside="fp32") is None
 
 
 def test_a_part_whose_last_layers_with_codes_are_put_back_has_no_codes():
-    widths = {"a": "bf16", "b": "bf16", "norm": "fp32"}
-    assert _put_back({"a": "bf16", "norm": "fp32"}, widths).whole is None
-    last = _put_back({"a": "bf16", "b": "bf16", "norm": "fp32"}, widths)
-    assert last.applied(PartRecipe("onnx", "int8", layers={"c": "fp32"})) == PartRecipe(
-        "onnx", "bf16", layers={"c": "fp32", "norm": "fp32"}
-    )
+    assert _put_back({"a": "bf16", "norm": "fp32"}, ["a", "b"]).whole is None
+    last = _put_back({"a": "bf16", "b": "bf16", "norm": "fp32"}, ["a", "b"])
+    before = PartRecipe("torch", "int8", options={"codes": "bakeoff"}, layers={"c": "fp32"})
+    assert last.applied(before) == PartRecipe("torch", "bf16", layers={"c": "fp32", "norm": "fp32"})
     assert "bf16 for all of it" in last.in_words()
-    assert _put_back({"norm": "fp32"}, {"norm": "fp32"}).whole is None, "it had none before"
+    assert _put_back({"norm": "fp32"}, []).whole is None, "it had none before"
+    assert _put_back({"a": "fp32"}, ["a"]).applied(PartRecipe("tensorrt", "w8a8")) == PartRecipe("tensorrt", "fp32")
 
 
 @pytest.mark.slow

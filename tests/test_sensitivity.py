@@ -140,6 +140,14 @@ def test_bfloat16_is_measured_as_it_is_stored_and_as_it_is_computed(measured):
     assert 0 < found.wide["stored"] < found.wide["computed"] < 1e-3
 
 
+def test_bfloat16_that_breaks_pictures_is_said():
+    found = made_up({"fp8": 1e-6})
+    found.wide = {"computed": math.inf, "stored": 1e-6}
+    with pytest.raises(RecipeError, match="torch breaks the pictures in bf16 alone, got --within 30dB") as raised:
+        recipe_within(found, "torch", 30)
+    assert raised.value.fix == "ask for less with --within", "onnx has no fp8"
+
+
 def test_what_breaks_pictures_all_at_once_is_not_chosen():
     """Nobody knows how many of its layers would break them."""
     recipe, psnr = recipe_within(made_up({"int8": 1e-5}, {"int8": math.inf}), "onnx", 35)
@@ -289,7 +297,7 @@ def test_a_checked_recipe_is_drawn(measured, tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["psnr_db"] >= asked - 0.1
     assert told["backend"] == "onnx", "the first that has int8 and int4 layers"
-    assert "# measured: " in target.read_text()
+    assert "# drawn: " in target.read_text()
     assert from_toml(target.read_text()).parts["text_encoder"].layers
 
 

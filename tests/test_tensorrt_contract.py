@@ -842,21 +842,30 @@ ROWS, WEIGHT, STEPS = [2, 77, 64], [96, 64], [96]
         ([layer(("Half", ROWS), ("Int8", WEIGHT), metadata="node_linear.rounded node_linear")], "int8"),
         ([layer(("Half", ROWS), ("Int8", WEIGHT), ("Int8", WEIGHT), metadata="node_linear node_other")], "undecided"),
         ([layer(("Int8", ROWS), ("Int8", WEIGHT)), layer(("Float", ROWS), name="node_linear [profile 1]")], "float32"),
-        ([layer(("Int8", ROWS), ("Int8", WEIGHT)), layer(("Float", ROWS), kind="kgen")], "int8"),
         ([layer(("Float", ROWS), kind="kgen")], "float32"),
         ([layer(("Int32", ROWS))], "unseen"),
     ],
 )
 def test_a_product_is_of_codes_where_both_of_its_factors_are(read, ran):
-    products = {"node_linear": "int8", "node_other": "int8"}
-    for texts in ([read], [read[:1], read[1:]]):  # all in one profile's text, or each in its own
-        found = inspect([json.dumps({"Layers": each}) for each in texts], products)
-        told = {"undecided": found.undecided, "unseen": found.unseen}
-        if ran in told:
-            assert "node_linear" in told[ran]
-        else:
-            assert found.other.get("node_linear", "int8, as").startswith(ran)
-            assert "node_linear" not in (*found.undecided, *found.unseen)
+    found = inspect([json.dumps({"Layers": read})], {"node_linear": "int8", "node_other": "int8"})
+    told = {"undecided": found.undecided, "unseen": found.unseen}
+    if ran in told:
+        assert "node_linear" in told[ran]
+    else:
+        assert found.other.get("node_linear", "int8, as").startswith(ran)
+        assert "node_linear" not in (*found.undecided, *found.unseen)
+
+
+def test_each_profile_is_judged_by_its_own_layers():
+    ours, bias = layer(("Int8", ROWS), ("Int8", WEIGHT)), layer(("Float", ROWS), kind="kgen")
+    products = {"node_linear": "int8"}
+
+    def of(*profiles):
+        return inspect([json.dumps({"Layers": each}) for each in profiles], products)
+
+    assert of([ours, bias]).precision == {"int8": 1}, "what adds a bias multiplies nothing"
+    assert of([ours], [bias]).other == {"node_linear": "float32, asked for int8"}, "nothing else multiplies there"
+    assert of([ours], [layer(("Half", ROWS), name="another")]).unseen == ["node_linear"]
 
 
 def test_codes_that_are_widened_before_they_are_multiplied_are_said(lower, simulation):

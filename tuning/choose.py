@@ -96,10 +96,14 @@ def _allowed(psnr_db: float, wide: float, found: Sensitivity, backend: str) -> f
     """
     allowed: float = 10 ** (-psnr_db / 10)
     if wide >= allowed:
-        message = f"{backend} keeps {_psnr(wide):.1f} dB in {WIDE} alone, got --within {psnr_db:g}dB"
-        stored = _psnr(found.wide["stored"])
-        fix = f"ask for less than {_psnr(wide):.1f} dB with --within"
-        if psnr_db < stored:
+        keeps = f"keeps {_psnr(wide):.1f} dB" if math.isfinite(wide) else "breaks the pictures"
+        message = f"{backend} {keeps} in {WIDE} alone, got --within {psnr_db:g}dB"
+        stored, able = (
+            _psnr(found.wide["stored"]),
+            all(_bakes(plugins.exporter("onnx"), each) for each in _measured(found)),
+        )
+        fix = "ask for less with --within"
+        if able and psnr_db < stored:
             fix += f"; or --backend onnx, which computes in float32: it keeps {stored:.1f} dB"
         raise RecipeError(message, fix=fix)
     return allowed
@@ -150,7 +154,7 @@ def checked_recipe(
         progress: called with a line at each choice.
 
     Returns:
-        The recipe, and the PSNR that was measured, in dB.
+        The recipe, and the PSNR that was drawn with what bfloat16 errs added, in dB.
 
     Raises:
         RecipeError: as `recipe_within`.
@@ -168,15 +172,15 @@ def checked_recipe(
         raise UsageError(message, fix="measure again: bakeoff sensitivity, into another file")
     size = found.info["size"]
     options = {"steps": found.info["steps"], "size": tuple(size) if size else None}
-    factor = 1.0
+    factor, wide = 1.0, _wide(found, backend)
     usual = next(iter(plugins.exporter(backend).options.get(ACTIVATIONS_OPTION, METHODS)))
     with open_whole(source) as engine:
         studio = Studio(engine, source, found.info["prompts"], options, usual)
         for _ in range(_MOST_CHOICES):
             recipe, predicted = recipe_within(found, backend, psnr_db, fastest=fastest, factor=factor)
-            error, wide = studio.error(_rounded(studio, found, recipe), scales), _wide(found, backend)
+            error = studio.error(_rounded(studio, found, recipe), scales)
             measured = _psnr(wide + error)
-            progress(f"chosen for {predicted:.1f} dB, drawn with {measured:.1f} dB")
+            progress(f"chosen for {predicted:.1f} dB, comes to {measured:.1f} dB")
             if measured >= psnr_db:
                 return recipe, measured
             foreseen = 10 ** (-predicted / 10) - wide
@@ -358,7 +362,7 @@ def _run(options: argparse.Namespace) -> None:
                 calibration=options.calibration,
                 progress=progress,
             )
-        told = f"measured: {psnr:.1f} dB to eager float32, {WIDE}'s own error among it, on the prompts that layers were measured on"
+        told = f"drawn: {psnr:.1f} dB to eager float32, {WIDE}'s own error added, on the prompts that layers were measured on"
     else:
         recipe, psnr = recipe_within(found, backend, asked, fastest=options.fastest)
         told = f"predicted: {psnr:.1f} dB, if layers err independently; --check draws with it"

@@ -12,6 +12,7 @@ from .. import plugins
 from ..artifact import Artifact
 from ..errors import ParityError, UnavailableError
 from ..exporters.exporter import BoundExporter
+from ..exporters.torch import CODES
 from ..memory import in_child
 from ..parity.causes import LARGEST_FLOAT16, NOT_FINITE, OVERFLOW
 from ..parity.distance import measure
@@ -22,7 +23,7 @@ from ..parity.traces import Eager
 from ..quantize.mixture import replaced, rounded_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from contextlib import AbstractContextManager
 
     from torch import nn
@@ -38,6 +39,7 @@ _MARGIN = 0.9
 _NARROW = {"fp16": "float16", "bf16": "bfloat16"}
 _AS_FAR_AS_FLOAT32 = ("bf16", "fp32")
 """What overflows no sooner than float32, the smaller first."""
+_HALF = "half"
 _COMPUTE = "compute"
 """The option that says what a part computes in, beside its precision."""
 
@@ -56,7 +58,7 @@ class Remedy:
         if self.whole is None:
             others = {name: each for name, each in recipe.layers.items() if name not in self.layers}
             return replace(recipe, layers={**others, **self.layers})  # behind patterns, of which the last one counts
-        options = {name: value for name, value in recipe.options.items() if name != _COMPUTE}
+        options = {name: value for name, value in recipe.options.items() if name not in {_COMPUTE, CODES}}
         wide = {name: each for name, each in {**recipe.layers, **self.layers}.items() if each == "fp32" != self.whole}
         return replace(recipe, precision=self.whole, layers=wide, options=options)
 
@@ -80,9 +82,9 @@ def remedy(artifact: Artifact, part: str, source: Source, aim: float) -> Remedy:
     found = _blamed(artifact, part, source) if proof["problem"] and not mixture_of(entry).formats else None
     if not found and is_narrow(entry):
         arguments = {"folder": str(artifact.folder), "part": part, **folders_of(source)}
-        (errors, widths), _ = in_child("bakeoff.tuning.remedy:rank_here", arguments)
+        (errors, widths, coded), _ = in_child("bakeoff.tuning.remedy:rank_here", arguments)
         worst = _worst(errors, reached(proof), aim)
-        found = _put_back({layer: widths[layer] for layer in worst}, widths) if worst else None
+        found = _put_back({layer: widths[layer] for layer in worst}, coded) if worst else None
     if not found and entry.precision == "fp16" and not math.isfinite(largest_error(proof)):
         found = Remedy(whole=_as_far_as_float32(entry))  # what overflows can't be seen, or is no layer's
     if not found:
@@ -90,15 +92,10 @@ def remedy(artifact: Artifact, part: str, source: Source, aim: float) -> Remedy:
     return found
 
 
-def _put_back(layers: Mapping[str, str], widths: Mapping[str, str]) -> Remedy:
-    """Put layers back; of a part that has no codes then, all.
-
-    Args:
-        layers: those that are put back -> in what.
-        widths: all that could be -> in what: in float32 those of two bytes.
-    """
-    coded = {layer: wide for layer, wide in widths.items() if wide != "fp32"}
-    return Remedy(layers, next(iter(coded.values())) if coded and coded.keys() <= layers.keys() else None)
+def _put_back(layers: Mapping[str, str], coded: Collection[str]) -> Remedy:
+    """Put layers back -> in what; of a part in which none of those with codes is left then, all."""
+    last = bool(coded) and layers.keys() >= {*coded}
+    return Remedy(layers, layers[next(iter(coded))] if last else None)
 
 
 def hopeless(problem: str) -> ParityError:
@@ -112,7 +109,7 @@ def largest_error(proof: Mapping[str, Any]) -> float:
 
 
 def reached(proof: Mapping[str, Any]) -> float:
-    """Return what is held against a part's tolerance: its largest error, or the end of its rows' interval, which is more."""
+    """Return what is held against a part's tolerance: its largest error or the end of its rows' interval, whichever is more."""
     largest, upper = largest_error(proof), float(proof["upper"])
     return max(largest, upper) if math.isfinite(upper) else largest
 
@@ -185,13 +182,13 @@ def _as_far_as_float32(entry: PartEntry) -> str:
 
 def rank_here(
     folder: str, source: str, part: str, elsewhere: Mapping[str, str]
-) -> tuple[dict[str, float], dict[str, str]]:
+) -> tuple[dict[str, float], dict[str, str], list[str]]:
     """Return what each narrow layer of a part costs, and what it would be put back in; in a child process.
 
     Returns:
         Layer -> relative error of the part's output with this layer alone as narrow as it is; layer -> bf16, or what else
         the part computes in, where it has codes, fp32 where it is of two bytes, be it beside codes. Layers for which the
-        backend has no wider precision are left out.
+        backend has no wider precision are left out. And those with codes.
     """
     import torch
 
@@ -203,22 +200,26 @@ def rank_here(
     mixture, scales = as_baked(entry, baked), scales_of(baked)
     possible = plugins.exporter(entry.backend).layer_precisions.get(entry.precision, ())
     computed = entry.key_fields["recipe"].get("options", {}).get(_COMPUTE)
-    of_codes = computed if computed in possible else "bf16"
-    stored = plugins.runtime(entry.backend).widens and computed is None
+    beside = computed if computed in possible else "bf16"
+    stored = plugins.runtime(entry.backend).widens and computed != _HALF
     cases = recorded(artifact, part).cases
-    errors, widths = {}, {}
+    errors, widths, coded = {}, {}, []
     for path, name in names_in(flat, origin.checkpoint(found.module)).items():
-        alone = _alone(flat, path, name, mixture, scales, stored=stored)
         layer = flat.get_submodule(path)
-        wide = of_codes if _has_codes(layer, name, mixture) else "fp32"
-        if alone and wide in possible and [*layer.parameters(recurse=False)]:
-            widths[name] = wide
-            with alone:
-                errors[name] = max(
-                    measure(eager(found.component, flat, config, given), expected, {}).error
-                    for given, expected in cases
-                )
-    return errors, widths
+        has_codes = _has_codes(layer, name, mixture)
+        wide = beside if has_codes else "fp32"
+        if wide not in possible or not [*layer.parameters(recurse=False)]:
+            continue
+        alone = _alone(flat, path, name, mixture, scales, beside=beside, stored=stored)
+        if alone is None:
+            continue
+        widths[name] = wide
+        coded += [name] if has_codes else []
+        with alone:
+            errors[name] = max(
+                measure(eager(found.component, flat, config, given), expected, {}).error for given, expected in cases
+            )
+    return errors, widths, coded
 
 
 def _has_codes(layer: Any, name: str, mixture: Mixture) -> bool:  # noqa: ANN401 - a layer, with a weight or without
@@ -227,16 +228,30 @@ def _has_codes(layer: Any, name: str, mixture: Mixture) -> bool:  # noqa: ANN401
 
 
 def _alone(
-    module: nn.Module, path: str, name: str, mixture: Mixture, scales: Mapping[str, Grids], *, stored: bool = False
+    module: nn.Module,
+    path: str,
+    name: str,
+    mixture: Mixture,
+    scales: Mapping[str, Grids],
+    *,
+    beside: str = "bf16",
+    stored: bool = False,
 ) -> AbstractContextManager[None] | None:
     """Let one layer of a module be as narrow as it is to be, for the while; None where that isn't narrow.
 
-    What has no codes among layers that have some is bfloat16. With `stored` two bytes are what weights lie in alone.
+    Args:
+        module: in float32.
+        path: of the layer.
+        name: its, in the checkpoint.
+        mixture: as it was baked.
+        scales: of activations.
+        beside: what layers without codes are in, in a part that has codes.
+        stored: whether two bytes are what weights lie in alone.
     """
     layer, precision = module.get_submodule(path), mixture.precision_of(name)
     if _has_codes(layer, name, mixture):
         return rounded_layers(module, {path: name}, mixture, scales)
-    dtype = _NARROW.get("bf16" if precision in mixture.formats else precision)
+    dtype = _NARROW.get(beside if precision in mixture.formats else precision)
     return replaced(module, {path: _in_dtype(layer, dtype, stored=stored)}) if dtype else None
 
 

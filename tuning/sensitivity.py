@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import plugins
-from ..errors import UsageError, unknown
+from ..errors import ParityError, UsageError, unknown
+from ..memory import give_back
 from ..parity.drawing import open_whole
 from ..plan import module_keys, open_calibration
 from ..progress import Steps
@@ -16,11 +17,14 @@ from ..quantize.sensitivity import Layer, Sensitivity
 from ..sources.source import Source
 from .calibrate import FEWEST_PROMPTS
 from .options import add_drawing_options, check_output, prompts_of, size_of
-from .studio import Studio
+from .studio import Studio, distance
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from ..models.prompts import Prompt
     from ..quantize.calibration import Calibration
@@ -46,8 +50,8 @@ def sensitivity(
 ) -> Sensitivity:
     """Round one layer at a time, and draw each prompt on the same latents: the error of the pictures is the layer's.
 
-    Everything runs in eager float32 with torch. The file is written after each layer, and an interrupted run goes on where
-    it stopped.
+    Everything runs in eager float32 with torch, and at last once in bfloat16, which layers that aren't rounded are left in. The
+    file is written after each layer, and an interrupted run goes on where it stopped.
 
     Args:
         model: a Diffusers folder, a hub id, a single-file checkpoint, or `shapes`.
@@ -65,6 +69,7 @@ def sensitivity(
     Raises:
         UsageError: a precision or part that there isn't, too few prompts, or a calibration that is missing or another's.
         CorruptError: the file is there already and is something else.
+        ResourceError: all parts in float32 don't fit into memory at once.
     """
     if len(prompts) < FEWEST_PROMPTS:
         message = f"got {len(prompts)} prompts to measure with, expected at least {FEWEST_PROMPTS}"
@@ -89,13 +94,20 @@ def sensitivity(
         "calibration": scales.info["sha256"] if scales else None,
     }
     found = _begun(file, info)
+    texts, options = [prompt.text for prompt in prompts], {"steps": steps, "size": size}
     with open_whole(source) as engine:
-        studio = Studio(engine, source, [prompt.text for prompt in prompts], {"steps": steps, "size": size})
+        studio = Studio(engine, source, texts, options)
         for part in parts or list(studio.modules):
             if part not in studio.modules:
                 raise UsageError(unknown("part", part, studio.modules))
             _measure(studio, found, part, precisions, scales, file, progress)
-        _measure_wide(studio, found, source, file, progress)
+        if found.wide:
+            return found
+        reference, stored = studio.reference, studio.in_bfloat16()
+        del studio
+    found.wide = {"stored": stored, "computed": _in_bfloat16(source, texts, options, reference)}
+    progress("everything in bfloat16: {computed}; weights alone: {stored}".format(**_each(found.wide)))
+    found.save(file)
     return found
 
 
@@ -145,18 +157,20 @@ def _measure(
             found.save(file)
 
 
-def _measure_wide(
-    studio: Studio, found: Sensitivity, source: Source, file: Path, progress: Callable[[str], None]
-) -> None:
-    """Measure what layers that aren't rounded to a few bits err, all together; weights of the studio are others then."""
-    if found.wide:
-        return
-    stored = studio.in_bfloat16()
-    with open_whole(source, "bf16") as engine:
-        computed = studio.beside(engine)
-    found.wide = {"computed": computed, "stored": stored}
-    progress(f"everything in bfloat16: {_decibels(computed)}; weights alone: {_decibels(stored)}")
-    found.save(file)
+def _in_bfloat16(
+    source: Source, texts: Sequence[str], options: Mapping[str, Any], reference: NDArray[np.float64]
+) -> float:
+    """Return the error of pictures that are drawn with everything in bfloat16."""
+    give_back()
+    try:
+        with open_whole(source, "bf16") as engine:
+            return distance(Studio(engine, source, texts, options).reference, reference)
+    except ParityError:
+        return math.inf
+
+
+def _each(errors: Mapping[str, float]) -> dict[str, str]:
+    return {name: _decibels(error) for name, error in errors.items()}
 
 
 def _decibels(error: float) -> str:

@@ -108,7 +108,7 @@ class Studio:
                     known = with_inputs(mixture, calibration, part, checkpoint)
                     grids = calibration.grids_of(part, mixture, checkpoint, usual=self._usual) if calibration else {}
                     stack.enter_context(rounded_layers(self.modules[part], names, known, grids))
-                return self.distance(self._draw())
+                return distance(self._draw(), self.reference)
         except ParityError:
             return math.inf
 
@@ -123,16 +123,10 @@ class Studio:
                         tensor.copy_(tensor.bfloat16())
         return self.error({}, None)
 
-    def beside(self, engine: Engine) -> float:
-        """Return the error of another engine's pictures, as `error` does: the same ones."""
-        try:
-            return self.distance(Studio(engine, self._source, self._texts, self._options).reference)
-        except ParityError:
-            return math.inf
 
-    def distance(self, pictures: NDArray[np.float64]) -> float:
-        """Return the mean squared difference of pictures from those without rounding; infinite where they aren't finite."""
-        import numpy as np
+def distance(pictures: NDArray[np.float64], reference: NDArray[np.float64]) -> float:
+    """Return the mean squared difference of pictures, of pixels from 0 to 1; infinite where they aren't finite."""
+    import numpy as np
 
-        found = float(np.square(pictures - self.reference).mean())
-        return found if math.isfinite(found) else math.inf
+    found = float(np.square(pictures - reference).mean())
+    return found if math.isfinite(found) else math.inf

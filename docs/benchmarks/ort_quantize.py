@@ -9,13 +9,22 @@ from typing import Any
 def quantize_here(source: str, output: str, kind: str, inputs: str) -> None:
     """Write `model.onnx` into `output`: `ort-dynamic`, or `ort-static` calibrated with `inputs`."""
     import onnx
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 
     whole, target = Path(source) / "unshaped.onnx", Path(output) / "model.onnx"  # beside its weights
     model = onnx.load(Path(source) / "model.onnx", load_external_data=False)
     known = list(model.graph.value_info)
     del model.graph.value_info[:]  # theirs go stale when Gemm is replaced, and then they are refused
     onnx.save(model, whole)
+    try:
+        _quantize(whole, target, kind, inputs)
+    finally:
+        whole.unlink()
+    _tell_shapes(target, known)
+
+
+def _quantize(whole: Path, target: Path, kind: str, inputs: str) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
+
     if kind == "ort-dynamic":
         quantize_dynamic(whole, target, weight_type=QuantType.QUInt8, use_external_data_format=True)
     else:
@@ -28,8 +37,6 @@ def quantize_here(source: str, output: str, kind: str, inputs: str) -> None:
                 return next(self._rows, None)
 
         quantize_static(whole, target, Reader(), use_external_data_format=True, per_channel=True)
-    whole.unlink()
-    _tell_shapes(target, known)
 
 
 def _tell_shapes(file: Path, known: list[Any]) -> None:

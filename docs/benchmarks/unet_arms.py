@@ -107,8 +107,10 @@ def calibration(folder: Path, work: Path) -> Path:
         started = time.perf_counter()
         arguments = {"folder": str(folder), "output": str(made)}
         _, peak = in_child("unet_arms:calibrate_here", arguments, extra_path=str(HERE))
-        took = {"calibration_seconds": round(time.perf_counter() - started, 1)}
-        took |= {"calibration_peak_anon_bytes": peak.anon_bytes}
+        took = {
+            "calibration_seconds": round(time.perf_counter() - started, 1),
+            "calibration_peak_anon_bytes": peak.anon_bytes,
+        }
         (made / TOOK).write_text(json.dumps(took))
     return made
 
