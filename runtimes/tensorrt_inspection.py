@@ -61,7 +61,6 @@ class Inspection:
                 "unseen_products": len(self.unseen),
                 "undecided_products": len(self.undecided),
             },
-            "undecided_products": len(self.undecided),
         }
 
 
@@ -91,12 +90,12 @@ def inspect(texts: Sequence[str], products: Mapping[str, str]) -> Inspection:
 
 
 def refuse_another_precision(part: str, found: Inspection, products: Mapping[str, str]) -> None:
-    """Raise if no product of a part runs in what the recipe mostly asks for, though it is known what some run in.
+    """Raise if no product of a part runs in what the recipe mostly asks for, though it is known what most run in.
 
     Raises:
         ArtifactError: naming both.
     """
-    if not products or not found.precision or found.undecided:
+    if not products or sum(found.precision.values()) <= len(found.undecided):
         return
     asked = Counter(products.values()).most_common(1)[0][0]
     if asked not in found.precision:

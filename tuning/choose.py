@@ -98,12 +98,8 @@ def _allowed(psnr_db: float, wide: float, found: Sensitivity, backend: str) -> f
     if wide >= allowed:
         keeps = f"keeps {_psnr(wide):.1f} dB" if math.isfinite(wide) else "breaks the pictures"
         message = f"{backend} {keeps} in {WIDE} alone, got --within {psnr_db:g}dB"
-        stored, able = (
-            _psnr(found.wide["stored"]),
-            all(_bakes(plugins.exporter("onnx"), each) for each in _measured(found)),
-        )
-        fix = "ask for less with --within"
-        if able and psnr_db < stored:
+        stored, fix = _psnr(found.wide["stored"]), "ask for less with --within"
+        if psnr_db < stored and all(_bakes(plugins.exporter("onnx"), each) for each in _measured(found)):
             fix += f"; or --backend onnx, which computes in float32: it keeps {stored:.1f} dB"
         raise RecipeError(message, fix=fix)
     return allowed
@@ -172,13 +168,13 @@ def checked_recipe(
         raise UsageError(message, fix="measure again: bakeoff sensitivity, into another file")
     size = found.info["size"]
     options = {"steps": found.info["steps"], "size": tuple(size) if size else None}
-    factor, wide = 1.0, _wide(found, backend)
+    factor = 1.0
     usual = next(iter(plugins.exporter(backend).options.get(ACTIVATIONS_OPTION, METHODS)))
     with open_whole(source) as engine:
         studio = Studio(engine, source, found.info["prompts"], options, usual)
         for _ in range(_MOST_CHOICES):
             recipe, predicted = recipe_within(found, backend, psnr_db, fastest=fastest, factor=factor)
-            error = studio.error(_rounded(studio, found, recipe), scales)
+            error, wide = studio.error(_rounded(studio, found, recipe), scales), _wide(found, backend)
             measured = _psnr(wide + error)
             progress(f"chosen for {predicted:.1f} dB, comes to {measured:.1f} dB")
             if measured >= psnr_db:
