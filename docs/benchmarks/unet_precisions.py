@@ -67,6 +67,7 @@ GROUPS = {
         "onnx",
         ["fp32", "bf16", "w8a8", "w8a8+outputs=rounded", "w8a8-dynamic", "ort-dynamic", "ort-static"],
     ),
+    "onnx, one call": ("onnx", ["fp32", "ort-dynamic", "ort-static"]),
     "onnx, weights alone": ("onnx", ["fp32", "bf16", "int8", "int4", "nf4"]),
     "onnx, attention": ("onnx", ["fp32", "fp32+attention=math"]),
     "torch, two bytes": ("torch", ["fp32", "bf16", "fp16"]),
