@@ -106,6 +106,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--nncf-python", help="python of an environment with NNCF")
     options = parser.parse_args()
+    if options.blocks < 2:  # noqa: PLR2004 - or there is no interval
+        parser.error(f"got --blocks {options.blocks}, expected at least 2: intervals are over blocks")
     record = json.loads(options.record.read_text()) if options.record.exists() else {}
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:
         work = (options.work if options.keep else Path(temporary)).resolve()
