@@ -55,7 +55,7 @@ class ByteLayer(nn.Module):
             return self._with_bias(self._multiply(given, weight))
         if self.integers and given.device.type == "cpu":
             return self._multiply_integers(given)
-        codes = (given.float() / self._step).round_().clamp_(_LEAST, _MOST)
+        codes = _codes(given, self._step)
         dtype = _product_dtype(given)
         made = self._multiply(codes.to(dtype), self.weight.to(dtype)).float()
         return self._with_bias(made.mul_(self._along(self.weight_scale * self._step, 1, made.ndim))).to(given.dtype)
@@ -112,6 +112,11 @@ class ByteLayer(nn.Module):
         return stride, padding, dilation
 
 
+def _codes(given: Tensor, step: float) -> Tensor:
+    """Round to multiples of a step, all at once; return float32."""
+    return (given.float() / step).round_().clamp_(_LEAST, _MOST)
+
+
 def unsigned_codes(given: Tensor, step: float) -> Tensor:
     """Round to multiples of a step, from -128 to 127 of them; return uint8 around 128, laid out as what is given if that is dense.
 
@@ -120,7 +125,7 @@ def unsigned_codes(given: Tensor, step: float) -> Tensor:
     import torch
 
     if torch.compiler.is_compiling():  # which makes one pass of it
-        return ((given.float() / step).round().clamp(_LEAST, _MOST) + _NOUGHT).to(torch.uint8)
+        return (_codes(given, step) + _NOUGHT).to(torch.uint8)
     codes = torch.empty_like(given, dtype=torch.uint8)
     if codes.stride() != given.stride():  # not dense: a piece of something else
         given = given.contiguous()

@@ -115,10 +115,10 @@ def _settings_obstacle(provider: str, placement: Placement) -> tuple[str, str] |
         return f"{CPU} has no options", "leave out provider_options, or name another provider"
     number = placement.provider_settings().get("device_id", "0")
     if provider in NVIDIA and number != "0":
-        shown = dict(enumerate(os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
-        name = shown.get(int(number)) if number.isdecimal() and "" not in shown.values() else number
+        shown = filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
+        name = {str(index): name for index, name in enumerate(shown)}.get(number, number)
         reason = f"device_id={number}: bakeoff uses the first GPU that it is shown"
-        return reason, f"leave out device_id, and begin the command with CUDA_VISIBLE_DEVICES={name or number}"
+        return reason, f"leave out device_id, and begin the command with CUDA_VISIBLE_DEVICES={name}"
     return None
 
 

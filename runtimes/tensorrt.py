@@ -260,14 +260,14 @@ class TensorRTRuntime(Runtime):
         """
         products = self._files.products
         found = inspect([self._information(profile) for profile in self._profiles], products)
-        self._contexts.clear()  # of profiles that may never be run
         refuse_another_precision(self.part.name, found, products)
         self._unknown = len(found.undecided) + (0 if found.precision else len(found.unseen))
         return found.as_dict()
 
     def _information(self, profile: profiles.Profile) -> str:
         """Return what the inspector says of the engine in a profile."""
-        context = self._contexts.of(profile.index)
+        contexts, first = self._contexts, profile.index == 0
+        context = contexts.of(0) if first else contexts.make(profile.index)  # which may never be run
         context.set_shapes(profile.best)
         inspector = self._engine.create_engine_inspector()
         inspector.execution_context = context.trt

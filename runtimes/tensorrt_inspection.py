@@ -75,17 +75,15 @@ def inspect(texts: Sequence[str], products: Mapping[str, str]) -> Inspection:
     found = Inspection(len(read[0]), dict(Counter(str(layer.get("LayerType", "?")) for layer in read[0])))
     owners = [_owners(layers) for layers in read]
     for node, wanted in products.items():
-        ran = {_ran(node, each.get(node, ()), products) for each in owners}
-        others = sorted(dtype for dtype in ran if dtype not in {wanted, _UNDECIDED, None})
-        if _UNDECIDED in ran and not others:
-            found.undecided.append(node)
-        elif None in ran and not others:
+        ran = _least_wanted({_ran(node, each.get(node, ()), products) for each in owners}, wanted)
+        if ran is None:
             found.unseen.append(node)
+        elif ran == _UNDECIDED:
+            found.undecided.append(node)
         else:
-            dtype = str(next(iter(others), wanted))
-            found.precision[dtype] = found.precision.get(dtype, 0) + 1
-            if dtype != wanted:
-                found.other[node] = f"{dtype}, asked for {wanted}"
+            found.precision[ran] = found.precision.get(ran, 0) + 1
+            if ran != wanted:
+                found.other[node] = f"{ran}, asked for {wanted}"
     return found
 
 
@@ -117,11 +115,16 @@ def _owners(layers: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
 
 
 def _ran(node: str, owners: Sequence[Mapping[str, Any]], products: Mapping[str, str]) -> str | None:
-    """Return the dtype that a product's layers multiply in; where they differ, one that isn't wanted."""
+    """Return the dtype that a product's layers multiply in, as far as they tell; None where none does."""
     multiply = [layer for layer in owners if _PRODUCTS.search(str(layer.get("LayerType", "")))] or owners
-    found = {dtype for layer in multiply if (dtype := _multiplied(node, layer, products)) is not None}
-    others = sorted(found - {products[node], _UNDECIDED})
-    return next(iter((*others, *(found & {_UNDECIDED}), *found)), None)
+    found = {_multiplied(node, layer, products) for layer in multiply} - {None}
+    return _least_wanted(found or {None}, products[node])
+
+
+def _least_wanted(found: set[str | None], wanted: str) -> str | None:
+    """Return, of what layers or profiles run in, another dtype than the wanted one; else what isn't decided, or isn't seen."""
+    others = sorted(dtype for dtype in found if dtype not in {wanted, _UNDECIDED, None})
+    return next((each for each in (*others, _UNDECIDED, None) if each in found), wanted)
 
 
 def _multiplied(node: str, layer: Mapping[str, Any], products: Mapping[str, str]) -> str | None:

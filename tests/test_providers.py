@@ -254,11 +254,17 @@ def test_another_gpu_is_chosen_by_the_environment(model, monkeypatch):
     has(monkeypatch, "CUDAExecutionProvider")
     with OnnxRuntime(files(model), Placement("cuda", provider_options="device_id=0")):
         pass
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     reason, fix = providers.option_obstacle(
         "provider_options", Placement(provider="CUDAExecutionProvider", provider_options="device_id=1")
     )
     assert "device_id=1" in reason
     assert "CUDA_VISIBLE_DEVICES=1" in fix
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    _, fix = providers.option_obstacle(
+        "provider_options", Placement(provider="CUDAExecutionProvider", provider_options="device_id=1")
+    )
+    assert fix.endswith("CUDA_VISIBLE_DEVICES=3")
 
 
 def test_a_provider_that_is_not_built_in_says_how_to_get_it():

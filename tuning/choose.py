@@ -23,7 +23,7 @@ from ..sources.source import Source
 from ..terminal import print_json
 from ..weights import Checkpoint, Entry
 from .options import check_output
-from .studio import Studio
+from .studio import Studio, psnr_of
 
 if TYPE_CHECKING:
     import argparse
@@ -80,7 +80,7 @@ def recipe_within(
     }
     parts = {part: _part(backend, layers) for part, layers in precisions.items()}
     error = wide + sum(option.error for option in chosen.values()) * factor
-    return Recipe(PartRecipe(backend, WIDE), parts), _psnr(error)
+    return Recipe(PartRecipe(backend, WIDE), parts), psnr_of(error)
 
 
 def _wide(found: Sensitivity, backend: str) -> float:
@@ -96,18 +96,13 @@ def _allowed(psnr_db: float, wide: float, found: Sensitivity, backend: str) -> f
     """
     allowed: float = 10 ** (-psnr_db / 10)
     if wide >= allowed:
-        keeps = f"keeps {_psnr(wide):.1f} dB" if math.isfinite(wide) else "breaks the pictures"
+        keeps = f"keeps {psnr_of(wide):.1f} dB" if math.isfinite(wide) else "breaks the pictures"
         message = f"{backend} {keeps} in {WIDE} alone, got --within {psnr_db:g}dB"
-        stored, fix = _psnr(found.wide["stored"]), "ask for less with --within"
+        stored, fix = psnr_of(found.wide["stored"]), "ask for less with --within"
         if psnr_db < stored and all(_bakes(plugins.exporter("onnx"), each) for each in _measured(found)):
             fix += f"; or --backend onnx, which computes in float32: it keeps {stored:.1f} dB"
         raise RecipeError(message, fix=fix)
     return allowed
-
-
-def _psnr(error: float) -> float:
-    """Return the PSNR of pictures in dB, from their mean squared error, of pixels from 0 to 1."""
-    return -10 * math.log10(error) if error else math.inf
 
 
 def _refuse_interrupted(found: Sensitivity) -> None:
@@ -175,7 +170,7 @@ def checked_recipe(
         for _ in range(_MOST_CHOICES):
             recipe, predicted = recipe_within(found, backend, psnr_db, fastest=fastest, factor=factor)
             error, wide = studio.error(_rounded(studio, found, recipe), scales), _wide(found, backend)
-            measured = _psnr(wide + error)
+            measured = psnr_of(wide + error)
             progress(f"chosen for {predicted:.1f} dB, comes to {measured:.1f} dB")
             if measured >= psnr_db:
                 return recipe, measured

@@ -17,7 +17,7 @@ from ..quantize.sensitivity import Layer, Sensitivity
 from ..sources.source import Source
 from .calibrate import FEWEST_PROMPTS
 from .options import add_drawing_options, check_output, prompts_of, size_of
-from .studio import Studio, distance
+from .studio import Studio, distance, psnr_of
 
 if TYPE_CHECKING:
     import argparse
@@ -106,7 +106,7 @@ def sensitivity(
         reference, stored = studio.reference, studio.in_bfloat16()
         del studio
     found.wide = {"stored": stored, "computed": _in_bfloat16(source, texts, options, reference)}
-    progress("everything in bfloat16: {computed}; weights alone: {stored}".format(**_each(found.wide)))
+    progress(f"everything in bfloat16: {_decibels(found.wide['computed'])}; weights alone: {_decibels(stored)}")
     found.save(file)
     return found
 
@@ -169,13 +169,9 @@ def _in_bfloat16(
         return math.inf
 
 
-def _each(errors: Mapping[str, float]) -> dict[str, str]:
-    return {name: _decibels(error) for name, error in errors.items()}
-
-
 def _decibels(error: float) -> str:
     """Return the PSNR of pictures with this mean squared error, of pixels from 0 to 1."""
-    return f"{-10 * math.log10(error):.1f} dB" if 0 < error < math.inf else ("broken" if error else "unchanged")
+    return f"{psnr_of(error):.1f} dB" if 0 < error < math.inf else ("broken" if error else "unchanged")
 
 
 def add_sensitivity(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argparse's subparsers have no public type

@@ -130,3 +130,8 @@ def distance(pictures: NDArray[np.float64], reference: NDArray[np.float64]) -> f
 
     found = float(np.square(pictures - reference).mean())
     return found if math.isfinite(found) else math.inf
+
+
+def psnr_of(error: float) -> float:
+    """Return the PSNR of pictures in dB, from what `distance` says of them."""
+    return -10 * math.log10(error) if error else math.inf
