@@ -100,6 +100,18 @@ def test_without_a_gpu_it_says_what_is_missing(tmp_path):
     assert not (tmp_path / "record.json").exists()
 
 
+def test_it_says_at_once_that_the_bench_would_not_find_the_package(script, tmp_path, monkeypatch, capsys):
+    assert script["is_installed"]()
+    lacking = tmp_path / "python"
+    lacking.write_text("#!/bin/sh\nexit 1\n")
+    lacking.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(lacking))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path / "record.json"), "--device", "cpu", "--tiny"])
+    assert script["main"]() == 2
+    assert "pip install -e ." in capsys.readouterr().err
+    assert not (tmp_path / "record.json").exists()
+
+
 def test_an_item_that_takes_too_long_is_ended_with_its_children(script, tmp_path, monkeypatch):
     slow = tmp_path / "slow.py"
     slow.write_text(
@@ -329,6 +341,15 @@ def test_a_feature_that_ends_the_process_fails_and_the_others_go_on(trying, tmp_
     assert any(line.startswith("| two | passed |") and "db 60.0" in line for line in lines)
 
 
+def test_diffusers_computes_from_quantized_folders_what_we_do(trying, tmp_path, monkeypatch):
+    told = trying["tried"](trying["Trial"](tmp_path, "cpu"), "torchao_folders")
+    assert told["outcome"] == "passed", told
+    assert all(told[precision][part] > 25 for precision in ("w8a8-dynamic", "fp8") for part in ("unet", "text_encoder"))
+    monkeypatch.setitem(trying["in_diffusers"].__globals__, "LEAST_DB", 300.0)
+    with pytest.raises(RuntimeError, match="computes something else"):
+        trying["in_diffusers"](trying["Trial"](tmp_path, "cpu"), "w8a8-dynamic")
+
+
 @pytest.mark.slow
 def test_exchanged_loras_are_held_against_torchs(trying, tmp_path, monkeypatch):
     """The steps that TensorRT's engines get, on engines of torch."""
@@ -420,4 +441,4 @@ def test_the_whole_script_runs_at_tiny_size(tmp_path):
     failed = {name for name, told in found["items"].items() if "failed" in told or "not_run" in told}
     assert failed <= (_MISCOMPILED if hardware.has_instructions("avx512_bf16") else set()), found["items"]
     assert found["items"]["shapes"]["left_out"]
-    assert found["items"]["sdxl, one step, ONNX Runtime, float16"]["step_s"] > 0
+    assert found["items"]["sdxl, UNet in ONNX Runtime, float16"]["median_picture_s"] > 0

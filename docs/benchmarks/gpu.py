@@ -120,7 +120,8 @@ def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
     first = [pictures.pop(("flux.1-dev", arm)) for arm in ("eager bf16", "compiled blocks", "fp8, compiled blocks")]
     second = [pictures.pop(("sdxl", arm)) for arm in ("eager bf16", "compiled blocks")]
     recipe = "onnx:fp16+compute=half" + ("" if device == "cpu" else "+attention=flash")
-    step = {**common, "model": "sdxl", "recipe": recipe, "size": 128 if tiny else 1024, "tiny": tiny}
+    sdxl = MODELS["sdxl"]
+    onnx = {**common, "model": sdxl.name, "recipe": recipe, **_work(sdxl, tiny=tiny)}
     eager = [pictures.pop((name, "eager bf16")) for name, arm in [*pictures] if arm == "eager bf16"]
     return [
         *first,
@@ -128,9 +129,14 @@ def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
         Item("shapes", "shapes", 240, {**common, **judged}),
         Item("features", "features", 180, common),
         *eager,
-        Item("sdxl, one step, ONNX Runtime, float16", "onnx_step", 240, step),
+        Item("sdxl, UNet in ONNX Runtime, float16", "onnx_picture", 240, onnx),
         *pictures.values(),
     ]
+
+
+def _work(model: Model, *, tiny: bool) -> dict[str, Any]:
+    pictures = {"steps": 2, "size": 64, "pictures": 2} if tiny else {"steps": model.steps, "size": 1024, "pictures": 3}
+    return {**pictures, "tiny": tiny}
 
 
 def _picture(model: Model, arm: str, common: dict[str, Any], *, tiny: bool) -> Item:
@@ -140,11 +146,8 @@ def _picture(model: Model, arm: str, common: dict[str, Any], *, tiny: bool) -> I
         "model": model.name,
         "precision": precision,
         "placement": placement,
-        "steps": 2 if tiny else model.steps,
-        "size": 64 if tiny else 1024,
         "guidance": model.guidance,
-        "pictures": 2 if tiny else 3,
-        "tiny": tiny,
+        **_work(model, tiny=tiny),
     }
     return Item(f"{model.name}, {arm}", "picture", _BUDGETS[placement.get("compile")], arguments)
 
@@ -184,6 +187,12 @@ def end(process: subprocess.Popen[str] | None) -> None:
     if process is not None and process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+def is_installed() -> bool:
+    """Say whether an isolated interpreter finds the package, as the bench's workers must."""
+    found = subprocess.run([sys.executable, "-I", "-c", "import bakeoff"], capture_output=True, check=False)
+    return found.returncode == 0
 
 
 def _log(item: Item, logs: Path) -> Path:
@@ -291,7 +300,7 @@ def _features(outcome: dict[str, Any]) -> list[str]:
 
 def _row(name: str, outcome: dict[str, Any]) -> str:
     memory = outcome.get("memory") or {}
-    joules = outcome.get("energy_j_per_picture") or outcome.get("energy_j_per_step")
+    joules = outcome.get("energy_j_per_picture")
     cells = [
         _figure(outcome.get("median_picture_s"), "{:.3f}"),
         _figure(outcome.get("step_s"), "{:.2f}", 1e3),
@@ -347,6 +356,13 @@ def main() -> int:
         print(f"make gpu runs on {options.device}, but {there.reason}.\n  hint: {there.fix}", file=sys.stderr)
         print("  hint: --device cpu --tiny tries the script here", file=sys.stderr)
         return 5
+    if not is_installed():
+        print(f"bakeoff isn't installed in {sys.executable}, which a bench's processes read alone.", file=sys.stderr)
+        print(
+            "  hint: python -m pip install -e . in the folder of this repository; PYTHONPATH isn't enough",
+            file=sys.stderr,
+        )
+        return 2
     ends = time.monotonic() + 60 * options.minutes
     options.record.parent.mkdir(parents=True, exist_ok=True)
     work = (options.work or options.record.parent / "gpu-work").resolve()

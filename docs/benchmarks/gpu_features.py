@@ -7,6 +7,7 @@ kept in a file: a feature that ends the process is the next run's first failure,
 from __future__ import annotations
 
 import json
+import math
 import runpy
 import shutil
 import time
@@ -72,6 +73,10 @@ FEATURES: dict[str, Feature | str] = {
     "mixed devices": Feature(
         "torch:fp32", lambda told: told["vae_decoder"]["device"] == "cpu", {"devices": "vae_decoder@cpu"}
     ),
+    "compile=regional": Feature("torch:fp32", lambda told: told["unet"]["compile"], {"compile": "regional"}),
+    "compile=full": Feature("torch:fp32", lambda told: told["unet"]["compile"], {"compile": "full"}),
+    "bitsandbytes' folders in Diffusers": "bitsandbytes_folders",
+    "torchao's folders in Diffusers": "torchao_folders",
     "CUDA graphs in torch": Feature("torch:fp32", lambda told: told["unet"]["cuda_graphs"], {"cuda_graphs": True}),
     "CUDA graphs in ONNX Runtime": Feature(_ONNX, lambda told: told["unet"]["cuda_graphs"], {"cuda_graphs": True}),
     "attention=flash in ONNX Runtime": Feature(
@@ -217,6 +222,47 @@ def compiled_ahead(trial: Trial) -> dict[str, Any]:
     with load(folder, device=trial.device) as engine:
         drawn, told = draw(engine), engine.configuration
     return {"read back": told["text_encoder"]["compile"], "db": near([drawn], [trial.plain("torch:fp32", _SIZE)])}
+
+
+def bitsandbytes_folders(trial: Trial) -> dict[str, Any]:
+    """Open what bitsandbytes multiplies with Diffusers and Transformers alone."""
+    return {precision: in_diffusers(trial, precision) for precision in ("nf4", "int8")}
+
+
+def torchao_folders(trial: Trial) -> dict[str, Any]:
+    """Open what torchao multiplies with Diffusers and Transformers alone."""
+    return {precision: in_diffusers(trial, precision) for precision in ("w8a8-dynamic", "fp8")}
+
+
+def in_diffusers(trial: Trial, precision: str) -> dict[str, float]:
+    """Compare what Diffusers computes from an artifact's folders with what the artifact does; return part -> dB."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from bakeoff.components.component import Sizes
+    from bakeoff.parity.distance import relative_error
+    from bakeoff.runtimes.opening import open_part, read_folder
+
+    recipe, found = f"torch:fp32,unet=torch:{precision},text_encoder=torch:{precision}", {}
+    trial.refuse(parse(recipe)[0], {})
+    opened = read_folder(trial.artifact(recipe))
+    for name, made in (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+        part, folder = opened.family.part(name), opened.folders[name]
+        fed = part.component.example(opened.config(name), Sizes(2, 16, 16, 12), seed=0)
+        with open_part(folder, part, opened.parts[name], Placement(trial.device)) as runtime:
+            ours = next(iter(runtime.run(fed).values()))
+        theirs = made.from_pretrained(folder, local_files_only=True, torch_dtype=torch.bfloat16)
+        if theirs.device.type != trial.device:  # what has 8 bits mustn't be moved; bitsandbytes' is on the GPU already
+            theirs = theirs.to(trial.device)
+        inputs = [each.to(trial.device) for each in fed.values()]
+        with torch.no_grad():
+            drawn = theirs(*(each.bfloat16() if each.is_floating_point() else each for each in inputs))[0]
+        found[name] = round(-20 * math.log10(max(relative_error(ours.float().cpu(), drawn.float().cpu()), 1e-10)), 1)
+    if min(found.values()) < LEAST_DB:
+        message = f"{precision}: Diffusers computes something else: {found} dB, expected {LEAST_DB:.0f} or more"
+        raise RuntimeError(message)
+    return found
 
 
 def streamed(trial: Trial) -> dict[str, Any]:

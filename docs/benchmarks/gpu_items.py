@@ -15,13 +15,18 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bakeoff import nvidia, plugins
 from bakeoff.bench import energy, guard
 from bakeoff.errors import BakeoffError
 from bakeoff.models import fullsize
 from bakeoff.recipe import Placement
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bakeoff.runtimes.engine import Engine
 
 PROMPT = "a large red circle on a white background, a photograph, daylight"
 _ROOM = 0.92
@@ -67,9 +72,7 @@ def picture(
     tiny: bool,
 ) -> dict[str, Any]:
     """Time pictures of a full-size model whose weights are drawn on the device, first one apart."""
-    import torch
-
-    from bakeoff.models.drawn import DENOISERS, drawn
+    from bakeoff.models.drawn import drawn
     from bakeoff.runtimes.engine import Engine
     from bakeoff.runtimes.opening import read_folder
 
@@ -84,8 +87,24 @@ def picture(
         return placement
     asked = {"steps": steps, "size": (size, size), "seeds": 1, "stages": True}
     asked |= {} if guidance is None else {"guidance_scale": guidance}
+    chosen = Placement(device, **placement)
+    return {
+        **_timed(lambda: Engine(drawn(read_folder(folder), precision, device), chosen), asked, pictures, deadline),
+        "weight_bytes": sum(weights.values()),
+        "offload": placement.get("offload", "none"),
+    }
+
+
+def _timed(
+    open_engine: Callable[[], Engine], asked: dict[str, Any], pictures: int, deadline: Deadline
+) -> dict[str, Any]:
+    """Open an engine, draw a picture, and time more of them."""
+    import torch
+
+    from bakeoff.models.drawn import DENOISERS
+
     started = time.perf_counter()
-    with Engine(drawn(read_folder(folder), precision, device), Placement(device, **placement)) as engine:
+    with open_engine() as engine:
         first = engine.generate(PROMPT, **asked)
         first_s = time.perf_counter() - started
         _reset_peak()
@@ -102,14 +121,12 @@ def picture(
         "first_picture_s": round(first_s, 3),
         "picture_s": [round(each, 4) for each in seconds],
         "median_picture_s": round(statistics.median(seconds), 4),
-        "step_s": round(statistics.median(each.seconds[denoiser] for each in timed) / steps, 5),
-        "stages_s": {name: round(value, 4) for name, value in timed[-1].seconds.items()},
+        "step_s": round(statistics.median(each.seconds[denoiser] for each in timed) / asked["steps"], 5),
+        "stages_s": [{name: round(value, 4) for name, value in each.seconds.items()} for each in timed],
         "pixels_std": round(float(timed[-1].images.std()), 3),
-        "weight_bytes": sum(weights.values()),
         "memory": memory,
         "energy_j_per_picture": {name: round(each / len(timed), 2) for name, each in (spent or {}).items()} or None,
         "guard": watch.told(),
-        "offload": placement.get("offload", "none"),
         "configuration": told[denoiser],
         "notes": list(timed[-1].notes),
         "versions": {"torch": torch.__version__},
@@ -173,16 +190,22 @@ def device_memory() -> dict[str, int | None]:
     }
 
 
-def onnx_step(
-    model: str, work: str, recipe: str, device: str, size: int, budget_s: float, *, tiny: bool
+def onnx_picture(
+    model: str,
+    work: str,
+    recipe: str,
+    device: str,
+    steps: int,
+    size: int,
+    pictures: int,
+    budget_s: float,
+    *,
+    tiny: bool,
 ) -> dict[str, Any]:
-    """Export a denoiser to ONNX from random weights on disk, and time its steps on ONNX Runtime's provider."""
-    import torch
-
+    """Export a denoiser to ONNX from random weights on disk, and time pictures with it on ONNX Runtime's provider."""
     from bakeoff.bake import export
-    from bakeoff.components.component import Sizes
     from bakeoff.recipe import parse
-    from bakeoff.runtimes.opening import open_part, read_folder
+    from bakeoff.runtimes.engine import load
 
     deadline = Deadline(time.monotonic() + budget_s)
     chosen, placement = parse(f"{recipe}@{device}")
@@ -197,43 +220,13 @@ def onnx_step(
         Path(work) / f"{model}-onnx-{_plain(recipe)}",
     )
     if not source.exists():
-        fullsize.build(model, source, dtype="float16", small=tiny)
+        fullsize.build(model, source, dtype="bfloat16", small=tiny)
     present, started = target.is_dir(), time.perf_counter()
     artifact = export(str(source), target, _denoiser_alone(chosen, source), prove=False)
     export_s = None if present else round(time.perf_counter() - started, 1)
-    folder = read_folder(artifact.folder)
-    part = next(part for part in folder.family.parts if part.name in {"unet", "transformer"})
-    config, latent = folder.config(part.module), size // 8
-    fed = part.component.example(config, part.component.limit(config, Sizes(2, latent, latent, 77)), 0)
-    seconds: list[float] = []
-    started = time.perf_counter()
-    with open_part(folder.folders[part.name], part, folder.parts[part.name], placement) as runtime:
-        inputs = {
-            port.name: fed[port.name].to(getattr(torch, port.dtype)).reshape([1] * port.rank)
-            if fed[port.name].ndim == 0
-            else fed[port.name]
-            for port in runtime.inputs
-        }
-        runtime.run(inputs)
-        first_s = time.perf_counter() - started
-        gpu = nvidia.in_use()
-        counted = energy.read(gpu)
-        while len(seconds) < 10 and deadline.left_s > 2 * (seconds[-1] if seconds else 1):  # noqa: PLR2004 - enough
-            begun = time.perf_counter()
-            runtime.run(inputs)
-            seconds.append(time.perf_counter() - begun)
-        spent = energy.between(counted, energy.read(gpu))
-        told = runtime.configuration
-        held = nvidia.process_bytes(os.getpid())
-    return {
-        "export_s": export_s,
-        "first_step_s": round(first_s, 3),
-        "step_s": round(statistics.median(seconds), 5) if seconds else None,
-        "steps_timed": len(seconds),
-        "memory": {"process_bytes": held},
-        "energy_j_per_step": {name: round(each / len(seconds), 3) for name, each in (spent or {}).items()} or None,
-        "configuration": told,
-    }
+    asked = {"steps": steps, "size": (size, size), "seeds": 1, "stages": True}
+    found = _timed(lambda: load(artifact.folder, **placement.as_dict()), asked, pictures, deadline)
+    return {"export_s": export_s, **found}
 
 
 def _denoiser_alone(recipe: Any, source: Path) -> Any:  # noqa: ANN401 - a Recipe
@@ -241,14 +234,14 @@ def _denoiser_alone(recipe: Any, source: Path) -> Any:  # noqa: ANN401 - a Recip
     from bakeoff.recipe import PartRecipe, Recipe
 
     name = "unet" if (source / "unet").is_dir() else "transformer"
-    return Recipe(PartRecipe("torch", "fp16"), {name: recipe.default})
+    return Recipe(PartRecipe("torch", "bf16"), {name: recipe.default})
 
 
 def _plain(text: str) -> str:
     return "".join(each if each.isalnum() else "-" for each in text)
 
 
-KINDS = {"picture": picture, "onnx_step": onnx_step}
+KINDS = {"picture": picture, "onnx_picture": onnx_picture}
 """Other kinds have files of their own: `shapes` is the function of that name in `gpu_shapes.py`."""
 
 
