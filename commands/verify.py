@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def add_verify(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401
     command: argparse.ArgumentParser = commands.add_parser(
-        "verify", help="check that an artifact's files are those that were written"
+        "verify", help="check an artifact's files; with --parity what it computes; with --explain where it departs"
     )
     command.add_argument("folder", type=Path)
     command.add_argument(

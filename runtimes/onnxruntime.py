@@ -31,6 +31,7 @@ _FLOAT_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulBnb4", "Mat
 """The last two have low-bit weights, which they widen as they go."""
 _INT8_PRODUCTS = ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul")
 
+_UNTOLD = "this ONNX Runtime doesn't tell which nodes run on the CPU instead: a newer one does"
 _IMITATED = "float16 is imitated in float32 on cpu"
 
 
@@ -120,6 +121,9 @@ class OnnxRuntime(Runtime):
         ran = self._session.get_providers()[0]
         if ran != provider:
             fallbacks = [_not_started(provider, ran, placement)]
+        nodes = _nodes_by_provider(self._session)
+        if not nodes and ran != providers.CPU:
+            fallbacks.append(_UNTOLD)
         actual = {i.name: (_DTYPES.get(i.type, i.type), len(i.shape)) for i in self._session.get_inputs()}
         self._output_dtypes = {o.name: _DTYPES.get(o.type, o.type) for o in self._session.get_outputs()}
         self._binding: DeviceBinding | None = None
@@ -141,7 +145,7 @@ class OnnxRuntime(Runtime):
             "attention": {"fused": fused, "math": operators["Softmax"] - fused},
             "unsigned_weights": overflows,
             "mapped": mapped,
-            "nodes": _nodes_by_provider(self._session),
+            "nodes": nodes,
             "fallback": "; ".join(fallbacks) or None,
         }
 

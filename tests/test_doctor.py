@@ -37,7 +37,7 @@ def test_fp8_is_of_gpus_that_have_it(monkeypatch, capability, ok):
 
 
 def test_the_command_says_it_in_lines():
-    command = [sys.executable, "-P", "-m", "bakeoff.cli", "doctor"]
+    command = [sys.executable, "-P", "-m", "bakeoff", "doctor"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "on a GPU (docs/gpu.md)" in done.stdout
     assert "TensorrtExecutionProvider" in done.stdout

@@ -144,6 +144,17 @@ def test_a_placement_chooses_the_provider_and_its_options(model, monkeypatch, de
         assert OnnxRuntime.device_for(Placement(device)) == device
 
 
+def test_where_nodes_run_is_told_or_said_not_to_be_known(model, monkeypatch):
+    has(monkeypatch, "CUDAExecutionProvider")
+    with OnnxRuntime(files(model), Placement("cuda")) as runtime:
+        assert sum(runtime.configuration["nodes"].values()) > 0
+    monkeypatch.setattr(Recorder, "get_provider_graph_assignment_info", list, raising=False)
+    with OnnxRuntime(files(model), Placement("cuda")) as runtime:
+        assert "doesn't tell which nodes run on the CPU" in runtime.configuration["fallback"]
+    with OnnxRuntime(files(model), Placement("cpu")) as runtime:
+        assert runtime.configuration["fallback"] is None
+
+
 def test_half_precision_may_use_tf32_and_options_of_ones_own_come_last(model, monkeypatch):
     has(monkeypatch, "CUDAExecutionProvider")
     asked = Placement("cuda", provider_options="cudnn_conv_algo_search=HEURISTIC;gpu_mem_limit=1000000000")
