@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import struct
 import warnings
 from collections import Counter, OrderedDict, defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnavailableError
@@ -23,6 +26,10 @@ GRAPHS_KEPT = 4
 """Shapes whose graphs are kept at a time: each holds its activations."""
 _WARM_RUNS = 3
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
+_ELF = b"\x7fELF\x02"
+_ELF_HEADER = struct.Struct("<40xQ10xHH2x")
+"""Where the table of sections begins, the bytes of a section in it, how many there are."""
+_NOT_LOADED = re.compile(r"(?:ImportError|OSError): (\S+\.so): ")
 _KERNELS = {
     "flash": "FLASH_ATTENTION",
     "efficient": "EFFICIENT_ATTENTION",
@@ -51,6 +58,7 @@ def compile_module(module: nn.Module, how: bool | str) -> tuple[Any, Any]:  # no
     usual = default_cache_dir()  # which importing it may have set already
     if os.environ.get(_CACHE, usual) == usual:
         os.environ[_CACHE] = str(home() / "compiled")
+    drop_cut_off(Path(os.environ[_CACHE]))
     with warnings.catch_warnings():  # of torch, about itself
         warnings.simplefilter("ignore")
         if how != "regional":
@@ -60,6 +68,53 @@ def compile_module(module: nn.Module, how: bool | str) -> tuple[Any, Any]:  # no
             layer.compile()
             counts[type(layer).__name__] += 1
     return module, {"regional": dict(counts)}
+
+
+def drop_cut_off(cache: Path) -> None:
+    """Remove libraries of which the cache has the beginning alone; torch compiles them again.
+
+    A process that is killed, or whose disk fills up, as it links a library leaves part of it there, which torch takes for
+    whole from then on: to load it fails, or ends the process.
+    """
+    for library in cache.rglob("*.so"):
+        with library.open("rb") as stream:
+            header = stream.read(64)
+        if _is_cut_off(header, library.stat().st_size):
+            library.unlink(missing_ok=True)
+
+
+def _is_cut_off(header: bytes, size: int) -> bool:
+    """Say whether a file of 64-bit ELF, whose table of sections comes last, ends before that does."""
+    if size < len(_ELF):
+        return True
+    if not header.startswith(_ELF):
+        return False
+    if size < _ELF_HEADER.size:
+        return True
+    table, width, count = _ELF_HEADER.unpack(header)
+    return size < table + width * count
+
+
+def heal(call: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever it returns
+    """Call what torch compiles, anew where a library of its cache can't be loaded: another process may have been linking it."""
+    removed: set[Path] = set()
+    while True:
+        try:
+            return call()
+        except (RuntimeError, ImportError, OSError) as error:
+            library = _unloadable(str(error))
+            if library is None or library in removed:
+                raise
+            library.unlink(missing_ok=True)
+            removed.add(library)
+
+
+def _unloadable(message: str) -> Path | None:
+    """Return the library of torch's cache that an error says can't be loaded; None if it says no such thing."""
+    found = _NOT_LOADED.search(message)
+    cache = Path(os.environ.get(_CACHE, home())).resolve()
+    library = found and Path(found[1]).resolve()
+    return library if library and library.is_relative_to(cache) else None
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:

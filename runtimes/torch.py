@@ -247,7 +247,7 @@ class TorchRuntime(Runtime):
         assert self._module is not None, "closed"  # noqa: S101
         arguments = self._arguments(inputs)
         with torch.no_grad(), float32.plain(), _threads(self._threads), self._slicing:
-            results = self._call(*arguments)
+            results = acceleration.heal(lambda: self._call(*arguments))
         return dict(zip(outputs, self._crossing.to_host(results), strict=True))
 
     def _arguments(self, inputs: dict[str, Tensor]) -> list[Tensor]:

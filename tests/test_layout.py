@@ -31,6 +31,7 @@ LAYERS = [
     {"demo"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 ]
 SAME_LAYER = {("artifact", "weights"), ("naming", "weights"), ("weights", "errors")}
 

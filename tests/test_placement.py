@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,15 @@ from bakeoff.models import fullsize
 from bakeoff.models.drawn import draw
 from bakeoff.pictures import psnr
 from bakeoff.recipe import Placement, parse
-from bakeoff.runtimes.acceleration import GRAPHS_KEPT, ChosenAttention, Graphs, compile_module, record_graph
+from bakeoff.runtimes.acceleration import (
+    GRAPHS_KEPT,
+    ChosenAttention,
+    Graphs,
+    compile_module,
+    drop_cut_off,
+    heal,
+    record_graph,
+)
 from bakeoff.runtimes.blocks import Blocks, blocks_of
 from bakeoff.runtimes.crossing import Crossing, Same
 from bakeoff.runtimes.engine import Engine
@@ -339,6 +348,64 @@ def test_an_engines_prompt_crosses_once_a_batch(shapes, monkeypatch):
     counts = {shape: count for (part, shape), count in crossed.items() if part == "unet"}
     assert counts.pop(next(shape for shape in counts if len(shape) == 3)) == 2  # the prompt's: once a picture
     assert set(counts.values()) == {8}  # latents and timestep: once a step
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    (tmp_path / "compiled").mkdir()
+    return tmp_path / "compiled"
+
+
+def test_a_library_that_was_cut_off_leaves_the_cache_and_a_whole_one_stays(cache):
+    whole = Path(torch._C.__file__).read_bytes()
+    for name, content in {"whole": whole, "half": whole[: len(whole) // 2], "none": b"", "start": whole[:40]}.items():
+        (cache / f"{name}.so").write_bytes(content)
+    (cache / "a.dylib").write_bytes(b"")
+    drop_cut_off(cache)
+    assert {file.name for file in cache.iterdir()} == {"whole.so", "a.dylib"}
+
+
+def test_what_cannot_be_loaded_from_the_cache_is_compiled_again_once(cache, tmp_path):
+    def loads(library):
+        library.write_bytes(b"another process's") if len(calls) < 1 else None
+        calls.append(library)
+        if library.exists() or library == hopeless:
+            message = f"InductorError: ImportError: {library}: file too short"
+            raise RuntimeError(message)
+        return "loaded"
+
+    calls, hopeless = [], cache / "hopeless.so"
+    assert heal(lambda: loads(cache / "x.so")) == "loaded"
+    assert len(calls) == 2
+    with pytest.raises(RuntimeError, match="hopeless"):
+        heal(lambda: loads(hopeless))
+    others, calls = tmp_path / "others.so", []
+    with pytest.raises(RuntimeError, match="others"):
+        heal(lambda: loads(others))
+    assert others.exists()
+
+
+@pytest.mark.slow
+def test_torch_compiles_again_what_was_cut_off_in_its_cache(tmp_path):
+    code = """
+import torch
+from bakeoff.runtimes.acceleration import compile_module, heal
+module, _ = compile_module(torch.nn.SiLU(), "full")
+with torch.no_grad():
+    print(heal(lambda: module(torch.ones(8, 8))).sum().item())
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
+    command, printed = [sys.executable, "-P", "-c", code], []
+    for kept in (1.0, 0.0, 0.1):
+        for library in tmp_path.rglob("*.main.so"):
+            library.write_bytes(library.read_bytes()[: int(kept * library.stat().st_size)])
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, env={**environment, "BAKEOFF_HOME": str(tmp_path)}
+        )
+        printed.append(done.stdout)
+    assert len(set(printed)) == 1
+    assert [*tmp_path.rglob("*.main.so")]
 
 
 @pytest.mark.slow
