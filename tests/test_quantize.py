@@ -962,6 +962,24 @@ class TestBitsandbytes:
             expected = theirs(inputs["input_ids"]).last_hidden_state
         assert relative_error(got, expected.float()) < 1e-2
 
+    def test_diffusers_opens_it_where_it_asks_for_no_gpu(self, baked, name, monkeypatch):
+        """Diffusers refuses bitsandbytes on a CPU, which bitsandbytes has long had: its check is put aside, nothing else."""
+        pytest.importorskip("bitsandbytes")
+        from diffusers.quantizers.bitsandbytes import bnb_quantizer
+
+        for made in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+            monkeypatch.setattr(made, "validate_environment", lambda *_, **__: None)
+            monkeypatch.setattr(made, "update_device_map", lambda _, device_map: device_map)
+        opened = read_folder(baked(f"torch:fp32,unet=torch:{name}"))
+        part, folder = opened.family.part("unet"), opened.folders["unet"]
+        theirs = UNet2DConditionModel.from_pretrained(folder, local_files_only=True, torch_dtype=torch.bfloat16)
+        inputs = part.component.example(opened.config("unet"), Sizes(2, 8, 8, 12), seed=0)
+        with open_part(folder, part, opened.parts["unet"], Placement(device="cpu")) as runtime:
+            got = next(iter(runtime.run(inputs).values()))
+        with torch.no_grad():
+            expected = theirs(*(each.bfloat16() if each.is_floating_point() else each for each in inputs.values()))[0]
+        assert relative_error(got, expected.float()) < 3e-2
+
     @pytest.mark.slow
     def test_a_denoiser_is_proved_and_takes_no_loras(self, baked, name):
         pytest.importorskip("bitsandbytes")
