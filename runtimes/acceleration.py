@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -77,10 +78,11 @@ def drop_cut_off(cache: Path) -> None:
     whole from then on: to load it fails, or ends the process.
     """
     for library in cache.rglob("*.so"):
-        with library.open("rb") as stream:
-            header = stream.read(64)
-        if _is_cut_off(header, library.stat().st_size):
-            library.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process's, for a moment
+            with library.open("rb") as stream:
+                header = stream.read(_ELF_HEADER.size)
+            if _is_cut_off(header, library.stat().st_size):
+                library.unlink()
 
 
 def _is_cut_off(header: bytes, size: int) -> bool:
@@ -112,9 +114,10 @@ def heal(call: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever it returns
 def _unloadable(message: str) -> Path | None:
     """Return the library of torch's cache that an error says can't be loaded; None if it says no such thing."""
     found = _NOT_LOADED.search(message)
-    cache = Path(os.environ.get(_CACHE, home())).resolve()
-    library = found and Path(found[1]).resolve()
-    return library if library and library.is_relative_to(cache) else None
+    if found is None or _CACHE not in os.environ:
+        return None
+    library = Path(found[1]).resolve()
+    return library if library.is_relative_to(Path(os.environ[_CACHE]).resolve()) else None
 
 
 def _repeated(module: nn.Module) -> list[nn.Module]:
