@@ -368,7 +368,8 @@ def test_a_library_that_was_cut_off_leaves_the_cache_and_a_whole_one_stays(cache
 
 def test_what_cannot_be_loaded_from_the_cache_is_compiled_again_once(cache, tmp_path):
     def loads(library):
-        library.write_bytes(b"another process's") if len(calls) < 1 else None
+        if not calls:
+            library.write_bytes(b"another process's")
         calls.append(library)
         if library.exists() or library == hopeless:
             message = f"InductorError: ImportError: {library}: file too short"

@@ -7,7 +7,6 @@ kept in a file: a feature that ends the process is the next run's first failure,
 from __future__ import annotations
 
 import json
-import math
 import runpy
 import shutil
 import time
@@ -241,6 +240,7 @@ def in_diffusers(trial: Trial, precision: str) -> dict[str, float]:
     from transformers import CLIPTextModel
 
     from bakeoff.components.component import Sizes
+    from bakeoff.parity.budget import decibels
     from bakeoff.parity.distance import relative_error
     from bakeoff.runtimes.opening import open_part, read_folder
 
@@ -258,7 +258,7 @@ def in_diffusers(trial: Trial, precision: str) -> dict[str, float]:
         inputs = [each.to(trial.device) for each in fed.values()]
         with torch.no_grad():
             drawn = theirs(*(each.bfloat16() if each.is_floating_point() else each for each in inputs))[0]
-        found[name] = round(-20 * math.log10(max(relative_error(ours.float().cpu(), drawn.float().cpu()), 1e-10)), 1)
+        found[name] = round(decibels(relative_error(ours.float().cpu(), drawn.float().cpu())), 1)
     if min(found.values()) < LEAST_DB:
         message = f"{precision}: Diffusers computes something else: {found} dB, expected {LEAST_DB:.0f} or more"
         raise RuntimeError(message)

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,24 +86,30 @@ def picture(
     placement = {**placement, **_room(weights, device)}
     if "skipped" in placement:
         return placement
-    asked = {"steps": steps, "size": (size, size), "seeds": 1, "stages": True}
-    asked |= {} if guidance is None else {"guidance_scale": guidance}
     chosen = Placement(device, **placement)
+    asked = {"steps": steps, "size": size, "guidance": guidance}
     return {
-        **_timed(lambda: Engine(drawn(read_folder(folder), precision, device), chosen), asked, pictures, deadline),
+        **_timed(lambda: Engine(drawn(read_folder(folder), precision, device), chosen), pictures, deadline, **asked),
         "weight_bytes": sum(weights.values()),
         "offload": placement.get("offload", "none"),
     }
 
 
 def _timed(
-    open_engine: Callable[[], Engine], asked: dict[str, Any], pictures: int, deadline: Deadline
+    open_engine: Callable[[], Engine],
+    pictures: int,
+    deadline: Deadline,
+    *,
+    steps: int,
+    size: int,
+    guidance: float | None = None,
 ) -> dict[str, Any]:
     """Open an engine, draw a picture, and time more of them."""
     import torch
 
     from bakeoff.models.drawn import DENOISERS
 
+    asked = {"steps": steps, "size": (size, size), "seeds": 1, "stages": True, "guidance_scale": guidance}
     started = time.perf_counter()
     with open_engine() as engine:
         first = engine.generate(PROMPT, **asked)
@@ -121,7 +128,7 @@ def _timed(
         "first_picture_s": round(first_s, 3),
         "picture_s": [round(each, 4) for each in seconds],
         "median_picture_s": round(statistics.median(seconds), 4),
-        "step_s": round(statistics.median(each.seconds[denoiser] for each in timed) / asked["steps"], 5),
+        "step_s": round(statistics.median(each.seconds[denoiser] for each in timed) / steps, 5),
         "stages_s": [{name: round(value, 4) for name, value in each.seconds.items()} for each in timed],
         "pixels_std": round(float(timed[-1].images.std()), 3),
         "memory": memory,
@@ -224,8 +231,8 @@ def onnx_picture(
     present, started = target.is_dir(), time.perf_counter()
     artifact = export(str(source), target, _denoiser_alone(chosen, source), prove=False)
     export_s = None if present else round(time.perf_counter() - started, 1)
-    asked = {"steps": steps, "size": (size, size), "seeds": 1, "stages": True}
-    found = _timed(lambda: load(artifact.folder, **placement.as_dict()), asked, pictures, deadline)
+    opened = partial(load, artifact.folder, **placement.as_dict())
+    found = _timed(opened, pictures, deadline, steps=steps, size=size)
     return {"export_s": export_s, **found}
 
 
