@@ -113,6 +113,7 @@ def _generate(options: argparse.Namespace) -> None:
             control_image=_picture(options.control_image),
             control_scale=options.control_scale,
             max_batch=options.max_batch,
+            stages=options.json,
             progress=sys.stderr.isatty(),
         )
         configuration = engine.configuration

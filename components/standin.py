@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 class StandIn:
-    """What a Diffusers pipeline reads from any of its modules: they take and give float32 on the CPU."""
+    """What a Diffusers pipeline reads from any of its modules: they take and give float32, on `device`."""
 
     dtype = torch.float32
     device = torch.device("cpu")
+    """Where the pipeline's tensors lie; it says so."""
 
     def __init__(self, runner: Runner, config: Any) -> None:  # noqa: ANN401 - Diffusers' and Transformers' own types
         self.config = config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
     from torch import Tensor
@@ -36,6 +36,13 @@ class Same:
         self._made.clear()
 
 
+def home_of(tensors: Iterable[Tensor]) -> torch.device:
+    """Return the device that some of the tensors lie on, else the host's: results belong where they are."""
+    import torch
+
+    return next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), torch.device("cpu"))
+
+
 class Crossing:
     """The way to a torch device and back."""
 
@@ -55,6 +62,12 @@ class Crossing:
         found: Tensor = self.same.get(name, tensor, crossed)
         return found
 
+    def bring_home(self, tensors: Sequence[Tensor], home: torch.device) -> list[Tensor]:
+        """Return the device's tensors contiguous, there or in host memory, finished; what is to lie elsewhere goes over it."""
+        if home.type == self.device.type:
+            return [tensor.contiguous() for tensor in tensors]
+        return self.to_host(tensors)
+
     def to_host(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return tensors in host memory, finished and contiguous; all copies are on their way before any is waited for."""
         import torch
@@ -64,5 +77,12 @@ class Crossing:
         results = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
         for result, tensor in zip(results, tensors, strict=True):
             result.copy_(tensor, non_blocking=True)
-        torch.accelerator.current_stream(self.device).synchronize()
+        self.finish()
         return results
+
+    def finish(self) -> None:
+        """Wait until the device has done what torch's stream there was asked for."""
+        import torch
+
+        if self._pins:
+            torch.accelerator.current_stream(self.device).synchronize()

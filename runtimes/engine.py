@@ -17,13 +17,14 @@ from ..sources.lora import Lora, deltas_of
 from .idle import refuse_idle_options
 from .image import as_pictures
 from .keeper import Keeper
+from .offload import DENOISING_STAGE, stage_of
 from .opening import Baked, proved_elsewhere, read_folder
 from .pipeline import build_pipeline, for_task
 from .request import Limits, row_generator, task_of
 from .station import Station
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -69,7 +70,7 @@ class RowGuidance:
         return self._largest > other
 
     def __mul__(self, difference: Tensor) -> Tensor:
-        return self._tensor.to(difference.dtype) * difference
+        return self._tensor.to(difference) * difference
 
 
 class Engine:
@@ -89,7 +90,7 @@ class Engine:
         }
         self._keeper = Keeper(self._stations, self._configs, placement)
         self._task = self.family.only(self._configs) or "text-to-image"
-        self.pipeline = build_pipeline(baked, self._stations, self._task)
+        self.pipeline = build_pipeline(baked, self._stations, self._task, _home(self._stations.values()))
         """A genuine Diffusers pipeline around the runtimes, for text-to-image unless the model is for another task."""
         self._others: dict[str, Any] = {}
         for hook in plugins.hooks("on_load"):
@@ -206,7 +207,7 @@ class Engine:
             strength: over 0 to 1, how much of the image is noised away; by default as in the family's own pipeline.
             control_image: what the ControlNet follows, where the artifact has one; resized where `size` differs.
             control_scale: how strongly it is followed.
-            callback: called after each step with (step, timestep, latents of this batch); False stops.
+            callback: called after each step with (step, timestep, latents of this batch in host memory); False stops.
             max_batch: most prompts in one batch; 1 makes a prompt's picture bitwise independent of the others.
             stages: wait for devices after each part, so that `seconds` is exact by part.
             progress: show Diffusers' progress bar.
@@ -336,6 +337,12 @@ class Engine:
         return default
 
 
+def _home(stations: Iterable[Station]) -> str:
+    """Return where a pipeline's tensors lie: where all that denoises takes them, so that latents stay there between steps."""
+    homes = {each.home for each in stations if stage_of(each.part) == DENOISING_STAGE}
+    return homes.pop() if len(homes) == 1 else "cpu"
+
+
 def _start(request: Request) -> dict[str, Any]:
     """Return what the pipeline starts from: latents, or a picture and the generators that noise it."""
     import torch
@@ -366,7 +373,7 @@ def _after_step(callback: Callback | None) -> Callable[[int, Any, Tensor], None]
         return None
 
     def tell(step: int, timestep: Any, latents: Tensor) -> None:  # noqa: ANN401
-        if callback(step, float(timestep), latents) is False:
+        if callback(step, float(timestep), latents.cpu()) is False:
             message = f"the callback stopped after step {step + 1}"
             raise Cancelled(message)
 

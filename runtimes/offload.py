@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ..components.family import Part
     from ..recipe import Placement
 
+DENOISING_STAGE = "denoising"
 VAE_STAGE = "vae"
 
 
@@ -52,7 +53,7 @@ def stage_of(part: Part) -> str:
     """Return when a part runs: text encoders first, a ControlNet in turn with the UNet, the VAE before and after."""
     if part.module.startswith("text_encoder"):
         return "text"
-    return VAE_STAGE if part.module == "vae" else "denoising"
+    return VAE_STAGE if part.module == "vae" else DENOISING_STAGE
 
 
 def decide(placement: Placement, needs: Sequence[Need], decoding: Decoding | None, usable_bytes: int) -> Decision:

@@ -1,17 +1,17 @@
-"""Runs of an ONNX Runtime session whose tensors lie on a device, at addresses that stay: what CUDA graphs ask for."""
+"""Runs of an ONNX Runtime session on tensors of torch's that lie on a device, at addresses that stay: what CUDA graphs ask for."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .crossing import Same
+from .crossing import Crossing, home_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
     from torch import Tensor
 
 KEPT = 4
@@ -25,32 +25,35 @@ class _Slot:
 
     number: int
     binding: Any
-    inputs: dict[str, Any]
-    outputs: dict[str, Any]
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
 
 
 class DeviceBinding:
-    """Inputs are copied to the device, what is the same as before only once; outputs come back when all is done.
+    """Inputs are copied to tensors that stay, what is the same as before only once; results are copies.
+
+    Results lie on the device if an input does, else in host memory. ONNX Runtime has a stream of its own: torch's is
+    waited for before a run, and a run returns when it is done.
 
     With `graphs` each set of shapes is a CUDA graph, recorded in its first run; ONNX Runtime keeps a graph as long as
     the session, so shapes after the first few run without.
     """
 
-    def __init__(self, session: Any, device: str, dtypes: Mapping[str, str], *, graphs: bool = False) -> None:  # noqa: ANN401 - onnxruntime is untyped
+    def __init__(self, session: Any, device: torch.device, dtypes: Mapping[str, str], *, graphs: bool = False) -> None:  # noqa: ANN401 - onnxruntime is untyped
         self._session, self._device, self._dtypes, self._graphs = session, device, dtypes, graphs
         self._slots: OrderedDict[Any, _Slot] = OrderedDict()
         self._made = 0
-        self.same = Same()
+        self._crossing = Crossing(device)
+        self.same = self._crossing.same
 
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        import torch
-
         slot = self._slot(inputs, outputs)
         for name, tensor in inputs.items():
-            value = slot.inputs[name]
-            self.same.get(f"{slot.number}/{name}", tensor, partial(_fill, value, tensor))
+            self._crossing.to_device(f"{slot.number}/{name}", tensor, slot.inputs[name].copy_)
+        self._crossing.finish()
         self._session.run_with_iobinding(slot.binding, self._run_options(slot))
-        return {name: torch.from_numpy(value.numpy().copy()) for name, value in slot.outputs.items()}
+        made = [tensor.clone() for tensor in slot.outputs.values()]
+        return dict(zip(slot.outputs, self._crossing.bring_home(made, home_of(inputs.values())), strict=True))
 
     def _slot(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, tuple[int, ...]]) -> _Slot:
         key = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
@@ -63,22 +66,20 @@ class DeviceBinding:
         return self._slots[key]
 
     def _new(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, tuple[int, ...]]) -> _Slot:
+        import torch
+
         binding = self._session.io_binding()
-        given = {name: self._value(tensor.shape, str(tensor.dtype)) for name, tensor in inputs.items()}
-        made = {name: self._value(shape, self._dtypes[name]) for name, shape in outputs.items()}
-        for name, value in given.items():
-            binding.bind_ortvalue_input(name, value)
-        for name, value in made.items():
-            binding.bind_ortvalue_output(name, value)
+        given = {name: torch.empty(each.shape, dtype=each.dtype, device=self._device) for name, each in inputs.items()}
+        made = {
+            name: torch.empty(shape, dtype=getattr(torch, self._dtypes[name]), device=self._device)
+            for name, shape in outputs.items()
+        }
+        for name, tensor in given.items():
+            binding.bind_input(name, *place_of(tensor))
+        for name, tensor in made.items():
+            binding.bind_output(name, *place_of(tensor))
         self._made += 1
         return _Slot(self._made, binding, given, made)
-
-    def _value(self, shape: tuple[int, ...], dtype: str) -> Any:  # noqa: ANN401 - an OrtValue
-        import numpy as np
-        import onnxruntime
-
-        kind = np.dtype(dtype.removeprefix("torch."))
-        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(tuple(shape), kind, self._device, 0)
 
     def _has_graph(self, slot: _Slot) -> bool:
         return self._graphs and slot.number <= KEPT
@@ -93,6 +94,9 @@ class DeviceBinding:
         return options
 
 
-def _fill(value: Any, tensor: Tensor) -> bool:  # noqa: ANN401 - an OrtValue
-    value.update_inplace(tensor.numpy())
-    return True
+def place_of(tensor: Tensor) -> tuple[str, int, Any, tuple[int, ...], int]:
+    """Return what ONNX Runtime binds a tensor by: device, its number, NumPy's dtype, shape, address."""
+    import numpy as np
+
+    dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
+    return tensor.device.type, tensor.device.index or 0, dtype, tuple(tensor.shape), tensor.data_ptr()

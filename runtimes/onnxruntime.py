@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import ArtifactError, UnavailableError
 from ..hardware import OVERFLOWS, Availability, overflows_bytes, usable_cores
 from . import onnx_attention, onnx_graph, onnx_half, onnx_weights, providers
-from .onnx_binding import DeviceBinding
+from .onnx_binding import DeviceBinding, place_of
 from .runtime import Operation, PartFiles, Runtime
 
 if TYPE_CHECKING:
@@ -74,6 +74,11 @@ class OnnxRuntime(Runtime):
         return providers.choose(placement)[1]
 
     @classmethod
+    def home_for(cls, placement: Placement) -> str:
+        memory = providers.torch_device(providers.choose(placement)[0])
+        return "cpu" if memory is None else memory.type
+
+    @classmethod
     def fuses_attention(cls, placement: Placement) -> bool:
         return bool(providers.fused_dtypes(providers.choose(placement)[0], placement))
 
@@ -96,7 +101,7 @@ class OnnxRuntime(Runtime):
             fallbacks.append(_IMITATED)
         fused = onnx_attention.fuse(model, providers.fused_dtypes(provider, placement))
         given = model.SerializeToString() if fused or imitated else part.folder / onnx_graph.FILE
-        graphs = placement.cuda_graphs and provider in providers.NVIDIA
+        graphs = placement.cuda_graphs and providers.option_obstacle("cuda_graphs", placement) is None
         cache = providers.engine_cache(provider, part)
         providers.prepare(provider, part.precision, cache)
         options = _options(part, placement)
@@ -127,8 +132,10 @@ class OnnxRuntime(Runtime):
         actual = {i.name: (_DTYPES.get(i.type, i.type), len(i.shape)) for i in self._session.get_inputs()}
         self._output_dtypes = {o.name: _DTYPES.get(o.type, o.type) for o in self._session.get_outputs()}
         self._binding: DeviceBinding | None = None
-        if ran in providers.NVIDIA:
-            self._binding = DeviceBinding(self._session, "cuda", self._output_dtypes, graphs=graphs)
+        memory = providers.torch_device(ran)
+        if memory is not None:
+            self._binding = DeviceBinding(self._session, memory, self._output_dtypes, graphs=graphs)
+            self.home = memory.type
         self._adopt(actual, set(self._output_dtypes))
         self.configuration = {
             "device": device if ran == provider else "cpu",
@@ -150,21 +157,18 @@ class OnnxRuntime(Runtime):
         }
 
     def _run(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        import numpy as np
         import torch
 
         if self._binding is not None:
             return self._binding.run(inputs, outputs)
         binding = self._session.io_binding()
         for name, tensor in inputs.items():
-            dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
-            binding.bind_input(name, "cpu", 0, dtype, tuple(tensor.shape), tensor.data_ptr())
+            binding.bind_input(name, *place_of(tensor))
         results = {
             name: torch.empty(shape, dtype=getattr(torch, self._output_dtypes[name])) for name, shape in outputs.items()
         }
         for name, tensor in results.items():
-            dtype = np.dtype(self._output_dtypes[name])
-            binding.bind_output(name, "cpu", 0, dtype, tuple(tensor.shape), tensor.data_ptr())
+            binding.bind_output(name, *place_of(tensor))
         self._session.run_with_iobinding(binding)
         return results
 

@@ -1,7 +1,8 @@
 """A genuine Diffusers pipeline whose parts are runtime-backed.
 
-Tokenizer, scheduler, guidance, VAE scaling and the loop are Diffusers' own code. What would silently do nothing on
-such parts (`to`, offload, LoRA…) raises and says what to use instead.
+Tokenizer, scheduler, guidance, VAE scaling and the loop are Diffusers' own code; it computes where the pipeline's
+tensors lie (`device`). What would silently do nothing on such parts (`to`, offload, LoRA…) raises and says what to use
+instead.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from ..sources.source import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    import torch
 
     from ..components.component import Runner
     from .opening import Baked
@@ -43,15 +46,20 @@ def for_task(pipeline: Any, plain: Any) -> Any:  # noqa: ANN401 - some Diffusers
     arguments = {name: value for name, value in pipeline.components.items() if name in accepted}
     if "requires_safety_checker" in accepted:
         arguments["requires_safety_checker"] = False
-    return _guarded(plain)(**arguments)
+    return _guarded(plain, pipeline.device)(**arguments)
 
 
-def build_pipeline(baked: Baked, runners: Mapping[str, Runner], task: str = "text-to-image") -> Any:  # noqa: ANN401 - some Diffusers pipeline
-    """Build the family's pipeline for a task around runners, given by part name."""
+def build_pipeline(baked: Baked, runners: Mapping[str, Runner], task: str = "text-to-image", home: str = "cpu") -> Any:  # noqa: ANN401 - some Diffusers pipeline
+    """Build the family's pipeline for a task around runners, given by part name; its tensors lie on the device `home`."""
+    import torch
+
+    device = torch.device(home)
     plain = baked.family.pipeline_class(task)
     index = read_json(baked.folder / "model_index.json")
     accepted = dict(list(inspect.signature(plain.__init__).parameters.items())[1:])
     stand_ins = _stand_ins(baked, runners)
+    for stand_in in stand_ins.values():
+        stand_in.device = device
     optional = plain._optional_components  # noqa: SLF001 - Diffusers has no public name for it
     arguments = {
         name: _host_object(baked, name, index.get(name), needed=name not in optional)
@@ -60,10 +68,10 @@ def build_pipeline(baked: Baked, runners: Mapping[str, Runner], task: str = "tex
     }
     if "requires_safety_checker" in accepted:
         arguments["requires_safety_checker"] = False
-    return _guarded(plain)(**arguments, **stand_ins)
+    return _guarded(plain, device)(**arguments, **stand_ins)
 
 
-def _stand_ins(baked: Baked, runners: Mapping[str, Runner]) -> dict[str, object]:
+def _stand_ins(baked: Baked, runners: Mapping[str, Runner]) -> dict[str, Any]:
     by_module: dict[str, dict[str, Runner]] = {}
     components = {}
     for part in baked.family.parts:
@@ -108,14 +116,14 @@ def _host_object(baked: Baked, name: str, declared: object, *, needed: bool) -> 
     return found.from_pretrained(folder, local_files_only=True)
 
 
-def _guarded(plain: type) -> type:
+def _guarded(plain: type, device: torch.device) -> type:
     """Subclass a pipeline, under its own name, so that what can't work on runtime-backed parts raises."""
     refused = {
         name: _refusing(name)
         for name in dir(plain)
         if _GUARDED.match(name) and name not in _WORKING and callable(getattr(plain, name))
     }
-    return type(plain.__name__, (plain,), {**refused, "to": _to, "__module__": plain.__module__})
+    return type(plain.__name__, (plain,), {**refused, "to": _to, "device": device, "__module__": plain.__module__})
 
 
 def _refusing(name: str) -> Callable[..., None]:
@@ -128,10 +136,10 @@ def _refusing(name: str) -> Callable[..., None]:
     return refuse
 
 
-def _to(self: object, *args: object, **options: object) -> object:
-    """Accept the CPU, where the host's tensors are; refuse any other device or dtype."""
+def _to(self: Any, *args: object, **options: object) -> object:  # noqa: ANN401 - some Diffusers pipeline
+    """Accept the device on which the pipeline's tensors lie; refuse any other device or dtype."""
     wanted = [*args, *options.values()]
-    if wanted and all(str(value) in {"cpu", "None", "False", "True"} for value in wanted):
+    if wanted and all(str(value) in {str(self.device), "None", "False", "True"} for value in wanted):
         return self
     message = f"to({', '.join(map(str, wanted))}) can't move or convert runtime-backed parts"
     raise InputError(

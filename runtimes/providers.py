@@ -16,6 +16,8 @@ from . import onnx_attention
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
+
     from ..recipe import Placement
     from .runtime import PartFiles
 
@@ -47,6 +49,13 @@ _FUSING = {CPU: ("FLOAT",), _CUDA: ("FLOAT", "FLOAT16")}
 """Providers with a kernel of fused attention -> the dtypes that it takes."""
 _OTHER_TENSORRT = ("tensorrt-cu13", "tensorrt_cu13", "tensorrt-cu12", "tensorrt")
 _LINKED_TENSORRT = 10
+
+
+def torch_device(provider: str) -> torch.device | None:
+    """Return the device of torch's on whose tensors a provider runs where they lie; None: there is none."""
+    import torch
+
+    return torch.device("cuda", 0) if provider in NVIDIA and torch.cuda.is_available() else None
 
 
 def choose(placement: Placement) -> tuple[str, str, str | None]:
@@ -101,6 +110,11 @@ def option_obstacle(option: str, placement: Placement) -> tuple[str, str] | None
     provider, _, _ = choose(placement)
     if option == "cuda_graphs" and provider not in NVIDIA:
         return f"{provider} has no CUDA graphs", f"leave out cuda_graphs, or {FIXES[_CUDA]}"
+    if option == "cuda_graphs" and torch_device(provider) is None:
+        return (
+            "their tensors lie in torch's memory, and this torch has no CUDA",
+            "install torch for CUDA, or leave out cuda_graphs",
+        )
     if option == "attention" and placement.attention not in onnx_attention.KERNELS:
         fix = " or ".join(f"attention={kernel}" for kernel in onnx_attention.KERNELS)
         return f"ONNX Runtime has no {placement.attention} attention", fix

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from ..components.component import solve_sizes
 from ..errors import ArtifactError, InputError, UsageError
 from ..hardware import choose_device
+from .crossing import home_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +70,7 @@ class Runtime(ABC):
     What it takes of memory (`held`, `live_maps`…) is measured by `make bench-memory`, on a CPU.
 
     `run` promises that the returned tensors are the caller's (no later run changes them), that inputs are never
-    written, and that floats come back as float32.
+    written, that floats come back as float32, and that results lie on the device that an input lies on, if one does.
     """
 
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
@@ -129,6 +130,11 @@ class Runtime(ABC):
         return choose_device(placement.device, cls.devices, cls.__name__)[0]
 
     @classmethod
+    def home_for(cls, placement: Placement) -> str:  # noqa: ARG003 - most take the host's
+        """Return torch's name of the device whose tensors a part would take where they lie; `cpu`: the host's alone."""
+        return "cpu"
+
+    @classmethod
     def held_bytes(
         cls,
         precision: str,  # noqa: ARG003 - some compute in another dtype than weights have
@@ -162,6 +168,8 @@ class Runtime(ABC):
         self.placement = placement
         self.inputs = part.inputs
         self.outputs = part.outputs
+        self.home = "cpu"
+        """The device whose tensors it takes where they lie, once it is open: see `home_for`."""
         self.configuration: dict[str, Any] = {}
         """What was read back after loading: device, threads, precision, fallback…"""
 
@@ -172,7 +180,10 @@ class Runtime(ABC):
 
     @abstractmethod
     def _run(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """Execute with checked, contiguous inputs in the ports' dtypes; `outputs` gives the shapes to expect."""
+        """Execute with checked, contiguous inputs in the ports' dtypes; `outputs` gives the shapes to expect.
+
+        Inputs lie in host memory, unless the runtime has a home elsewhere: then they lie where the caller's do.
+        """
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Execute the part.
@@ -182,7 +193,8 @@ class Runtime(ABC):
         """
         fed, sizes = self._checked(inputs)
         results = self._run(fed, {port.name: port.shape(sizes) for port in self.outputs})
-        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in results.items()}
+        home = home_of(inputs.values())
+        return {name: _as_float(tensor).to(home) for name, tensor in results.items()}
 
     def module(self) -> nn.Module:
         """Return the module that runs, with flat tensors.
@@ -224,13 +236,14 @@ class Runtime(ABC):
         return {name: fed[name] for name in names if name in fed} | (self._tap(fed, wanted) if wanted else {})
 
     def _checked(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Return inputs in the ports' dtypes, on the CPU, and the sizes of their dimensions by name.
+        """Return inputs in the ports' dtypes, where `_run` takes them, and the sizes of their dimensions by name.
 
         Raises:
             InputError: as `run`.
         """
         sizes = solve_sizes(self.part.name, self.inputs, inputs)
-        return {port.name: as_port(self.part.name, port, inputs[port.name], "cpu") for port in self.inputs}, sizes
+        where = "cpu" if self.home == "cpu" else None
+        return {port.name: _as_port(self.part.name, port, inputs[port.name], where) for port in self.inputs}, sizes
 
     def _tap(self, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:  # noqa: ARG002
         """Execute with checked inputs; `names` are none of theirs."""
@@ -282,8 +295,12 @@ def _as_in_file(port: Port, dtype: str, rank: int) -> Port:
     return replace(port, dtype=dtype, dims=dims)
 
 
-def as_port(part: str, port: Port, tensor: Tensor, device: str | None = None) -> Tensor:
-    """Return a tensor in a port's dtype, contiguous; on the device that it lies on unless said.
+def _as_float(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _as_port(part: str, port: Port, tensor: Tensor, device: str | None) -> Tensor:
+    """Return a tensor in a port's dtype, contiguous; None: on the device that it lies on.
 
     Raises:
         InputError: it would lose values.

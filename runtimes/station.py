@@ -77,6 +77,12 @@ class Station:
         runtime = plugins.runtime(self._entry.backend)
         return runtime.device_for(self._placement) if runtime.probe().ok else "cpu"
 
+    @cached_property
+    def home(self) -> str:
+        """Torch's name of the device whose tensors it takes where they lie; `cpu`: the host's alone."""
+        runtime = plugins.runtime(self._entry.backend)
+        return runtime.home_for(self._placement) if runtime.probe().ok else "cpu"
+
     @property
     def _on_cpu(self) -> bool:
         return self.device == "cpu"

@@ -9,11 +9,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import nvinfer
-from ..components.component import solve_sizes
 from ..errors import ArtifactError, ResourceError
 from . import tensorrt_profiles as profiles
-from .crossing import Crossing
-from .runtime import PartFiles, Runtime, as_port
+from .crossing import Crossing, home_of
+from .runtime import PartFiles, Runtime
 from .tensorrt_context import Context, Contexts
 from .tensorrt_device import ALIGNMENT, Device
 from .tensorrt_files import ABOUT, WEIGHTS, EngineFiles
@@ -22,7 +21,7 @@ from .tensorrt_inspection import inspect, refuse_another_precision
 from .tensorrt_refit import Refit, shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -71,6 +70,8 @@ class _Memory:
 class TensorRTRuntime(Runtime):
     """Inputs that lie on the GPU stay there, and so do their results; those of the host come and go once.
 
+    What has more rows than a profile takes is run in pieces.
+
     With `cuda_graphs`, what a run launches is recorded once for each set of shapes; again when the shared block moved.
     """
 
@@ -86,6 +87,10 @@ class TensorRTRuntime(Runtime):
         return "cuda"
 
     @classmethod
+    def home_for(cls, placement: Placement) -> str:  # noqa: ARG003 - there is no other
+        return "cuda"
+
+    @classmethod
     def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:
         about = json.loads((folder / ABOUT).read_text())
         return shapes(folder, {name: (str(each[0]), bool(each[1])) for name, each in about["weights"].items()})
@@ -97,7 +102,7 @@ class TensorRTRuntime(Runtime):
         self._files.refuse_elsewhere(nvinfer.binding())
         self._trt, self._log = trt, list[str]()
         self._logger = self._heard()
-        self._device = Device.shared()
+        self._device, self.home = Device.shared(), self.home_for(placement)
         self._crossing = Crossing(self._device.name)
         self._engine = self._deserialized()
         self._contexts = Contexts(part.name, trt, self._engine, self._device, self._log)
@@ -273,36 +278,34 @@ class TensorRTRuntime(Runtime):
         inspector.execution_context = context.trt
         return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As `Runtime.run`; where all inputs lie on the GPU, so do the results."""
-        sizes = solve_sizes(self.part.name, self.inputs, inputs)
-        fed = {port.name: as_port(self.part.name, port, inputs[port.name]) for port in self.inputs}
-        on_device = all(tensor.device.type != "cpu" for tensor in fed.values())
-        given = {name: tuple(tensor.shape) for name, tensor in fed.items() if tensor.ndim}
-        by_rows = [port.name for port in self.inputs if port.dims and port.dims[0] == _ROWS]
-        if sizes.get(_ROWS, 0) > (most := profiles.most_rows(self._profiles, by_rows, given)) > 0:
-            return self._in_pieces(inputs, by_rows, sizes[_ROWS], most)
-        results = self._execute(fed, {port.name: port.shape(sizes) for port in self.outputs})
-        if on_device:
-            results = {name: self._device.hand_over(tensor) for name, tensor in results.items()}
-        else:
-            with self._device.working():
-                results = dict(zip(results, self._crossing.to_host([*results.values()]), strict=True))
-        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in results.items()}
-
-    def _in_pieces(self, inputs: Mapping[str, Tensor], by_rows: list[str], rows: int, most: int) -> dict[str, Tensor]:
-        """Run as many rows at a time as a profile takes, evenly."""
+    def _run(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         import torch
 
-        size = -(-rows // -(-rows // most))
-        pieces = [
-            self.run({**inputs, **{name: inputs[name][start : start + size] for name in by_rows}})
-            for start in range(0, rows, size)
-        ]
-        return {port.name: torch.cat([each[port.name] for each in pieces]) for port in self.outputs}
+        pieces = [self._execute(*piece) for piece in self._pieces(inputs, outputs)]
+        with self._device.working():
+            results = {
+                name: torch.cat([each[name] for each in pieces]) if pieces[1:] else made
+                for name, made in pieces[0].items()
+            }
+            if home_of(inputs.values()).type == "cpu":
+                return dict(zip(results, self._crossing.to_host([*results.values()]), strict=True))
+        return {name: self._device.hand_over(tensor) for name, tensor in results.items()}
 
-    def _run(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        return {name: self._device.hand_over(tensor) for name, tensor in self._execute(inputs, outputs).items()}
+    def _pieces(
+        self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]]:
+        """Cut a run evenly into as many rows at a time as a profile takes: inputs, and the shapes of outputs."""
+        given = {name: tuple(tensor.shape) for name, tensor in inputs.items() if tensor.ndim}
+        by_rows = [port.name for port in self.inputs if port.dims and port.dims[0] == _ROWS]
+        rows = given[by_rows[0]][0] if by_rows else 0
+        most = profiles.most_rows(self._profiles, by_rows, given)
+        if rows <= most or most == 0:
+            yield inputs, outputs
+            return
+        size = -(-rows // -(-rows // most))
+        for start in range(0, rows, size):
+            cut = {name: inputs[name][start : start + size] for name in by_rows}
+            yield {**inputs, **cut}, {name: (min(size, rows - start), *shape[1:]) for name, shape in outputs.items()}
 
     def _execute(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """Run on the device's stream; return tensors there, which are the caller's.

@@ -16,7 +16,7 @@ from ..sources.lora import added
 from ..weights import Checkpoint
 from . import acceleration, aoti, attention, few_rows, float8, float32
 from .blocks import Blocks
-from .crossing import Crossing
+from .crossing import Crossing, home_of
 from .islands import keep_wide
 from .runtime import PartFiles, Runtime
 from .torch_graph import Recording, layers_of
@@ -46,6 +46,8 @@ _WIDENED = f"{OVERFLOWS}: layers of w8a8 are multiplied in floats"
 _HALF = {"bf16", "fp16"}
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _TORCH_NAMES = {"rocm": "cuda"}
+_HOMES = {"cuda", "rocm", "xpu"}
+"""Devices on which a pipeline's tensors may lie; the others' may lack dtypes that schedulers use."""
 _CODED = (".SCB", ".absmax", "._weight_qdata", SCALE)
 """What some names of tensors end in where there are codes of bitsandbytes, torchao or our own."""
 _WITHOUT_BFLOAT16 = {"w8a8": 0.2, "int8": 0.74, "w8a8-dynamic": 2.0}
@@ -54,6 +56,8 @@ _WITHOUT_BFLOAT16 = {"w8a8": 0.2, "int8": 0.74, "w8a8-dynamic": 2.0}
 
 class TorchRuntime(Runtime):
     """bf16 parts compute in bfloat16 and channels-last; inputs and outputs stay float32 like everywhere.
+
+    Inputs that lie on its GPU stay there, and so do results.
 
     What is float32 is multiplied as such, TF32 is off.
 
@@ -95,6 +99,11 @@ class TorchRuntime(Runtime):
         if option == "blocks" and device == "cpu":
             return "it would run on cpu, where weights are already", "offload=mapped"
         return None
+
+    @classmethod
+    def home_for(cls, placement: Placement) -> str:
+        device = cls.device_for(placement)
+        return _TORCH_NAMES.get(device, device) if device in _HOMES else "cpu"
 
     @classmethod
     def shapes(cls, folder: Path) -> dict[str, tuple[int, ...]]:
@@ -164,6 +173,7 @@ class TorchRuntime(Runtime):
         computed = _DTYPES.get(part.precision, "bfloat16")
         self._dtype: torch.dtype = getattr(torch, computed)
         self._device = torch.device(_TORCH_NAMES.get(device, device))
+        self.home = self.home_for(placement)
         float8.refuse(part, self._device)
         mapped, in_blocks = placement.offload == "mapped", placement.offload == "blocks"
         self._channels_last = _channels_last(placement, part.precision) and not aoti.is_compiled(part.folder)
@@ -248,7 +258,7 @@ class TorchRuntime(Runtime):
         arguments = self._arguments(inputs)
         with torch.no_grad(), float32.plain(), _threads(self._threads), self._slicing:
             results = acceleration.heal(lambda: self._call(*arguments))
-        return dict(zip(outputs, self._crossing.to_host(results), strict=True))
+        return dict(zip(outputs, self._crossing.bring_home(results, home_of(inputs.values())), strict=True))
 
     def _arguments(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         return [

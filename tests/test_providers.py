@@ -113,10 +113,8 @@ def has(monkeypatch, provider):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [provider, "CPUExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", Recorder)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
-    value = onnxruntime.OrtValue.ortvalue_from_shape_and_type
-    monkeypatch.setattr(
-        onnxruntime.OrtValue, "ortvalue_from_shape_and_type", lambda shape, kind, device, number: value(shape, kind)
-    )
+    there = {name: torch.device("cpu") for name in providers.NVIDIA}
+    monkeypatch.setattr(providers, "torch_device", there.get)
     monkeypatch.setattr(Recorder, "made", ())
 
 
@@ -219,7 +217,7 @@ def test_cuda_graphs_are_recorded_once_a_shape_from_tensors_that_stay(model, mon
 
 def test_device_tensors_of_the_real_session(model):
     session = SESSION(model / "model.onnx", providers=["CPUExecutionProvider"])
-    binding = DeviceBinding(session, "cpu", {"y": "float32"})
+    binding = DeviceBinding(session, torch.device("cpu"), {"y": "float32"})
     shape = {"y": (2, 16, 8, 12)}
     for seed in (0, 1, 0):
         given = picture(seed)
@@ -230,8 +228,8 @@ def test_device_tensors_of_the_real_session(model):
     monkey = picture(3)
     binding.run(monkey, shape)
     slot = next(iter(binding._slots.values()))
-    fill = slot.inputs["x"].update_inplace
-    slot.inputs["x"].update_inplace = lambda data: (filled.append(1), fill(data))
+    fill = slot.inputs["x"].copy_
+    slot.inputs["x"].copy_ = lambda data: (filled.append(1), fill(data))
     binding.run(monkey, shape)
     assert not filled  # the same tensor is there already
     monkey["x"].mul_(2)
@@ -241,7 +239,7 @@ def test_device_tensors_of_the_real_session(model):
     for rows in range(3, 4 + KEPT):
         binding.run(picture(0, rows), {"y": (rows, 16, 8, 12)})
     assert len(binding._slots) == KEPT
-    recorded = DeviceBinding(session, "cpu", {"y": "float32"}, graphs=True)
+    recorded = DeviceBinding(session, torch.device("cpu"), {"y": "float32"}, graphs=True)
     for rows in range(1, 4 * KEPT):
         recorded._slot(picture(0, rows), {"y": (rows, 16, 8, 12)})
     assert len(recorded._slots) == 2 * KEPT, "those that are recorded, and the last that aren't"

@@ -144,7 +144,7 @@ def runtime_vae(plain: Any, config: Config) -> Any:  # noqa: ANN401 - a class of
 
 def _to(vae: nn.Module, *places: object, **named: object) -> nn.Module:
     """Accept where and what it is already, as SDXL's pipelines ask for before they encode a picture."""
-    if all(str(value) in {"cpu", "torch.float32", "None"} for value in (*places, *named.values())):
+    if all(str(value) in {str(vae.device), "torch.float32", "None"} for value in (*places, *named.values())):
         return vae
     return _refused()
 

@@ -179,7 +179,7 @@ class _TransformerStandIn(StandIn):
         if not ports:
             refuse("transformer", {"residuals of a ControlNet": given[0] or given[1]})
             return {}
-        none = torch.zeros(*tokens.shape[:2], int(ports[0].dims[-1]))
+        none = torch.zeros(*tokens.shape[:2], int(ports[0].dims[-1]), device=tokens.device)
         residuals = []
         for count, samples in zip((self.config.num_layers, self.config.num_single_layers), given, strict=True):
             interval = math.ceil(count / len(samples)) if samples else 1

@@ -281,7 +281,7 @@ class _UNetStandIn(StandIn):
             return {}
         if middle is None:
             sizes = dict(zip(("batch", "height", "width"), (len(sample), *sample.shape[2:]), strict=True))
-            return {port.name: torch.zeros(port.shape(sizes)) for port in self._residuals}
+            return {port.name: torch.zeros(port.shape(sizes), device=sample.device) for port in self._residuals}
         return dict(zip((port.name for port in self._residuals), (*(down or ()), middle), strict=True))
 
 
