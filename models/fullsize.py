@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _SHARD_BYTES = 5_000_000_000
 _CHUNK_ELEMENTS = 1 << 22
+_DEPTHS = ("num_layers", "num_single_layers", "n_layers", "num_hidden_layers", "transformer_layers_per_block")
+"""What configs call the number of layers that are alike; the last one has a number a block."""
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
@@ -33,8 +35,12 @@ def models() -> dict[str, dict[str, Any]]:
     return known
 
 
-def config(model: str, module: str, *, small: bool = False) -> tuple[str, str, dict[str, Any]]:
+def config(
+    model: str, module: str, *, small: bool = False, depth: int | None = None
+) -> tuple[str, str, dict[str, Any]]:
     """Return library, class and config of one module of a model; with `small` of the family's tiny one.
+
+    `depth`: the most layers that are alike.
 
     Raises:
         UsageError: there is no such model.
@@ -43,7 +49,15 @@ def config(model: str, module: str, *, small: bool = False) -> tuple[str, str, d
     if model not in known:
         raise UsageError(unknown("model", model, known))
     library, class_name, own = tiny.family_of(known[model]["family"]).tiny[module]
-    return library, class_name, {**own, **({} if small else known[model]["changes"].get(module, {}))}
+    found = {**own, **({} if small else known[model]["changes"].get(module, {}))}
+    return library, class_name, found if depth is None else _shallow(found, depth)
+
+
+def _shallow(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    def cut(value: Any) -> Any:  # noqa: ANN401 - a number, or one a block
+        return [min(each, depth) for each in value] if isinstance(value, list) else min(value, depth)
+
+    return {**config, **{name: cut(config[name]) for name in _DEPTHS if name in config}}
 
 
 def build(
@@ -53,6 +67,7 @@ def build(
     dtype: str = "bfloat16",
     hollow: bool = False,
     small: bool = False,
+    depth: int | None = None,
     seed: int = 0,
 ) -> Path:
     """Write a Diffusers folder of a model's size; return the folder.
@@ -63,6 +78,7 @@ def build(
         dtype: of the weights, as torch spells it.
         hollow: write headers and holes instead of values.
         small: in the family's tiny size, to try what is done with the model.
+        depth: the most layers that are alike: what each compiles to is the whole model's.
         seed: of the weights.
 
     Raises:
@@ -75,7 +91,9 @@ def build(
     with staged(folder, replace_existing=False) as partial:
         tiny.write_host(known[model]["family"], partial)
         for name in known[model]["changes"]:
-            write_module(*config(model, name, small=small), partial / name, dtype=dtype, hollow=hollow, seed=seed)
+            write_module(
+                *config(model, name, small=small, depth=depth), partial / name, dtype=dtype, hollow=hollow, seed=seed
+            )
     return folder
 
 

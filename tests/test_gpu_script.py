@@ -165,6 +165,83 @@ def test_the_next_items_process_gets_ready_meanwhile_and_ends_where_it_is_not_wa
     assert all("run it again" in outcome["not_run"] for outcome in told)
 
 
+CHORE = (
+    "import json, os, sys, time\n"
+    "arguments, started = json.load(sys.stdin), time.monotonic()\n"
+    "time.sleep(arguments['sleeps'])\n"
+    "print(json.dumps({'cores': sys.argv[2], 'from': started, 'to': time.monotonic()}))\n"
+)
+
+
+@pytest.fixture
+def chores(script, tmp_path, monkeypatch):
+    """Return `prepare`, whose jobs sleep on one of two cores each."""
+    (tmp_path / "chore.py").write_text(CHORE)
+    inside = script["run"].__globals__
+    monkeypatch.setitem(inside, "ITEMS_SCRIPT", tmp_path / "chore.py")
+    monkeypatch.setitem(inside, "_jobs_at_once", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    return script["prepare"]
+
+
+def test_chores_are_done_at_once_each_on_cores_of_its_own(script, chores, tmp_path):
+    item = script["Item"]
+    first, second = (item(name, "bake", 90.0, {"sleeps": 2}) for name in ("first", "second"))
+    due = [
+        item("timed", "picture", 60.0, {}, (first, second)),
+        item("timed, too", "picture", 60.0, {}, (second,)),
+        item("untimed", "features", 90.0, {"sleeps": 0}, timed=False),
+    ]
+    done = chores(due, 120.0, tmp_path)
+    assert set(done) == {"first", "second", "untimed"}
+    assert {done["first"]["cores"], done["second"]["cores"]} == {"0", "1"}
+    assert done["first"]["from"] < done["second"]["to"]
+    assert done["second"]["from"] < done["first"]["to"]
+    assert all("up" in outcome["not_run"] for outcome in chores(due, 1.0, tmp_path).values())
+
+
+def test_chores_end_with_the_script(script, chores, tmp_path, monkeypatch):
+    waiting, inside = [], script["run"].__globals__
+
+    def interrupted(item, process, *_):
+        waiting.append(process)
+        if len(waiting) == 2:
+            raise KeyboardInterrupt
+        return {"failed": process.communicate()}
+
+    monkeypatch.setitem(inside, "run", interrupted)
+    due = [script["Item"](name, "features", 90.0, {"sleeps": 60}, timed=False) for name in "abc"]
+    with pytest.raises(KeyboardInterrupt):
+        chores(due, 120.0, tmp_path)
+    assert len(waiting) >= 2
+    for process in waiting:
+        assert process.wait(10)
+        process.stdin.close()
+        process.stdout.close()
+
+
+def test_compiled_rows_say_what_was_compiled_before(script):
+    outcome = {"median_picture_s": 3.0, "prepared": {"sdxl, compiling bf16": {"compiled_s": 61.2}}}
+    assert "compiled before, in 61 s" in script["_row"]("sdxl, compiled blocks", outcome)
+    items = script["items"]("cuda", Path("work"), tiny=False)
+    compiled = [item for item in items if item.arguments.get("placement", {}).get("compile") == "regional"]
+    assert compiled
+    for item in compiled:
+        (chore,) = item.chores
+        assert chore.arguments["precision"] == item.arguments["precision"]
+    (baked,) = [item.chores for item in items if item.kind == "shapes"]
+    arms = next(item.arguments["arms"] for item in items if item.kind == "shapes")
+    assert sorted(arm for chore in baked for arm in chore.arguments["arms"]) == sorted(arms)
+
+
+def test_a_model_of_few_layers_has_the_widths_of_the_whole():
+    _, _, whole = fullsize.config("sdxl", "unet")
+    _, _, few = fullsize.config("sdxl", "unet", depth=2)
+    assert few["transformer_layers_per_block"] == [1, 2, 2]
+    assert {name for name in whole if few[name] != whole[name]} == {"transformer_layers_per_block"}
+    assert fullsize.config("flux.1-dev", "transformer", depth=2)[2]["num_single_layers"] == 2
+
+
 def test_what_was_lacking_is_tried_again_once_something_is_installed(script):
     lacked, now = {"torch": "2.13"}, {"torch": "2.13", "onnxruntime-gpu": "1.31"}
     for outcome in ({"skipped": "no provider"}, {"left_out": {"tensorrt:fp16@cuda": "no TensorRT"}, "arms": []}):
@@ -333,8 +410,10 @@ def test_a_feature_that_ends_the_process_fails_and_the_others_go_on(trying, tmp_
     with pytest.raises(SystemExit):
         features(str(tmp_path), "cpu", 600.0)
     assert "run it again" in features(str(tmp_path), "cpu", 0.0)["unfinished"]
+    with pytest.raises(SystemExit):
+        features(str(tmp_path), "cpu", 600.0)  # once more: the time may have been up
     told = features(str(tmp_path), "cpu", 600.0)
-    assert told["features"]["one"] == {"outcome": "failed", "reason": "the process ended while it ran"}
+    assert told["features"]["one"]["reason"] == "the process ended while it ran"
     assert told["features"]["two"]["outcome"] == "passed"
     lines = script["_features"](told)
     assert "| one | failed | – | the process ended while it ran |" in lines

@@ -1,6 +1,7 @@
 """`make gpu`: everything that an NVIDIA GPU can show, in ten minutes: `python gpu.py RECORD.json`.
 
-Items run one after another in processes of their own, most telling first; the record is written after each, and the
+First what needs no quiet machine is done at once, each on cores of its own: exports, compiling, features that pass or fail. Then
+what is timed runs alone, one after another in processes of their own, most telling first; the record is written after each, and the
 page beside it. Run again, it goes on with what is missing. Full-size models have random weights that are drawn on the
 device: their seconds, memory and energy are those of the real ones, their pictures are noise.
 
@@ -10,18 +11,24 @@ device: their seconds, memory and energy are those of the real ones, their pictu
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
+import queue
+import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bakeoff import hardware
+from bakeoff import footprint, hardware
 from bakeoff.errors import BakeoffError
 from bakeoff.reports.record import joules_of
 
@@ -36,6 +43,10 @@ _LEAST_S = 15.0
 """Less than this isn't worth starting a process for."""
 _BUDGETS = {None: 60.0, "regional": 120.0, "full": 180.0}
 """Seconds of an item by what it compiles."""
+_PREPARING = 0.25
+"""Share of the time that may go by before anything is timed."""
+_CORES, _JOB_BYTES = 2, 4_000_000_000
+"""Cores of a job that is done beside others, and host memory that it may take."""
 _GRACE_S = 20.0
 """What an item may take beyond its budget before its process is ended."""
 PACKAGES = (
@@ -109,6 +120,10 @@ class Item:
     kind: str
     budget_s: float
     arguments: dict[str, Any] = field(default_factory=dict)
+    chores: tuple[Item, ...] = ()
+    """What of it can be done beforehand."""
+    timed: bool = True
+    """Whether it wants the machine for itself."""
 
 
 def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
@@ -121,17 +136,29 @@ def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
     second = [pictures.pop(("sdxl", arm)) for arm in ("eager bf16", "compiled blocks")]
     recipe = "onnx:fp16+compute=half" + ("" if device == "cpu" else "+attention=flash")
     sdxl = MODELS["sdxl"]
-    onnx = {**common, "model": sdxl.name, "recipe": recipe, **_work(sdxl, tiny=tiny)}
+    onnx = {**common, "model": sdxl.name, "recipe": recipe}
+    exported = Item("sdxl, exporting to ONNX", "onnx_export", 180, {**onnx, "tiny": tiny})
     eager = [pictures.pop((name, "eager bf16")) for name, arm in [*pictures] if arm == "eager bf16"]
     return [
         *first,
         *second,
-        Item("shapes", "shapes", 240, {**common, **judged}),
-        Item("features", "features", 180, common),
+        Item("shapes", "shapes", 240, {**common, **judged}, _bakes(arms, common)),
+        Item("features", "features", 180, common, timed=False),
         *eager,
-        Item("sdxl, UNet in ONNX Runtime, float16", "onnx_picture", 240, onnx),
+        Item(
+            "sdxl, UNet in ONNX Runtime, float16", "onnx_picture", 240, {**onnx, **_work(sdxl, tiny=tiny)}, (exported,)
+        ),
         *pictures.values(),
     ]
+
+
+def _bakes(arms: list[str], common: dict[str, Any]) -> tuple[Item, ...]:
+    """Return what bakes the arms, in as many jobs as are done at once; those that take the calibration are one."""
+    is_calibrated = runpy.run_path(str(ITEMS_SCRIPT.with_name("gpu_shapes.py")))["is_calibrated"]
+    calibrated = [arm for arm in arms if is_calibrated(arm)]
+    others, count = [arm for arm in arms if arm not in calibrated], _jobs_at_once()
+    jobs = [calibrated, *(others[number::count] for number in range(count))]
+    return tuple(Item(f"baking {job[0]}", "shapes.bake", 180, {**common, "arms": job}) for job in jobs if job)
 
 
 def _work(model: Model, *, tiny: bool) -> dict[str, Any]:
@@ -149,14 +176,23 @@ def _picture(model: Model, arm: str, common: dict[str, Any], *, tiny: bool) -> I
         "guidance": model.guidance,
         **_work(model, tiny=tiny),
     }
-    return Item(f"{model.name}, {arm}", "picture", _BUDGETS[placement.get("compile")], arguments)
+    chores: tuple[Item, ...] = ()
+    if placement.get("compile") == "regional":
+        taken = {name: value for name, value in arguments.items() if name not in {"steps", "guidance", "pictures"}}
+        taken["placement"] = {"compile": "regional"}
+        chores = (Item(f"{model.name}, compiling {precision}", "compiled", 180, taken),)
+    return Item(f"{model.name}, {arm}", "picture", _BUDGETS[placement.get("compile")], arguments, chores)
 
 
-def start(item: Item, logs: Path) -> subprocess.Popen[str]:
-    """Start an item's process, which gets ready without touching the device, and waits for its arguments."""
+def start(item: Item, logs: Path, cores: list[int] | None = None) -> subprocess.Popen[str]:
+    """Start an item's process, which gets ready without touching the device, and waits for its arguments.
+
+    `cores`: those that it may run on.
+    """
+    on = [] if cores is None else [",".join(map(str, cores))]
     with _log(item, logs).open("w") as stream:
         return subprocess.Popen(  # noqa: S603 - our own script
-            [sys.executable, "-P", str(ITEMS_SCRIPT), item.kind],
+            [sys.executable, "-P", str(ITEMS_SCRIPT), item.kind, *on],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stream,
@@ -185,8 +221,14 @@ def run(item: Item, process: subprocess.Popen[str], seconds: float, logs: Path) 
 def end(process: subprocess.Popen[str] | None) -> None:
     """End a process, with those that it started."""
     if process is not None and process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
         process.communicate()
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a process, with those that it started; who waits for it learns that it ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def is_installed() -> bool:
@@ -324,7 +366,49 @@ def _remark(outcome: dict[str, Any]) -> str:
             return f"{word.replace('_', ' ')}: {said}".replace("|", "/")
     tainted = (outcome.get("guard") or {}).get("tainted", [])
     turns = ["parts took turns on the device"] if outcome.get("offload") == "parts" else []
-    return "; ".join([*turns, *tainted])
+    compiled = [each["compiled_s"] for each in outcome.get("prepared", {}).values() if "compiled_s" in each]
+    before = [f"compiled before, in {seconds:.0f} s beside other work" for seconds in compiled]
+    return "; ".join([*turns, *before, *tainted])
+
+
+def _jobs_at_once() -> int:
+    return max(1, min(len(os.sched_getaffinity(0)) // _CORES, footprint.usable_bytes() // _JOB_BYTES))
+
+
+def prepare(due: list[Item], seconds: float, work: Path) -> dict[str, dict[str, Any]]:
+    """Do chores, and items that aren't timed, at once, each on cores of its own, until the seconds are over.
+
+    Returns:
+        What came of each, by its name.
+    """
+    jobs = {job.name: job for item in due for job in (*item.chores, *([] if item.timed else [item]))}
+    cores, ends = sorted(os.sched_getaffinity(0)), time.monotonic() + seconds
+    count, free = _jobs_at_once(), queue.SimpleQueue[list[int]]()
+    for number in range(count):
+        free.put(cores[number::count])
+    running: list[subprocess.Popen[str]] = []
+    starting, stopped = threading.Lock(), threading.Event()
+
+    def do(job: Item) -> dict[str, Any]:
+        own = free.get_nowait()
+        try:
+            with starting:
+                if (left := ends - time.monotonic()) < _LEAST_S + _GRACE_S or stopped.is_set():
+                    return {"not_run": "the time to prepare was up"}
+                running.append(process := start(job, work, own))
+            return run(job, process, min(job.budget_s, left) - _GRACE_S, work)
+        finally:
+            free.put(own)
+
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            return dict(zip(jobs, pool.map(do, jobs.values()), strict=True))
+        except BaseException:
+            with starting:
+                stopped.set()
+                for process in running:
+                    kill(process)
+            raise
 
 
 def _outcomes(due: list[Item], ends: float, work: Path) -> Iterator[tuple[Item, dict[str, Any]]]:
@@ -374,7 +458,11 @@ def main() -> int:
         if (not options.only or any(word in item.name for word in options.only))
         and not is_done(record["items"].get(item.name), record["versions"])
     ]
-    for item, outcome in _outcomes(due, ends, work):
+    prepared = prepare(due, _PREPARING * 60 * options.minutes, work)
+    done = [(item, prepared[item.name]) for item in due if not item.timed and not _UNDONE & set(prepared[item.name])]
+    due = [item for item in due if item not in [each for each, _ in done]]
+    for item, outcome in itertools.chain(done, _outcomes(due, ends, work)):
+        outcome["prepared"] = {chore.name: prepared[chore.name] for chore in item.chores}
         arguments = {name: value for name, value in item.arguments.items() if name != "work"}
         outcome |= {"arguments": arguments, "tried_with": record["versions"]}
         record["items"][item.name] = kept(record["items"].get(item.name), outcome)

@@ -1,7 +1,7 @@
 """`make gpu`'s features: one after another on the embedded model, each passed, failed or skipped with the reason.
 
 A feature passes if it took effect, as the runtime reads it back, and draws what is drawn without it. What was done is
-kept in a file: a feature that ends the process is the next run's first failure, and the others go on.
+kept in a file: a feature that ends the process twice has failed, and the others go on.
 """
 
 from __future__ import annotations
@@ -111,15 +111,20 @@ def features(work: str, device: str, budget_s: float, only: list[str] | None = N
         shutil.rmtree(folder, ignore_errors=True)  # what other versions of anything exported
         folder.mkdir()
     trial = Trial(folder, device)
-    for name in only or FEATURES:
-        if name not in done and ends - time.monotonic() < _LEAST_S:
+    for name in [each for each in only or FEATURES if each not in done or _was_cut_short(done[each])]:
+        if ends - time.monotonic() < _LEAST_S:
             return _told(done) | {"unfinished": f"{budget_s:.0f} s were too few; run it again, and it goes on"}
-        if name not in done:
-            file.write_text(json.dumps({**done, name: {"outcome": "failed", "reason": _ENDED}}))
-            done[name] = tried(trial, FEATURES[name])
-            file.write_text(json.dumps(done, default=str))
+        begun = {"outcome": "failed", "reason": _ENDED, "again": name in done}
+        file.write_text(json.dumps({**done, name: begun}))
+        done[name] = tried(trial, FEATURES[name])
+        file.write_text(json.dumps(done, default=str))
     file.unlink(missing_ok=True)
     return _told(done)
+
+
+def _was_cut_short(told: Mapping[str, Any]) -> bool:
+    """Say whether a feature's process ended once: because the time was up, or through the feature, which the next try shows."""
+    return told.get("again") is False
 
 
 def _told(done: Mapping[str, Any]) -> dict[str, Any]:

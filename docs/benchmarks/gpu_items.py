@@ -1,4 +1,4 @@
-"""What `gpu.py` runs in child processes, one item each: `python gpu_items.py KIND`, its arguments on stdin, the result on stdout.
+"""What `gpu.py` runs in child processes: `python gpu_items.py KIND [CORES]`, its arguments on stdin, the result on stdout.
 
 An item that can't run here returns `skipped` with the reason; one that fails returns `failed`.
 """
@@ -34,6 +34,8 @@ _ROOM = 0.92
 """Share of the device's memory that weights and activations may take together."""
 _ACTIVATIONS = 6_000_000_000
 """Counted for a picture of 1024² on top of weights: the VAE decoder's feature maps for the most part."""
+_FEW = 2
+"""Layers that are alike in what is compiled beforehand: the first and the last may differ."""
 _SHARES = {"nf4": 0.29, "int8": 0.51, "w8a8-dynamic": 0.51, "fp8": 0.51}
 """Bytes of a denoiser in a precision for one in bfloat16, scales included."""
 
@@ -78,10 +80,7 @@ def picture(
     from bakeoff.runtimes.opening import read_folder
 
     deadline = Deadline(time.monotonic() + budget_s)
-    dtype = "float16" if precision == "fp16" else "bfloat16"
-    folder = Path(work) / f"{model}-{dtype}{'-tiny' if tiny else ''}"
-    if not folder.exists():
-        fullsize.build(model, folder, dtype=dtype, hollow=True, small=tiny)
+    folder = _hollow(model, work, precision, tiny=tiny)
     weights = _weight_bytes(folder, precision)
     placement = {**placement, **_room(weights, device)}
     if "skipped" in placement:
@@ -93,6 +92,38 @@ def picture(
         "weight_bytes": sum(weights.values()),
         "offload": placement.get("offload", "none"),
     }
+
+
+def compiled(
+    model: str,
+    work: str,
+    precision: str,
+    device: str,
+    placement: dict[str, Any],
+    size: int,
+    budget_s: float,  # noqa: ARG001 - an item's arguments
+    *,
+    tiny: bool,
+) -> dict[str, Any]:
+    """Compile a model's blocks for later processes: draw with one of its widths that has few of each."""
+    from bakeoff.models.drawn import drawn
+    from bakeoff.runtimes.engine import Engine
+    from bakeoff.runtimes.opening import read_folder
+
+    folder = _hollow(model, work, precision, tiny=tiny, depth=_FEW)
+    started = time.perf_counter()
+    with Engine(drawn(read_folder(folder), precision, device), Placement(device, **placement)) as engine:
+        engine.generate(PROMPT, steps=max(2, engine.family.fewest_steps), size=(size, size), seeds=1)
+    return {"compiled_s": round(time.perf_counter() - started, 1)}
+
+
+def _hollow(model: str, work: str, precision: str, *, tiny: bool, depth: int | None = None) -> Path:
+    """Return a folder of a model whose weights are holes; it is written, if it isn't there."""
+    dtype = "float16" if precision == "fp16" else "bfloat16"
+    folder = Path(work) / f"{model}-{dtype}{'-tiny' if tiny else ''}{f'-of-{depth}' if depth else ''}"
+    if not folder.exists():
+        fullsize.build(model, folder, dtype=dtype, hollow=True, small=tiny, depth=depth)
+    return folder
 
 
 def _timed(
@@ -210,11 +241,23 @@ def onnx_picture(
     tiny: bool,
 ) -> dict[str, Any]:
     """Export a denoiser to ONNX from random weights on disk, and time pictures with it on ONNX Runtime's provider."""
-    from bakeoff.bake import export
     from bakeoff.recipe import parse
     from bakeoff.runtimes.engine import load
 
     deadline = Deadline(time.monotonic() + budget_s)
+    placement = parse(f"{recipe}@{device}")[1]
+    artifact = onnx_export(model, work, recipe, device, budget_s, tiny=tiny)
+    if "skipped" in artifact:
+        return artifact
+    opened = partial(load, artifact["folder"], **placement.as_dict())
+    return {"export_s": artifact["export_s"], **_timed(opened, pictures, deadline, steps=steps, size=size)}
+
+
+def onnx_export(model: str, work: str, recipe: str, device: str, budget_s: float, *, tiny: bool) -> dict[str, Any]:  # noqa: ARG001 - an item's arguments
+    """Export a denoiser to ONNX from random weights on disk, unless it is there; return its folder."""
+    from bakeoff.bake import export
+    from bakeoff.recipe import parse
+
     chosen, placement = parse(f"{recipe}@{device}")
     runtime_class = plugins.runtime(chosen.default.backend)
     available = runtime_class.probe()
@@ -231,9 +274,7 @@ def onnx_picture(
     present, started = target.is_dir(), time.perf_counter()
     artifact = export(str(source), target, _denoiser_alone(chosen, source), prove=False)
     export_s = None if present else round(time.perf_counter() - started, 1)
-    opened = partial(load, artifact.folder, **placement.as_dict())
-    found = _timed(opened, pictures, deadline, steps=steps, size=size)
-    return {"export_s": export_s, **found}
+    return {"export_s": export_s, "folder": str(artifact.folder)}
 
 
 def _denoiser_alone(recipe: Any, source: Path) -> Any:  # noqa: ANN401 - a Recipe
@@ -248,15 +289,18 @@ def _plain(text: str) -> str:
     return "".join(each if each.isalnum() else "-" for each in text)
 
 
-KINDS = {"picture": picture, "onnx_picture": onnx_picture}
-"""Other kinds have files of their own: `shapes` is the function of that name in `gpu_shapes.py`."""
+KINDS = {"picture": picture, "compiled": compiled, "onnx_picture": onnx_picture, "onnx_export": onnx_export}
+"""Other kinds have files of their own: `shapes` is the function of that name in `gpu_shapes.py`, `shapes.bake` its `bake`."""
 
 
 def _function(kind: str) -> Any:  # noqa: ANN401 - a function
-    return KINDS.get(kind) or runpy.run_path(str(Path(__file__).with_name(f"gpu_{kind}.py")))[kind]
+    file, _, name = kind.partition(".")
+    return KINDS.get(kind) or runpy.run_path(str(Path(__file__).with_name(f"gpu_{file}.py")))[name or kind]
 
 
 def main() -> None:
+    if len(sys.argv) > 2:  # noqa: PLR2004 - the kind, and cores
+        os.sched_setaffinity(0, map(int, sys.argv[2].split(",")))
     function = _function(sys.argv[1])
     for name in _SLOW_TO_IMPORT:
         importlib.import_module(name)

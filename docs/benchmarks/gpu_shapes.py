@@ -59,6 +59,23 @@ def shapes(
     return told | _summed_up(folder / FILE)
 
 
+def bake(work: str, device: str, arms: list[str], budget_s: float) -> dict[str, Any]:  # noqa: ARG001 - an item's arguments
+    """Bake arms beforehand, where the experiment will look for them; the calibration, too, if they take one."""
+    from bakeoff.bench import work as arms_work
+
+    found, left_out = _possible(arms, device)
+    calibration = _calibration(Path(work), found)
+    baked = {arm: arms_work.bake("shapes", arm, calibration=calibration, prove=False)["export_s"] for arm in found}
+    return {"export_s": baked, "left_out": left_out}
+
+
+def is_calibrated(arm: str) -> bool:
+    """Say whether an arm's recipe takes a calibration."""
+    from bakeoff import plan
+
+    return plan.is_calibrated(parse(arm)[0].default)
+
+
 def _until(ends: float) -> Callable[[str, int, int], None]:
     """Return what tells of progress, and raises `_TimeUpError` once the time is up: between steps, where nothing is half done."""
 
@@ -131,9 +148,7 @@ def _pace(device: str, steps: int) -> float:
 
 def _calibration(work: Path, arms: list[str]) -> str | None:
     """Calibrate the model once, if a recipe takes that; return the file."""
-    from bakeoff.plan import is_calibrated
-
-    if not any(is_calibrated(parse(arm)[0].default) for arm in arms):
+    if not any(map(is_calibrated, arms)):
         return None
     from bakeoff.models.prompts import default_prompts, read_prompts
     from bakeoff.tuning.calibrate import calibrate
