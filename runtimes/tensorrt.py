@@ -77,6 +77,7 @@ class TensorRTRuntime(Runtime):
 
     options: ClassVar[frozenset[str]] = frozenset({"cuda_graphs"})
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    wide_norms: ClassVar[bool] = True
 
     @classmethod
     def probe(cls) -> Availability:

@@ -15,7 +15,7 @@ from bakeoff.errors import ParityError
 from bakeoff.parity.budget import Budget, Gate
 from bakeoff.recipe import PartRecipe, parse
 from bakeoff.sources.source import Source
-from bakeoff.tuning.remedy import Remedy, _alone, _put_back, _worst, reached, remedy
+from bakeoff.tuning.remedy import Remedy, _alone, _put_back, _worst, rank_here, reached, remedy
 from bakeoff.tuning.repair import Repair, _failing, export_repaired
 
 CONVOLUTION = "decoder.up_blocks.1.resnets.0.conv1"
@@ -38,6 +38,19 @@ def test_the_end_of_the_interval_counts_where_it_is_beyond_all_cases():
     assert reached({"cases": cases, "upper": 1.5e-3}) == 1.5e-3
     assert reached({"cases": cases, "upper": 0.7e-3}) == 0.9e-3
     assert reached({"cases": cases, "upper": float("inf")}) == 0.9e-3
+
+
+def test_norms_that_are_wide_anyway_are_not_put_back(baked, monkeypatch):
+    """As TensorRT's: to put one back would change nothing."""
+    artifact = baked("torch:bf16", proved=True)
+    arguments = str(artifact), str(Source.open("shapes").folder), "vae_decoder", {}
+    errors, *_ = rank_here(*arguments)
+    monkeypatch.setattr(plugins.runtime("torch"), "wide_norms", True)
+    without, *_ = rank_here(*arguments)
+    left_out = errors.keys() - without.keys()
+    assert left_out
+    assert all("norm" in name for name in left_out)
+    assert not any("norm" in name for name in without)
 
 
 def test_what_is_put_back_counts_last_and_keeps_what_was_asked():

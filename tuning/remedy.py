@@ -188,7 +188,7 @@ def rank_here(
     Returns:
         Layer -> relative error of the part's output with this layer alone as narrow as it is; layer -> bf16, or what else
         the part computes in, where it has codes, fp32 where it is of two bytes, be it beside codes. Layers for which the
-        backend has no wider precision are left out. And those with codes.
+        backend has no wider precision are left out, and norms that it computes in float32 anyway. And those with codes.
     """
     import torch
 
@@ -201,14 +201,17 @@ def rank_here(
     possible = plugins.exporter(entry.backend).layer_precisions.get(entry.precision, ())
     computed = entry.key_fields["recipe"].get("options", {}).get(_COMPUTE)
     beside = computed if computed in possible else "bf16"
-    stored = plugins.runtime(entry.backend).widens and computed != _HALF
+    runtime = plugins.runtime(entry.backend)
+    stored = runtime.widens and computed != _HALF
     cases = recorded(artifact, part).cases
     errors, widths, coded = {}, {}, []
     for path, name in names_in(flat, origin.checkpoint(found.module)).items():
         layer = flat.get_submodule(path)
         has_codes = _has_codes(layer, name, mixture)
         wide = beside if has_codes else "fp32"
-        if wide not in possible or not [*layer.parameters(recurse=False)]:
+        shapes = [weight.shape for weight in layer.parameters(recurse=False)]
+        is_norm = all(len(shape) == 1 for shape in shapes)
+        if wide not in possible or not shapes or (is_norm and runtime.wide_norms):
             continue
         alone = _alone(flat, path, name, mixture, scales, beside=beside, stored=stored)
         if alone is None:
