@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .anatomy import Anatomy
-from .causes import GRIDS, Cause, Evidence, Rounding, find_cause, principal
+from .causes import Cause, find_cause
 from .distance import relative_error
+from .evidence import GRIDS, Evidence, Rounding, principal
 from .proof import fed
 from .traces import Eager, Seen
 

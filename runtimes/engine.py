@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from .. import plugins
-from ..errors import Cancelled, ParityError
+from ..errors import ParityError
 from ..recipe import Placement
 from ..sources.lora import Lora, deltas_of
+from .callback import after_step, step_end
+from .guidance import RowGuidance
 from .idle import refuse_idle_options
 from .image import as_pictures
 from .keeper import Keeper
@@ -31,9 +33,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
+    from .callback import Callback
     from .request import Request
 
-    Callback = Callable[[int, float, Tensor], bool | None]
     Picture = Image | NDArray[np.uint8] | Sequence[Image | NDArray[np.uint8]]
 
 DEFAULT_STEPS = 20
@@ -51,26 +53,6 @@ class Result:
     """Host clock, by part, and `total`."""
     notes: tuple[str, ...] = ()
     """What was done about memory, and what of it is lossy; that the proof is of another processor. In sentences."""
-
-
-class RowGuidance:
-    """A guidance scale a row, for pipelines that compute `scale > 1` and `uncond + scale * difference`.
-
-    A row whose scale is at most `unguided_at_most` gets its conditional prediction, as it would alone.
-    """
-
-    def __init__(self, scales: Sequence[float], unguided_at_most: float, ndim: int) -> None:
-        import torch
-
-        effective = [1.0 if scale <= unguided_at_most else scale for scale in scales]
-        self._largest = max(scales)
-        self._tensor = torch.tensor(effective).reshape(-1, *[1] * (ndim - 1))
-
-    def __gt__(self, other: float) -> bool:
-        return self._largest > other
-
-    def __mul__(self, difference: Tensor) -> Tensor:
-        return self._tensor.to(difference) * difference
 
 
 class Engine:
@@ -286,8 +268,8 @@ class Engine:
             "num_inference_steps": request.steps,
             self.family.guidance_argument: self._guidance(request),
             "output_type": "np",
-            "callback_on_step_end": _step_end(callback),
-            "callback": _after_step(callback),
+            "callback_on_step_end": step_end(callback),
+            "callback": after_step(callback),
             **_start(request),
         }
         taken = inspect.signature(pipeline.__call__).parameters
@@ -353,31 +335,6 @@ def _start(request: Request) -> dict[str, Any]:
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
     started = {"image": request.image, "mask_image": request.mask, "strength": request.strength}
     return {"generator": generators, **{name: value for name, value in started.items() if value is not None}}
-
-
-def _step_end(callback: Callback | None) -> Callable[..., dict[str, Any]] | None:
-    tell = _after_step(callback)
-    if tell is None:
-        return None
-
-    def step_end(_: object, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401
-        tell(step, timestep, tensors["latents"])
-        return {}
-
-    return step_end
-
-
-def _after_step(callback: Callback | None) -> Callable[[int, Any, Tensor], None] | None:
-    """Return what pipelines of Diffusers' older kind call after a step."""
-    if callback is None:
-        return None
-
-    def tell(step: int, timestep: Any, latents: Tensor) -> None:  # noqa: ANN401
-        if callback(step, float(timestep), latents.cpu()) is False:
-            message = f"the callback stopped after step {step + 1}"
-            raise Cancelled(message)
-
-    return tell
 
 
 def load(

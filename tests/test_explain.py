@@ -14,7 +14,8 @@ from bakeoff.components.component import Sizes
 from bakeoff.errors import ParityError
 from bakeoff.parity import causes
 from bakeoff.parity.anatomy import Anatomy
-from bakeoff.parity.causes import Evidence, Rounding, find_cause
+from bakeoff.parity.causes import find_cause
+from bakeoff.parity.evidence import Evidence, Rounding
 from bakeoff.parity.explain import NOWHERE, explain
 from bakeoff.parity.proof import as_baked, scales_of
 from bakeoff.parity.search import Search
