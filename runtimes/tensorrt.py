@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +17,7 @@ from .tensorrt_device import ALIGNMENT, Device
 from .tensorrt_files import ABOUT, WEIGHTS, EngineFiles
 from .tensorrt_graphs import Graphs
 from .tensorrt_inspection import inspect, refuse_another_precision
+from .tensorrt_memory import Memory
 from .tensorrt_refit import Refit, shapes
 
 if TYPE_CHECKING:
@@ -42,29 +42,8 @@ _DTYPES = {
     "INT8": "int8",
 }
 """TensorRT's dtype -> torch's."""
-_MARGIN_BYTES = 512 << 20
-"""Device memory that is left alone when weights are placed: inputs, outputs, and what else runs there."""
 _ROWS = "batch"
 """Dimension whose rows have nothing to do with each other."""
-
-
-@dataclass
-class _Memory:
-    """What an engine takes of the device, in bytes."""
-
-    plan: int
-    weights: int
-    most_activations: int = 0
-    """What the largest shapes of all profiles would take beside weights."""
-    activations: int = 0
-    """What the largest shapes that have been run take; before, the first profile's best ones."""
-    streamable: int = 0
-    streaming_budget: int | None = None
-    """Of streamable weights, what stays on the device; None: none are streamable."""
-    scratch: int = 0
-
-    def as_dict(self) -> dict[str, int | None]:
-        return {f"{name}_bytes": value for name, value in vars(self).items()}
 
 
 class TensorRTRuntime(Runtime):
@@ -129,7 +108,7 @@ class TensorRTRuntime(Runtime):
             self._change(deltas)
         self._dtypes = self._interface()
         self._profiles = profiles.read(self._engine, [port.name for port in self.inputs if port.dims])
-        self._memory = self._read_memory()
+        self._memory = Memory(self._trt, self._files, self._contexts, self._graphs, self._device)
         self._expect(self._needed_at_best())
         self.configuration |= {
             "device": "cuda",
@@ -151,21 +130,16 @@ class TensorRTRuntime(Runtime):
         self._refit.load_all()
 
     @property
-    def _streams(self) -> bool:
-        """Whether weights come from host memory in each run."""
-        return self._memory.streaming_budget is not None and self._memory.streaming_budget < self._memory.streamable
-
-    @property
     def _with_graphs(self) -> bool:
         """Whether launches are recorded; not where weights are streamed, with which that isn't known to work."""
-        return self.placement.cuda_graphs and not self._streams
+        return self.placement.cuda_graphs and not self._memory.streams
 
     @property
     def _fallback(self) -> str | None:
         """Say what was asked for and isn't so."""
         asked = self.placement
         found = [] if asked.device in {"auto", "cuda"} else [f"TensorRT doesn't run on {asked.device}"]
-        if asked.cuda_graphs and self._streams:
+        if asked.cuda_graphs and self._memory.streams:
             found.append("no cuda_graphs: some weights come from host memory in each run")
         if self._unknown:
             found.append(
@@ -190,22 +164,6 @@ class TensorRTRuntime(Runtime):
         self._runtime = runtime
         return engine
 
-    def _read_memory(self) -> _Memory:
-        """Read what the engine takes; weights that may stream do so at first, so that a context doesn't need them all."""
-        engine, stat = self._engine, self._trt.EngineStat.TOTAL_WEIGHTS_SIZE
-        memory = _Memory(self._files.plan_bytes, int(engine.get_engine_stat(stat)))
-        if self._files.settings["weight_streaming"]:
-            memory.streamable = int(engine.streamable_weights_size)
-            self._set_budget(memory, 0)
-        memory.most_activations = int(engine.device_memory_size_v2)  # with scratch, which it has once there is a budget
-        return memory
-
-    def _set_budget(self, memory: _Memory, size: int) -> None:
-        """Keep so many bytes of streamable weights on the device; no context may be there. Say what came of it."""
-        self._engine.weight_streaming_budget_v2 = size
-        memory.streaming_budget = int(self._engine.weight_streaming_budget_v2)
-        memory.scratch = self._contexts.scratch = int(self._engine.weight_streaming_scratch_memory_size)
-
     def _needed_at_best(self) -> int:
         """Return the device memory that a run of the first profile's best shapes takes."""
         context = self._contexts.of(0)
@@ -213,26 +171,13 @@ class TensorRTRuntime(Runtime):
         return context.needs
 
     def _expect(self, needed: int) -> None:
-        """Prepare for runs that take so much device memory: weights stay there as far as they fit beside it.
-
-        Contexts and graphs go where weights move.
-        """
-        memory = self._memory
-        memory.activations = needed
+        """Prepare for runs that take so much device memory."""
         self._device.expect(self, needed)
-        if memory.streaming_budget is not None:
-            self._device.give_back()
-            room = self._device.free_bytes() + memory.streaming_budget - self._device.lacking - _MARGIN_BYTES
-            budget = max(0, min(memory.streamable, room))
-            if budget != memory.streaming_budget:
-                self._device.finish()
-                self._graphs.clear()
-                self._contexts.clear()
-                self._set_budget(memory, budget)
+        self._memory.make_room(needed)
         self.configuration |= {
             "fallback": self._fallback,
             "cuda_graphs": self._with_graphs,
-            "memory": memory.as_dict(),
+            "memory": self._memory.as_dict(),
         }
 
     def _interface(self) -> dict[str, torch.dtype]:
@@ -378,7 +323,9 @@ class TensorRTRuntime(Runtime):
             f"{self._memory.activations / 1e9:.1f} GB, {self._device.free_bytes() / 1e9:.1f} GB are free"
         )
         fix = "a smaller picture or --max-batch; close what uses the GPU"
-        return ResourceError(message, fix=fix if self._streams else f"{fix}; or export it with +weight_streaming")
+        return ResourceError(
+            message, fix=fix if self._memory.streams else f"{fix}; or export it with +weight_streaming"
+        )
 
     def adapt(self, deltas: Mapping[str, Sequence[Delta]]) -> bool:
         """Exchange the LoRAs of the open engine, if it can; its recorded graphs go, since they may hold old weights.

@@ -20,7 +20,7 @@ class Contexts:
     """Makes an engine's contexts, and keeps one a profile. None has device memory of its own."""
 
     def __init__(self, part: str, trt: Any, engine: Any, device: Device, log: list[str]) -> None:  # noqa: ANN401 - tensorrt is untyped
-        self._part, self._trt, self._engine, self._device, self._log = part, trt, engine, device, log
+        self._part, self._trt, self.engine, self._device, self._log = part, trt, engine, device, log
         self._kept: dict[int, Context] = {}
         self.scratch = 0
         """Device memory in bytes that a run takes beside its activations: where weights are streamed."""
@@ -37,14 +37,14 @@ class Contexts:
         Raises:
             ArtifactError: TensorRT makes none.
         """
-        made = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        made = self.engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if made is None:
             message = f"{self._part}: TensorRT made no context: {' '.join(self._log) or 'nothing said why'}"
             raise ArtifactError(message, fix="free device memory, or export it again")
         if index:
             self._choose(made, index)
         self._device.finish()
-        most = int(self._engine.get_device_memory_size_for_profile_v2(index))
+        most = int(self.engine.get_device_memory_size_for_profile_v2(index))
         return Context(f"{self._part}, profile {index}", made, most, self.scratch, self._log)
 
     def _choose(self, made: Any, index: int) -> None:  # noqa: ANN401
@@ -60,7 +60,7 @@ class Contexts:
     def close(self) -> None:
         """Let go of the engine."""
         self.clear()
-        self._engine = None
+        self.engine = None
 
 
 class Context:
