@@ -38,6 +38,15 @@ class StandIn:
         return self._runner.run(floats)
 
 
+def is_there(place: object, device: torch.device) -> bool:
+    """Say whether a place, as `to` takes it, is a device: `cuda` is the first one."""
+    try:
+        named = torch.device(place)  # type: ignore[call-overload]
+    except (TypeError, RuntimeError):
+        return False
+    return bool(named.type == device.type and (named.index or 0) == (device.index or 0))
+
+
 def full_config(model_class: type, config: Mapping[str, Any]) -> Any:  # noqa: ANN401 - Diffusers' FrozenDict is untyped
     """Return the FrozenDict that the real module would have: the file's values over the class's defaults."""
     from diffusers.configuration_utils import FrozenDict

@@ -26,6 +26,8 @@ _SHARD_BYTES = 5_000_000_000
 _CHUNK_ELEMENTS = 1 << 22
 _DEPTHS = ("num_layers", "num_single_layers", "n_layers", "num_hidden_layers", "transformer_layers_per_block")
 """What configs call the number of layers that are alike; the last one has a number a block."""
+_CHOSEN = "dual_attention_layers"
+"""What SD 3.5's config calls the layers that have a second attention."""
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
@@ -57,7 +59,10 @@ def _shallow(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
     def cut(value: Any) -> Any:  # noqa: ANN401 - a number, or one a block
         return [min(each, depth) for each in value] if isinstance(value, list) else min(value, depth)
 
-    return {**config, **{name: cut(config[name]) for name in _DEPTHS if name in config}}
+    found = {**config, **{name: cut(config[name]) for name in _DEPTHS if name in config}}
+    if _CHOSEN in config:  # some at the beginning; the last layer is another kind
+        found[_CHOSEN] = [each for each in config[_CHOSEN] if each < depth - 2]
+    return found
 
 
 def build(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor, nn
+
+_AHEAD = 2
+"""Blocks that may be launched before an earlier one is done: its memory is free for others only then."""
 
 
 class Blocks:
@@ -43,6 +47,7 @@ class Blocks:
         self._blocks = found
         self._arrived: dict[int, Any] = {}
         self._next: dict[int, int] = {}
+        self._left: deque[Any] = deque()
         self._last: int | None = None
         self.most = 0
         """Blocks that were on the device at once, at most."""
@@ -101,6 +106,10 @@ class Blocks:
                 tensor.data.record_stream(torch.accelerator.current_stream(self._device))
             tensor.data = host
         del self._arrived[number]
+        if self._pinned:
+            self._left.append(torch.accelerator.current_stream(self._device).record_event())
+            if len(self._left) > _AHEAD:
+                self._left.popleft().synchronize()
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:

@@ -63,7 +63,7 @@ class Crossing:
         return found
 
     def bring_home(self, tensors: Sequence[Tensor], home: torch.device) -> list[Tensor]:
-        """Return the device's tensors contiguous, there or in host memory, finished; what is to lie elsewhere goes over it."""
+        """Return the device's tensors contiguous: there, or finished in host memory, from where others fetch them."""
         if home.type == self.device.type:
             return [tensor.contiguous() for tensor in tensors]
         return self.to_host(tensors)

@@ -134,7 +134,7 @@ class Engine:
             station.visitor = visitor
 
     def watch(self, watcher: Callable[[str, Mapping[str, Tensor]], None] | None) -> None:
-        """Call `watcher(part, inputs)` before each run of a part; None: no more."""
+        """Call `watcher(part, inputs)` before each run of a part; None: no more. Inputs may lie on a device."""
         for station in self._stations.values():
             station.watcher = watcher
 
@@ -189,7 +189,7 @@ class Engine:
             strength: over 0 to 1, how much of the image is noised away; by default as in the family's own pipeline.
             control_image: what the ControlNet follows, where the artifact has one; resized where `size` differs.
             control_scale: how strongly it is followed.
-            callback: called after each step with (step, timestep, latents of this batch in host memory); False stops.
+            callback: called after each step with (step, timestep, this batch's latents, in host memory); False stops.
             max_batch: most prompts in one batch; 1 makes a prompt's picture bitwise independent of the others.
             stages: wait for devices after each part, so that `seconds` is exact by part.
             progress: show Diffusers' progress bar.

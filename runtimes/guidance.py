@@ -27,4 +27,5 @@ class RowGuidance:
         return self._largest > other
 
     def __mul__(self, difference: Tensor) -> Tensor:
-        return self._tensor.to(difference) * difference
+        self._tensor = self._tensor.to(difference)  # the same in each step
+        return self._tensor * difference

@@ -33,7 +33,7 @@ class DeviceBinding:
     """Inputs are copied to tensors that stay, what is the same as before only once; results are copies.
 
     Results lie on the device if an input does, else in host memory. ONNX Runtime has a stream of its own: torch's is
-    waited for before a run, and a run returns when it is done.
+    waited for before a run, and a run returns when it is done, all but the copies.
 
     With `graphs` each set of shapes is a CUDA graph, recorded in its first run; ONNX Runtime keeps a graph as long as
     the session, so shapes after the first few run without.
@@ -54,6 +54,10 @@ class DeviceBinding:
         self._session.run_with_iobinding(slot.binding, self._run_options(slot))
         made = [tensor.clone() for tensor in slot.outputs.values()]
         return dict(zip(slot.outputs, self._crossing.bring_home(made, home_of(inputs.values())), strict=True))
+
+    def finish(self) -> None:
+        """Wait for what torch's stream was asked for: copies of inputs and results."""
+        self._crossing.finish()
 
     def _slot(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, tuple[int, ...]]) -> _Slot:
         key = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())

@@ -1,8 +1,9 @@
-"""Run a part with ONNX Runtime; inputs and outputs are bound where the caller's tensors lie."""
+"""Run a part with ONNX Runtime; the host's inputs and outputs are bound where they lie, on NVIDIA's to tensors that stay."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ArtifactError, UnavailableError
@@ -119,7 +120,7 @@ class OnnxRuntime(Runtime):
         if overflows and _lacks_zero_points(model.graph):
             disabled.append(_MAKES_UNSIGNED)
             fallbacks.append(f"{OVERFLOWS}: convolutions are of floats until it is exported again")
-        asked = providers.options_of(provider, device, part.precision, placement, cache)
+        asked = providers.options_of(provider, device, part.precision, replace(placement, cuda_graphs=graphs), cache)
         kept = onnx_weights.adapt(options, part.folder, part.deltas)
         self._session: Any = _opened(part, given, options, providers.listed(provider, asked, part.precision), disabled)
         del kept
@@ -177,6 +178,10 @@ class OnnxRuntime(Runtime):
 
     def _tap(self, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         return onnx_graph.tap(self.part.folder, self._session, inputs, names)
+
+    def synchronize(self) -> None:
+        if self._binding is not None:
+            self._binding.finish()
 
     def between_runs(self, *, same: bool) -> None:
         if self._binding is not None:

@@ -226,14 +226,14 @@ class Runtime(ABC):
         What is returned isn't fused away, so a backend may compute in another order, or in another dtype, than in `run`.
 
         Args:
-            inputs: as of `run`.
+            inputs: as of `run`. What is returned lies in host memory wherever they lie.
             names: of `Operation.inputs` or `Operation.outputs`, constants apart.
 
         Raises:
             InputError: as `run`.
             UsageError: as `operations`.
         """
-        fed, _ = self._checked(inputs)
+        fed, _ = self._checked({name: tensor.cpu() for name, tensor in inputs.items()})
         wanted = [name for name in dict.fromkeys(names) if name not in fed]
         return {name: fed[name] for name in names if name in fed} | (self._tap(fed, wanted) if wanted else {})
 

@@ -136,6 +136,8 @@ class Station:
         runtime = self._opened()
         if self.watcher:
             self.watcher(self.part.name, inputs)
+        if self.stages:
+            runtime.synchronize()  # what the pipeline itself has asked its device for isn't the part's
         started = time.perf_counter()
         outputs = runtime.run(inputs)
         if self.stages:

@@ -1,4 +1,4 @@
-"""A pipeline's tensors on a device: drawn as in host memory, bit for bit, and nothing of a step crosses.
+"""A pipeline's tensors on a device: drawn as in host memory, bit for bit, and of a step no latents, embeddings or masks cross.
 
 The device isn't there (tests/device/standin.py): it refuses what a GPU would refuse, and computes on the CPU.
 """
@@ -10,9 +10,11 @@ from math import prod
 from pathlib import Path
 
 import pytest
+import torch
 
 from bakeoff import plugins
 from bakeoff.bake import export
+from bakeoff.components.standin import is_there
 from bakeoff.recipe import parse
 
 SCRIPT = Path(__file__).parent / "device" / "pictures.py"
@@ -59,6 +61,13 @@ def test_pictures_of_a_pipeline_on_a_device_are_the_hosts(tiny, tmp_path, family
     assert {line["artifact"] for line in lines} == {artifact.name for artifact in artifacts}
     for found in lines:
         assert [each for each in check(found) if each[0] == "out"] == [("out", (2, 3, 64, 96), 1)]
+
+
+def test_a_device_has_several_names():
+    first = torch.device("cuda")
+    assert all(is_there(place, first) for place in ("cuda", "cuda:0", torch.device("cuda", 0)))
+    assert not any(is_there(place, first) for place in ("cpu", "cuda:1", torch.float16, "fast", None, 3.0))
+    assert is_there("cpu", torch.device("cpu"))
 
 
 def test_parts_of_the_host_take_a_devices_tensors_and_give_them_back(tiny, tmp_path):

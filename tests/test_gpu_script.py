@@ -179,25 +179,24 @@ def chores(script, tmp_path, monkeypatch):
     (tmp_path / "chore.py").write_text(CHORE)
     inside = script["run"].__globals__
     monkeypatch.setitem(inside, "ITEMS_SCRIPT", tmp_path / "chore.py")
-    monkeypatch.setitem(inside, "_jobs_at_once", lambda: 2)
+    monkeypatch.setitem(inside, "_jobs_at_once", lambda _: 2)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     return script["prepare"]
 
 
 def test_chores_are_done_at_once_each_on_cores_of_its_own(script, chores, tmp_path):
     item = script["Item"]
-    first, second = (item(name, "bake", 90.0, {"sleeps": 2}) for name in ("first", "second"))
-    due = [
-        item("timed", "picture", 60.0, {}, (first, second)),
-        item("timed, too", "picture", 60.0, {}, (second,)),
-        item("untimed", "features", 90.0, {"sleeps": 0}, timed=False),
-    ]
-    done = chores(due, 120.0, tmp_path)
-    assert set(done) == {"first", "second", "untimed"}
+    first, second, short = (
+        item(name, "bake", budget, {"sleeps": sleeps})
+        for name, budget, sleeps in (("first", 90.0, 2), ("second", 90.0, 2), ("short", 50.0, 0))
+    )
+    due = [item("a", "picture", 60.0, {}, (short, first)), item("b", "picture", 60.0, {}, (second, first))]
+    done = chores(due, 120.0, tmp_path, "cpu")
+    assert [*done] == ["first", "second", "short"], "what takes longest comes first"
     assert {done["first"]["cores"], done["second"]["cores"]} == {"0", "1"}
     assert done["first"]["from"] < done["second"]["to"]
     assert done["second"]["from"] < done["first"]["to"]
-    assert all("up" in outcome["not_run"] for outcome in chores(due, 1.0, tmp_path).values())
+    assert all("up" in outcome["not_run"] for outcome in chores(due, 1.0, tmp_path, "cpu").values())
 
 
 def test_chores_end_with_the_script(script, chores, tmp_path, monkeypatch):
@@ -210,9 +209,9 @@ def test_chores_end_with_the_script(script, chores, tmp_path, monkeypatch):
         return {"failed": process.communicate()}
 
     monkeypatch.setitem(inside, "run", interrupted)
-    due = [script["Item"](name, "features", 90.0, {"sleeps": 60}, timed=False) for name in "abc"]
+    jobs = tuple(script["Item"](name, "bake", 90.0, {"sleeps": 60}) for name in "abc")
     with pytest.raises(KeyboardInterrupt):
-        chores(due, 120.0, tmp_path)
+        chores([script["Item"]("due", "picture", 60.0, {}, jobs)], 120.0, tmp_path, "cpu")
     assert len(waiting) >= 2
     for process in waiting:
         assert process.wait(10)
@@ -229,9 +228,29 @@ def test_compiled_rows_say_what_was_compiled_before(script):
     for item in compiled:
         (chore,) = item.chores
         assert chore.arguments["precision"] == item.arguments["precision"]
-    (baked,) = [item.chores for item in items if item.kind == "shapes"]
-    arms = next(item.arguments["arms"] for item in items if item.kind == "shapes")
-    assert sorted(arm for chore in baked for arm in chore.arguments["arms"]) == sorted(arms)
+
+
+def test_arms_are_dealt_to_bakers_as_their_artifacts_are_keyed(shapes):
+    arms = [
+        "torch:fp32@cpu", "torch:bf16@cpu", "torch:bf16+compile=regional@cpu", "onnx:int8@cpu", "torch:w8a8@cpu",
+        "tensorrt:fp16@cpu", "onnx:fp32@cpu",
+    ]  # fmt: skip
+    assert shapes["jobs"](arms, 2) == [
+        ["torch:w8a8@cpu", "onnx:int8@cpu"],  # whose codes a calibration changes
+        ["torch:fp32@cpu", "onnx:fp32@cpu"],
+        ["torch:bf16@cpu"],
+    ]
+    assert shapes["jobs"](["onnx:int8@cpu", "torch:fp32@cpu"], 1) == [["onnx:int8@cpu", "torch:fp32@cpu"]]
+
+
+def test_the_arms_that_are_baked_beforehand_are_found_again(shapes, tmp_path, monkeypatch):
+    monkeypatch.setenv("BAKEOFF_HOME", str(tmp_path / "home"))
+    arms = ["null:fp32@cpu", "torch:fp16@cpu", "tflite:fp16@cpu"]
+    told = shapes["bake"](str(tmp_path), "cpu", arms, 60.0)
+    assert [*told["export_s"]] == arms[:2]
+    assert "tflite" in told["left_out"][arms[2]]
+    again = shapes["bake"](str(tmp_path), "cpu", arms, 60.0)
+    assert again["export_s"] == dict.fromkeys(arms[:2])
 
 
 def test_a_model_of_few_layers_has_the_widths_of_the_whole():
@@ -240,6 +259,7 @@ def test_a_model_of_few_layers_has_the_widths_of_the_whole():
     assert few["transformer_layers_per_block"] == [1, 2, 2]
     assert {name for name in whole if few[name] != whole[name]} == {"transformer_layers_per_block"}
     assert fullsize.config("flux.1-dev", "transformer", depth=2)[2]["num_single_layers"] == 2
+    assert fullsize.config("sd-3.5-medium", "transformer", depth=3)[2]["dual_attention_layers"] == [0]
 
 
 def test_what_was_lacking_is_tried_again_once_something_is_installed(script):
@@ -410,14 +430,37 @@ def test_a_feature_that_ends_the_process_fails_and_the_others_go_on(trying, tmp_
     with pytest.raises(SystemExit):
         features(str(tmp_path), "cpu", 600.0)
     assert "run it again" in features(str(tmp_path), "cpu", 0.0)["unfinished"]
-    with pytest.raises(SystemExit):
-        features(str(tmp_path), "cpu", 600.0)  # once more: the time may have been up
     told = features(str(tmp_path), "cpu", 600.0)
-    assert told["features"]["one"]["reason"] == "the process ended while it ran"
+    assert told["features"]["one"] == {
+        "outcome": "failed",
+        "reason": "the process ended while it ran, or the time was up",
+    }
     assert told["features"]["two"]["outcome"] == "passed"
     lines = script["_features"](told)
-    assert "| one | failed | – | the process ended while it ran |" in lines
+    assert "| one | failed | – | the process ended while it ran, or the time was up |" in lines
     assert any(line.startswith("| two | passed |") and "db 60.0" in line for line in lines)
+
+
+def test_a_feature_that_fails_beside_other_work_is_tried_again_alone(trying, tmp_path, monkeypatch):
+    features, inside = trying["features"], trying["features"].__globals__
+    found = [RuntimeError("no memory was left")]
+
+    def shy(_):
+        if found:
+            raise found.pop()
+        return {"db": 60.0}
+
+    monkeypatch.setitem(inside, "FEATURES", {"one": "shy", "two": "fine", "TensorRT": "fine"})
+    monkeypatch.setitem(inside, "shy", shy)
+    monkeypatch.setitem(inside, "fine", lambda _: {"db": 60.0})
+    told = features(str(tmp_path), "cpu", 600.0, beside=True)
+    assert [*told["features"]] == ["two"]
+    assert told["unfinished"]
+    told = features(str(tmp_path), "cpu", 600.0)
+    assert {name: each["outcome"] for name, each in told["features"].items()} == dict.fromkeys(
+        ("one", "two", "TensorRT"), "passed"
+    )
+    assert "unfinished" not in told
 
 
 def test_diffusers_computes_from_quantized_folders_what_we_do(trying, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...errors import InputError
 from ..component import Activations, Component, Port, Sizes
 from ..loading import load_diffusers
+from ..standin import is_there
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -142,9 +143,10 @@ def runtime_vae(plain: Any, config: Config) -> Any:  # noqa: ANN401 - a class of
         return guarded.from_config(dict(config))
 
 
-def _to(vae: nn.Module, *places: object, **named: object) -> nn.Module:
+def _to(vae: Any, *places: object, **named: object) -> nn.Module:
     """Accept where and what it is already, as SDXL's pipelines ask for before they encode a picture."""
-    if all(str(value) in {str(vae.device), "torch.float32", "None"} for value in (*places, *named.values())):
+    wanted = [value for value in (*places, *named.values()) if value not in (None, torch.float32)]
+    if all(is_there(value, vae.device) for value in wanted):
         return vae
     return _refused()
 

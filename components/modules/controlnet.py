@@ -131,7 +131,7 @@ def _controlnet_stand_in(runner: Runner, config: Config) -> object:
                 "timestep": torch.as_tensor(timestep).reshape(()),
                 "encoder_hidden_states": encoder_hidden_states,
                 "controlnet_cond": controlnet_cond,
-                "conditioning_scale": torch.tensor(float(conditioning_scale)),
+                "conditioning_scale": torch.full((), float(conditioning_scale), device=sample.device),
                 **added,
             }
             results = runner.run({name: tensor.float() for name, tensor in inputs.items()})

@@ -127,7 +127,8 @@ def _controlnet_stand_in(runner: Runner, config: Config) -> object:
         ) -> Any:  # noqa: ANN401
             taken = {port.name for port in runner.inputs}
             inputs = {name: options.pop(name) for name in taken & set(options)}
-            inputs["conditioning_scale"] = torch.tensor(float(conditioning_scale))
+            device = inputs["hidden_states"].device
+            inputs["conditioning_scale"] = torch.full((), float(conditioning_scale), device=device)
             if "guidance" in taken:
                 inputs["guidance"] = guidance
             refuse("ControlNet", options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,13 +81,14 @@ class QwenImageTransformer2D(Component):
         return _TransformerStandIn(next(iter(runners.values())), full_config(QwenImageTransformer2DModel, config))
 
 
-def _places(rows: int, columns: int, sequence: int) -> tuple[Tensor, Tensor]:
-    """Return (rows * columns, 3) and (sequence, 3) float32: frame, row and column of each token."""
+@lru_cache(4)
+def _places(rows: int, columns: int, sequence: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (rows * columns, 3) and (sequence, 3) float32: frame, row and column of each token; the same in each step."""
     down, across = torch.arange(rows) - (rows - rows // 2), torch.arange(columns) - (columns - columns // 2)
     row, column = torch.meshgrid(down, across, indexing="ij")
     image = torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3)
     text = torch.arange(sequence) + max(rows // 2, columns // 2)
-    return image.float(), text[:, None].expand(-1, 3).float().contiguous()
+    return image.float().to(device), text[:, None].expand(-1, 3).float().contiguous().to(device)
 
 
 class _FlatTransformer(nn.Module):
@@ -182,10 +184,10 @@ class _TransformerStandIn(StandIn):
 
         (frames, rows, columns), *others = img_shapes[0]
         refuse("transformer", {"pictures beside the one that is made": bool(others) or frames > 1, **options})
-        img_ids, txt_ids = _places(rows, columns, encoder_hidden_states.shape[1])
+        img_ids, txt_ids = _places(rows, columns, encoder_hidden_states.shape[1], hidden_states.device)
         mask = encoder_hidden_states_mask
         if mask is None:
-            mask = torch.ones(encoder_hidden_states.shape[:2])
+            mask = torch.ones(encoder_hidden_states.shape[:2], device=hidden_states.device)
         predicted = self._run(
             hidden_states=hidden_states,
             encoder_hidden_states=encoder_hidden_states,

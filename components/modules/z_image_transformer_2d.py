@@ -230,13 +230,16 @@ class _TransformerStandIn(StandIn):
             message = "the exported transformer takes one picture a row"
             raise InputError(message, fix="use the original Diffusers pipeline for several")
         refuse("transformer", options)
-        lengths = torch.tensor([len(caption) for caption in cap_feats])
+        device = cap_feats[0].device
+        lengths = torch.tensor([len(caption) for caption in cap_feats], device=device)
         captions = nn.utils.rnn.pad_sequence(cap_feats, batch_first=True)
         predicted = self._run(
             hidden_states=torch.stack(x)[:, :, 0],
             timestep=t,
             encoder_hidden_states=captions,
-            encoder_attention_mask=(torch.arange(captions.shape[1])[None] < lengths[:, None]).to(torch.int64),
+            encoder_attention_mask=(torch.arange(captions.shape[1], device=device)[None] < lengths[:, None]).to(
+                torch.int64
+            ),
         )["out_hidden_states"]
         rows = list(predicted.unsqueeze(2).unbind(0))
         return Transformer2DModelOutput(sample=rows) if return_dict else (rows,)

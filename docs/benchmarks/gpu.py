@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import queue
@@ -28,7 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bakeoff import footprint, hardware
+from bakeoff import footprint, hardware, nvidia
 from bakeoff.errors import BakeoffError
 from bakeoff.reports.record import joules_of
 
@@ -43,10 +42,10 @@ _LEAST_S = 15.0
 """Less than this isn't worth starting a process for."""
 _BUDGETS = {None: 60.0, "regional": 120.0, "full": 180.0}
 """Seconds of an item by what it compiles."""
-_PREPARING = 0.25
+_PREPARING = 0.3
 """Share of the time that may go by before anything is timed."""
-_CORES, _JOB_BYTES = 2, 4_000_000_000
-"""Cores of a job that is done beside others, and host memory that it may take."""
+_CORES, _JOB_BYTES, _JOB_DEVICE_BYTES = 2, 4_000_000_000, 8_000_000_000
+"""Cores of a job that is done beside others, and memory that it may take of the host and of the device."""
 _GRACE_S = 20.0
 """What an item may take beyond its budget before its process is ended."""
 PACKAGES = (
@@ -122,8 +121,6 @@ class Item:
     arguments: dict[str, Any] = field(default_factory=dict)
     chores: tuple[Item, ...] = ()
     """What of it can be done beforehand."""
-    timed: bool = True
-    """Whether it wants the machine for itself."""
 
 
 def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
@@ -137,13 +134,15 @@ def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
     recipe = "onnx:fp16+compute=half" + ("" if device == "cpu" else "+attention=flash")
     sdxl = MODELS["sdxl"]
     onnx = {**common, "model": sdxl.name, "recipe": recipe}
-    exported = Item("sdxl, exporting to ONNX", "onnx_export", 180, {**onnx, "tiny": tiny})
+    exported = Item("sdxl, exporting to ONNX", "onnx_export", 240, {**onnx, "tiny": tiny})
     eager = [pictures.pop((name, "eager bf16")) for name, arm in [*pictures] if arm == "eager bf16"]
     return [
         *first,
         *second,
         Item("shapes", "shapes", 240, {**common, **judged}, _bakes(arms, common)),
-        Item("features", "features", 180, common, timed=False),
+        Item(
+            "features", "features", 180, common, (Item("features beside", "features", 180, {**common, "beside": True}),)
+        ),
         *eager,
         Item(
             "sdxl, UNet in ONNX Runtime, float16", "onnx_picture", 240, {**onnx, **_work(sdxl, tiny=tiny)}, (exported,)
@@ -153,12 +152,9 @@ def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
 
 
 def _bakes(arms: list[str], common: dict[str, Any]) -> tuple[Item, ...]:
-    """Return what bakes the arms, in as many jobs as are done at once; those that take the calibration are one."""
-    is_calibrated = runpy.run_path(str(ITEMS_SCRIPT.with_name("gpu_shapes.py")))["is_calibrated"]
-    calibrated = [arm for arm in arms if is_calibrated(arm)]
-    others, count = [arm for arm in arms if arm not in calibrated], _jobs_at_once()
-    jobs = [calibrated, *(others[number::count] for number in range(count))]
-    return tuple(Item(f"baking {job[0]}", "shapes.bake", 180, {**common, "arms": job}) for job in jobs if job)
+    """Return what bakes the arms, in about as many jobs as are done at once."""
+    jobs = runpy.run_path(str(ITEMS_SCRIPT.with_name("gpu_shapes.py")))["jobs"](arms, _jobs_at_once(common["device"]))
+    return tuple(Item(f"baking {job[0]}", "shapes.bake", 180, {**common, "arms": job}) for job in jobs)
 
 
 def _work(model: Model, *, tiny: bool) -> dict[str, Any]:
@@ -371,19 +367,24 @@ def _remark(outcome: dict[str, Any]) -> str:
     return "; ".join([*turns, *before, *tainted])
 
 
-def _jobs_at_once() -> int:
-    return max(1, min(len(os.sched_getaffinity(0)) // _CORES, footprint.usable_bytes() // _JOB_BYTES))
+def _jobs_at_once(device: str) -> int:
+    """Return how many jobs the cores, the host's memory and the device's are enough for."""
+    counts = [len(os.sched_getaffinity(0)) // _CORES, footprint.usable_bytes() // _JOB_BYTES]
+    if device != "cpu":
+        counts += [gpu["memory_bytes"] // _JOB_DEVICE_BYTES for gpu in nvidia.describe()[:1]]
+    return max(1, min(counts))
 
 
-def prepare(due: list[Item], seconds: float, work: Path) -> dict[str, dict[str, Any]]:
-    """Do chores, and items that aren't timed, at once, each on cores of its own, until the seconds are over.
+def prepare(due: list[Item], seconds: float, work: Path, device: str) -> dict[str, dict[str, Any]]:
+    """Do chores at once, each on cores of its own, until the seconds are over; those that take longest come first.
 
     Returns:
         What came of each, by its name.
     """
-    jobs = {job.name: job for item in due for job in (*item.chores, *([] if item.timed else [item]))}
+    chores = {job.name: job for item in due for job in item.chores}
+    jobs = dict(sorted(chores.items(), key=lambda each: -each[1].budget_s))
     cores, ends = sorted(os.sched_getaffinity(0)), time.monotonic() + seconds
-    count, free = _jobs_at_once(), queue.SimpleQueue[list[int]]()
+    count, free = _jobs_at_once(device), queue.SimpleQueue[list[int]]()
     for number in range(count):
         free.put(cores[number::count])
     running: list[subprocess.Popen[str]] = []
@@ -458,10 +459,9 @@ def main() -> int:
         if (not options.only or any(word in item.name for word in options.only))
         and not is_done(record["items"].get(item.name), record["versions"])
     ]
-    prepared = prepare(due, _PREPARING * 60 * options.minutes, work)
-    done = [(item, prepared[item.name]) for item in due if not item.timed and not _UNDONE & set(prepared[item.name])]
-    due = [item for item in due if item not in [each for each, _ in done]]
-    for item, outcome in itertools.chain(done, _outcomes(due, ends, work)):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes end with this one
+    prepared = prepare(due, _PREPARING * 60 * options.minutes, work, options.device)
+    for item, outcome in _outcomes(due, ends, work):
         outcome["prepared"] = {chore.name: prepared[chore.name] for chore in item.chores}
         arguments = {name: value for name, value in item.arguments.items() if name != "work"}
         outcome |= {"arguments": arguments, "tried_with": record["versions"]}

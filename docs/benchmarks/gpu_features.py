@@ -1,7 +1,8 @@
 """`make gpu`'s features: one after another on the embedded model, each passed, failed or skipped with the reason.
 
 A feature passes if it took effect, as the runtime reads it back, and draws what is drawn without it. What was done is
-kept in a file: a feature that ends the process twice has failed, and the others go on.
+kept in a file: a feature that ends the process is the next run's first failure, and the others go on. Beside other work none fails
+for good: it is tried once more alone.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
 PROMPT = "a large red circle on a white background"
 LEAST_DB = 25.0
 """A feature's picture against that without it; bfloat16 against itself on another kernel comes to more."""
+_QUIET = "TensorRT"
+"""What features' names begin with whose engines' kernels are timed as they are built."""
 _STEPS, _SIZE = 4, 64
 _LEAST_S = 20.0
-_ENDED = "the process ended while it ran"
+_ENDED = "the process ended while it ran, or the time was up"
 _ONNX = "torch:fp32,unet=onnx:fp32"
 _ENGINE = "torch:fp32,unet=tensorrt:fp16+profiles=batch:1:2:4/height:8:16:16/width:8:16:16"
 _TWO_PROFILES = _ENGINE + "|batch:1:2:4/height:16:32:32/width:16:32:32"
@@ -101,8 +104,10 @@ FEATURES: dict[str, Feature | str] = {
 """Name -> the feature, or the function of this file that tries it; what compiles longest comes last."""
 
 
-def features(work: str, device: str, budget_s: float, only: list[str] | None = None) -> dict[str, Any]:
-    """Try every feature, or go on with it, as far as the seconds reach."""
+def features(
+    work: str, device: str, budget_s: float, only: list[str] | None = None, *, beside: bool = False
+) -> dict[str, Any]:
+    """Try every feature, or go on with it, as far as the seconds reach; `beside` other work, none that is timed."""
     ends = time.monotonic() + budget_s
     folder = Path(work) / "features"
     file = folder / "done.json"
@@ -111,20 +116,26 @@ def features(work: str, device: str, budget_s: float, only: list[str] | None = N
         shutil.rmtree(folder, ignore_errors=True)  # what other versions of anything exported
         folder.mkdir()
     trial = Trial(folder, device)
-    for name in [each for each in only or FEATURES if each not in done or _was_cut_short(done[each])]:
+    wanted = [name for name in only or FEATURES if not (beside and name.startswith(_QUIET))]
+    for name in [each for each in wanted if each not in done]:
         if ends - time.monotonic() < _LEAST_S:
             return _told(done) | {"unfinished": f"{budget_s:.0f} s were too few; run it again, and it goes on"}
-        begun = {"outcome": "failed", "reason": _ENDED, "again": name in done}
-        file.write_text(json.dumps({**done, name: begun}))
-        done[name] = tried(trial, FEATURES[name])
-        file.write_text(json.dumps(done, default=str))
+        if not beside:
+            _keep(file, {**done, name: {"outcome": "failed", "reason": _ENDED}})
+        found = tried(trial, FEATURES[name])
+        if not beside or found["outcome"] != "failed":
+            done[name] = found
+            _keep(file, done)
+    if beside and done.keys() != FEATURES.keys():
+        return _told(done) | {"unfinished": "some want the machine for themselves"}
     file.unlink(missing_ok=True)
     return _told(done)
 
 
-def _was_cut_short(told: Mapping[str, Any]) -> bool:
-    """Say whether a feature's process ended once: because the time was up, or through the feature, which the next try shows."""
-    return told.get("again") is False
+def _keep(file: Path, done: Mapping[str, Any]) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(done, default=str))
+    partial.replace(file)
 
 
 def _told(done: Mapping[str, Any]) -> dict[str, Any]:

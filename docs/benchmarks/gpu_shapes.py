@@ -64,9 +64,27 @@ def bake(work: str, device: str, arms: list[str], budget_s: float) -> dict[str, 
     from bakeoff.bench import work as arms_work
 
     found, left_out = _possible(arms, device)
-    calibration = _calibration(Path(work), found)
-    baked = {arm: arms_work.bake("shapes", arm, calibration=calibration, prove=False)["export_s"] for arm in found}
+    calibration, baked = _calibration(Path(work), found), {}
+    for arm in found:
+        try:
+            baked[arm] = arms_work.bake("shapes", arm, calibration=calibration, prove=False)["export_s"]
+        except BakeoffError as error:
+            left_out[arm] = error.message
     return {"export_s": baked, "left_out": left_out}
+
+
+def jobs(arms: list[str], count: int) -> list[list[str]]:
+    """Deal what can be baked beside other work into so many jobs; those that a calibration changes are one more.
+
+    Arms whose artifacts are the same count once. TensorRT times kernels as it builds: it gets a quiet machine later.
+    """
+    recipes = {repr(parse(arm)[0]): arm for arm in reversed(arms)}
+    distinct = [arm for arm in recipes.values() if parse(arm)[0].default.backend != "tensorrt"][::-1]
+    calibrated = [arm for arm in distinct if is_calibrated(arm)]
+    if calibrated:
+        calibrated += [arm for arm in distinct if arm not in calibrated and _uses_inputs(arm)]
+    others = [arm for arm in distinct if arm not in calibrated]
+    return [job for job in (calibrated, *(others[number::count] for number in range(count))) if job]
 
 
 def is_calibrated(arm: str) -> bool:
@@ -74,6 +92,12 @@ def is_calibrated(arm: str) -> bool:
     from bakeoff import plan
 
     return plan.is_calibrated(parse(arm)[0].default)
+
+
+def _uses_inputs(arm: str) -> bool:
+    from bakeoff import plan
+
+    return plan.uses_inputs(parse(arm)[0].default)
 
 
 def _until(ends: float) -> Callable[[str, int, int], None]:

@@ -3,14 +3,19 @@
 `python pictures.py FOLDER…`: a line of JSON for each task of each. In a process of its own: see `standin`.
 """
 
+import contextlib
 import json
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import standin
+import torch
 
+from bakeoff import plugins
+from bakeoff.runtimes.crossing import Crossing
 from bakeoff.runtimes.engine import load
 from bakeoff.runtimes.torch import TorchRuntime
 
@@ -18,26 +23,23 @@ SIZE = (64, 96)
 STEPS = 2
 
 
-class AsOnDevice:
-    """Let torch parts take and give tensors of the device, though they compute on the CPU."""
+class OnStandin(TorchRuntime):
+    """A torch part that takes and gives tensors of the device, as one on a GPU does; its module computes on the CPU."""
 
-    def __enter__(self):
-        self.plain = TorchRuntime._run, TorchRuntime.home_for
-        TorchRuntime._run, TorchRuntime.home_for = self.run, classmethod(lambda *_: standin.NAME)
+    @classmethod
+    def home_for(cls, placement):
+        return standin.NAME
 
-    @staticmethod
-    def run(runtime, inputs, outputs):
-        there = any(isinstance(tensor, standin.OnDevice) for tensor in inputs.values())
-        host = {name: standin.inner_of(tensor) for name, tensor in inputs.items()}
-        with standin._disable_current_modes():
-            made = plain_run(runtime, host, outputs)
-        return {name: standin.OnDevice(tensor) if there else tensor for name, tensor in made.items()}
+    def __init__(self, part, placement):
+        super().__init__(part, placement)
+        self._crossing, module = Crossing(torch.device(standin.NAME, 0)), self._call
 
-    def __exit__(self, *_):
-        TorchRuntime._run, TorchRuntime.home_for = self.plain
+        def call(*arguments):
+            assert all(isinstance(each, standin.OnDevice) for each in arguments)
+            with standin.host():
+                return [standin.OnDevice(made) for made in module(*map(standin.inner_of, arguments))]
 
-
-plain_run = TorchRuntime._run
+        self._call = call
 
 
 def asked(task, engine):
@@ -52,6 +54,13 @@ def asked(task, engine):
     return {"seeds": 3, "size": SIZE, "guidance_scale": scales, **strength, **starts.get(task, {}), **control}
 
 
+@contextlib.contextmanager
+def parts_on_standin():
+    plain = plugins.runtime
+    with patch.object(plugins, "runtime", lambda backend: OnStandin if backend == "torch" else plain(backend)):
+        yield
+
+
 def tell(told, step, timestep, latents):
     told.add(latents.device.type)
 
@@ -62,7 +71,7 @@ def compare(folder):
         arguments, prompts = asked(task, host), ["a red circle", "two squares"]
         expected = host.generate(prompts, steps=2 * STEPS, **arguments)
         told = set()
-        with AsOnDevice(), load(folder) as engine, standin.Standin():
+        with parts_on_standin(), load(folder) as engine, standin.Standin():
             engine.generate(prompts, callback=partial(tell, told), steps=2, **arguments)
             crossed = []
             for steps in (STEPS, 2 * STEPS):

@@ -57,6 +57,11 @@ class Standin(TorchDispatchMode):
         return run(func, args, kwargs or {})
 
 
+def host():
+    """Return a context in which torch knows the host alone, as a module that computes there needs it."""
+    return _disable_current_modes()
+
+
 def inner_of(value):
     return value.inner if isinstance(value, OnDevice) else value
 
