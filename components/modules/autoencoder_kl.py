@@ -143,7 +143,7 @@ def runtime_vae(plain: Any, config: Config) -> Any:  # noqa: ANN401 - a class of
         return guarded.from_config(dict(config))
 
 
-def _to(vae: Any, *places: object, **named: object) -> nn.Module:
+def _to(vae: Any, *places: object, **named: object) -> nn.Module:  # noqa: ANN401 - Diffusers' own, whose `device` is ours
     """Accept where and what it is already, as SDXL's pipelines ask for before they encode a picture."""
     wanted = [value for value in (*places, *named.values()) if value not in (None, torch.float32)]
     if all(is_there(value, vae.device) for value in wanted):
