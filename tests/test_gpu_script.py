@@ -441,6 +441,23 @@ def test_a_feature_that_ends_the_process_fails_and_the_others_go_on(trying, tmp_
     assert any(line.startswith("| two | passed |") and "db 60.0" in line for line in lines)
 
 
+def test_copies_are_counted_in_a_trace(trying):
+    """As torch's profiler writes it."""
+
+    def event(name, size, cat="gpu_memcpy"):
+        return {"ph": "X", "cat": cat, "name": name, "args": {"bytes": size, "stream": 7}}
+
+    events = [
+        event("Memcpy HtoD (Pinned -> Device)", 4096),
+        event("Memcpy DtoH (Device -> Pageable)", 12288),
+        event("Memcpy DtoH (Device -> Pinned)", 8),
+        event("Memcpy DtoD (Device -> Device)", 4096),
+        {"ph": "X", "cat": "kernel", "name": "gemm", "args": {}},
+        {"ph": "M", "name": "process_name"},
+    ]
+    assert trying["large_copies"](events) == 2
+
+
 def test_a_feature_that_fails_beside_other_work_is_tried_again_alone(trying, tmp_path, monkeypatch):
     features, inside = trying["features"], trying["features"].__globals__
     found = [RuntimeError("no memory was left")]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass, field
 from functools import cache
@@ -33,6 +34,8 @@ LEAST_DB = 25.0
 _QUIET = "TensorRT"
 """What features' names begin with whose engines' kernels are timed as they are built."""
 _STEPS, _SIZE = 4, 64
+_LARGE = 512
+"""Bytes from which a copy is one of latents, token ids or pictures."""
 _LEAST_S = 20.0
 _ENDED = "the process ended while it ran, or the time was up"
 _ONNX = "torch:fp32,unet=onnx:fp32"
@@ -75,6 +78,8 @@ FEATURES: dict[str, Feature | str] = {
     "mixed devices": Feature(
         "torch:fp32", lambda told: told["vae_decoder"]["device"] == "cpu", {"devices": "vae_decoder@cpu"}
     ),
+    "latents stay on the GPU": "latents_stay",
+    "latents stay on the GPU, ONNX Runtime": "latents_stay_in_onnx",
     "compile=regional": Feature("torch:fp32", lambda told: told["unet"]["compile"], {"compile": "regional"}),
     "compile=full": Feature("torch:fp32", lambda told: told["unet"]["compile"], {"compile": "full"}),
     "bitsandbytes' folders in Diffusers": "bitsandbytes_folders",
@@ -237,6 +242,45 @@ def compiled_ahead(trial: Trial) -> dict[str, Any]:
     with load(folder, device=trial.device) as engine:
         drawn, told = draw(engine), engine.configuration
     return {"read back": told["text_encoder"]["compile"], "db": near([drawn], [trial.plain("torch:fp32", _SIZE)])}
+
+
+def latents_stay(trial: Trial, recipe: str = "torch:fp32") -> dict[str, Any]:
+    """Count what crosses between host and GPU for few steps and for more: alike, if nothing but numbers crosses in a step."""
+    if trial.device == "cpu":
+        message = "a CPU has no other memory than the host's"
+        raise Skipped(message)
+    with trial.open(recipe, {}) as engine:
+        draw(engine)
+        where, few, more = engine.pipeline.device.type, *(copied(engine, steps) for steps in (_STEPS, 2 * _STEPS))
+    if where == "cpu" or few != more:
+        message = f"the pipeline's tensors lie on {where}; {_STEPS} steps copied {few} tensors, {2 * _STEPS} {more}"
+        raise RuntimeError(message)
+    return {"copied": few}
+
+
+def latents_stay_in_onnx(trial: Trial) -> dict[str, Any]:
+    return latents_stay(trial, _ONNX)
+
+
+def copied(engine: Any, steps: int) -> int:  # noqa: ANN401 - an Engine
+    """Return how many tensors cross between host and GPU for a picture."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            engine.generate(PROMPT, seeds=1, steps=steps, size=(_SIZE, _SIZE))
+        seen.export_chrome_trace(str(trace))
+        return large_copies(json.loads(trace.read_text())["traceEvents"])
+
+
+def large_copies(events: list[dict[str, Any]]) -> int:
+    """Count the copies between host and GPU that are more than single numbers, in a trace of torch's profiler."""
+    return sum(
+        event["args"]["bytes"] >= _LARGE
+        for event in events
+        if event.get("cat") == "gpu_memcpy" and any(way in event["name"] for way in ("HtoD", "DtoH"))
+    )
 
 
 def bitsandbytes_folders(trial: Trial) -> dict[str, Any]:
