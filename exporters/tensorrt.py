@@ -14,6 +14,7 @@ from .costs import BYTES_PER_S, graph_cost, stored_bytes
 from .exporter import Cost, Lowered
 from .layers import FILE as LAYERS
 from .onnx import FILE as ONNX
+from .onnx_memory import peak_bytes
 from .onnx_typed import WEIGHTS, write_graph
 from .tensorrt_build import BUILD_TIMES, Request, build, check_room
 from .tensorrt_settings import Settings
@@ -116,11 +117,14 @@ class TensorRTExporter:
         shapes = settings.shapes(subject.inputs, subject.limits)
         _refuse_other_floats(subject, settings.compute)
         graph = write_graph(subject, settings.compute, folder, wide_norms=True)
+        weights = sum(graph.weight_bytes.values())
         if not settings.weight_streaming:
-            check_room(subject.part, sum(graph.weight_bytes.values()), nvinfer.free_bytes())
+            check_room(subject.part, weights, nvinfer.free_bytes())
+        activations = max(peak_bytes(folder / ONNX, {name: each[2] for name, each in one.items()}) for one in shapes)
+        needed = int(BUILD_TIMES * (weights + activations))
         nodes = [name for names in json.loads((folder / LAYERS).read_text()).values() for name in names]
         started = time.perf_counter()
-        build(Request(subject.part, folder / ONNX, folder / PLAN, settings, shapes, [*nodes, *graph.products]))
+        build(Request(subject.part, folder / ONNX, folder / PLAN, settings, shapes, [*nodes, *graph.products], needed))
         about = {
             "schema": SCHEMA,
             "onnx": graph.sha256,
@@ -129,6 +133,7 @@ class TensorRTExporter:
             "shapes": [{name: [list(shape) for shape in each] for name, each in one.items()} for one in shapes],
             "products": dict(graph.products),
             "weights": {name: list(each) for name, each in graph.weights.items()},
+            "predicted": {"activation_bytes": activations, "build_bytes": needed},
             "build_s": round(time.perf_counter() - started, 2),
         }
         (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")

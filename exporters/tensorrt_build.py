@@ -25,6 +25,8 @@ BUILD_TIMES = 2.1
 """Device memory of a build for a byte that the engine holds when it runs: what other exporters were seen to take. Not
 measured here."""
 _EVERY_S = 0.2
+_NO_MEMORY = re.compile(r"out ?of ?memory|insufficient memory|requested size was", re.IGNORECASE)
+"""What TensorRT says where memory is short."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Request:
     """A profile each: input -> least, best and largest shape."""
     nodes: Sequence[str]
     """Names of the graph's nodes, to know them in messages."""
+    needed_bytes: int = 0
+    """Predicted device memory, with the activations of the largest shapes, nothing fused."""
     log: list[str] = field(default_factory=list)
     """Gets the builder's warnings and errors."""
 
@@ -219,6 +223,13 @@ def _refused(request: Request, errors: list[str]) -> LoweringError:
     node = _named(said, request.nodes)
     where = f" at node {node}" if node else ""
     message = f"TensorRT can't build {request.part}{where}: {said[:500]}"
+    if _NO_MEMORY.search(said):
+        message += (
+            f"; at its largest sizes it was predicted to take up to {request.needed_bytes / 1e9:.1f} GB of device memory, "
+            f"{nvinfer.free_bytes() / 1e9:.1f} GB are free"
+        )
+        fix = f"narrower sizes with +profiles=…, or +workspace_mib=…; the whole log is in {file}"
+        return LoweringError(message, fix=fix)
     return LoweringError(message, fix=f"the whole log is in {file}; another backend for this part may take it")
 
 

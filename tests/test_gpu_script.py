@@ -80,6 +80,11 @@ def test_it_goes_on_where_it_stopped(record):
     assert "run it again" in again["items"]["sdxl, nf4"]["not_run"]
 
 
+def test_with_nothing_missing_it_shows_what_is_there(record):
+    file, found = record
+    assert tried(file, "sdxl, eager")["items"] == found["items"]
+
+
 def test_another_machines_record_is_left_alone(record, script):
     file, found = record
     assert script["open_record"](file, "cpu", tiny=True)["items"]

@@ -377,6 +377,34 @@ def test_a_refused_operator_is_named_and_the_log_kept(lower, simulation):
     assert "node_conv2d (Conv)" in log.read_text()
 
 
+def test_a_build_without_memory_says_what_it_was_predicted_to_take(lower, simulation):
+    simulation.build_fails_at, simulation.build_says = "node_conv2d", "Requested size was 9000000 bytes. out of memory"
+    with pytest.raises(
+        LoweringError, match=r"predicted to take up to 0\.0 GB of device memory, 79\.0 GB are free"
+    ) as raised:
+        lower("fp16")
+    assert "+profiles=" in raised.value.fix
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int4"])
+def test_activations_are_predicted_from_the_graph_at_the_largest_sizes(lower, precision):
+    small, large = (
+        json.loads(
+            (
+                lower(precision, f"{precision}-{side}", profiles=f"batch:6/height:{side}/width:{side}/sequence:12")[0]
+                / ABOUT
+            ).read_text()
+        )
+        for side in (32, 64)
+    )
+    width = 4 if precision == "fp32" else 2
+    taken = {side: about["predicted"]["activation_bytes"] for side, about in ((32, small), (64, large))}
+    feature_map = 6 * 64 * 64 * 64 * width  # 64 channels
+    assert feature_map <= taken[64] <= 8 * feature_map
+    assert 3 <= taken[64] / taken[32] <= 5
+    assert large["predicted"]["build_bytes"] > taken[64]
+
+
 def test_a_failing_build_names_the_node_and_keeps_the_log(lower, simulation):
     simulation.build_fails_at = "node_conv2d"
     with pytest.raises(LoweringError, match="at node node_conv2d: .*could not find any implementation") as raised:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -416,7 +417,7 @@ def _outcomes(due: list[Item], ends: float, work: Path) -> Iterator[tuple[Item, 
     """Run items while there is time; the next one's process imports what it needs while one runs."""
     waiting = start(due[0], work) if due else None
     try:
-        for item, following in zip(due, [*due[1:], None], strict=True):
+        for item, following in itertools.zip_longest(due, due[1:]):
             left = ends - time.monotonic() - _GRACE_S
             if waiting is None or left < _LEAST_S:
                 yield item, {"not_run": f"{max(left, 0):.0f} s were left; run it again"}

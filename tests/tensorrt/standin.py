@@ -37,6 +37,7 @@ class Simulation:
         self.refused = set()
         """Operators that the parser doesn't take."""
         self.build_fails_at = None
+        self.build_says = "could not find any implementation for node {node}"
         """A node that the builder names as it gives up."""
         self.interrupt_after = None
         """Steps after which the test interrupts the build."""
@@ -198,7 +199,7 @@ class Builder(Body):
                 return None
         monitor.phase_finish("Building Engine")
         if self.simulation.build_fails_at:
-            said = f"Error Code 10: could not find any implementation for node {self.simulation.build_fails_at}"
+            said = f"Error Code 10: {self.simulation.build_says.format(node=self.simulation.build_fails_at)}"
             self.logger.log(self.module.ILogger.Severity.ERROR, said)
             return None
         settings.timed = b"timings"
