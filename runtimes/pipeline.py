@@ -11,7 +11,6 @@ import inspect
 import re
 from typing import TYPE_CHECKING, Any
 
-from ..components.standin import is_there
 from ..errors import ArtifactError, InputError
 from ..sources.source import read_json
 
@@ -139,6 +138,8 @@ def _refusing(name: str) -> Callable[..., None]:
 
 def _to(self: Any, *args: object, **options: object) -> object:  # noqa: ANN401 - some Diffusers pipeline
     """Accept the device on which the pipeline's tensors lie; refuse any other device or dtype."""
+    from ..components.standin import is_there
+
     wanted = [*args, *options.values()]
     if wanted and all(value is None or isinstance(value, bool) or is_there(value, self.device) for value in wanted):
         return self
