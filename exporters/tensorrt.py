@@ -20,13 +20,14 @@ from .tensorrt_build import BUILD_TIMES, Request, build, check_room
 from .tensorrt_settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from ..hardware import Availability
     from ..quantize.mixture import Mixture
     from ..weights import Checkpoint
     from .exporter import Subject
+    from .tensorrt_settings import Triple
 
 PLAN, ABOUT = "model.plan", "engine.json"
 SCHEMA = 1
@@ -43,6 +44,8 @@ class TensorRTExporter:
     """
 
     version: ClassVar[int] = 4
+    wide_norms: ClassVar[bool] = True
+    """Whether norms take and give float32, whatever the part computes in."""
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "w8a8", "fp8", "int4")
     reasons: ClassVar[Mapping[str, str]] = {
         "int8": "of int8, TensorRT multiplies rounded weights by rounded activations alone; weight-only is int4",
@@ -116,12 +119,12 @@ class TensorRTExporter:
         bound = nvinfer.binding()
         shapes = settings.shapes(subject.inputs, subject.limits)
         _refuse_other_floats(subject, settings.compute)
-        graph = write_graph(subject, settings.compute, folder, wide_norms=True)
+        graph = write_graph(subject, settings.compute, folder, wide_norms=self.wide_norms)
         weights = sum(graph.weight_bytes.values())
         if not settings.weight_streaming:
             check_room(subject.part, weights, nvinfer.free_bytes())
-        activations = max(peak_bytes(folder / ONNX, {name: each[2] for name, each in one.items()}) for one in shapes)
-        needed = int(BUILD_TIMES * (weights + activations))
+        activations = _activations(folder / ONNX, shapes)
+        needed = None if activations is None else int(BUILD_TIMES * (weights + activations))
         nodes = [name for names in json.loads((folder / LAYERS).read_text()).values() for name in names]
         started = time.perf_counter()
         build(Request(subject.part, folder / ONNX, folder / PLAN, settings, shapes, [*nodes, *graph.products], needed))
@@ -140,6 +143,14 @@ class TensorRTExporter:
         if not settings.keeps_weights:
             (folder / WEIGHTS).unlink()
         return Lowered("written", graph.weight_bytes, graph.kept)
+
+
+def _activations(file: Path, shapes: Sequence[Mapping[str, Triple]]) -> int | None:
+    """Predict the activations of the largest shapes; None where they can't be told, for which no export fails."""
+    try:
+        return max(peak_bytes(file, {name: each[2] for name, each in one.items()}) for one in shapes)
+    except Exception:  # noqa: BLE001 - whatever folding and inference raise
+        return None
 
 
 def _refuse_other_floats(subject: Subject, compute: str) -> None:

@@ -25,7 +25,10 @@ BUILD_TIMES = 2.1
 """Device memory of a build for a byte that the engine holds when it runs: what other exporters were seen to take. Not
 measured here."""
 _EVERY_S = 0.2
-_NO_MEMORY = re.compile(r"out ?of ?memory|insufficient memory|requested size was", re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    r"out ?of ?memory|insufficient memory|memory is insufficient|requested (size was|amount of gpu memory)",
+    re.IGNORECASE,
+)
 """What TensorRT says where memory is short."""
 
 
@@ -41,8 +44,8 @@ class Request:
     """A profile each: input -> least, best and largest shape."""
     nodes: Sequence[str]
     """Names of the graph's nodes, to know them in messages."""
-    needed_bytes: int = 0
-    """Predicted device memory, with the activations of the largest shapes, nothing fused."""
+    needed_bytes: int | None = None
+    """Predicted device memory, with the activations of the largest shapes, nothing fused; None: not known."""
     log: list[str] = field(default_factory=list)
     """Gets the builder's warnings and errors."""
 
@@ -224,8 +227,9 @@ def _refused(request: Request, errors: list[str]) -> LoweringError:
     where = f" at node {node}" if node else ""
     message = f"TensorRT can't build {request.part}{where}: {said[:500]}"
     if _NO_MEMORY.search(said):
+        needed = "an unknown amount" if request.needed_bytes is None else f"up to {request.needed_bytes / 1e9:.1f} GB"
         message += (
-            f"; at its largest sizes it was predicted to take up to {request.needed_bytes / 1e9:.1f} GB of device memory, "
+            f"; at its largest sizes it was predicted to take {needed} of device memory, "
             f"{nvinfer.free_bytes() / 1e9:.1f} GB are free"
         )
         fix = f"narrower sizes with +profiles=…, or +workspace_mib=…; the whole log is in {file}"

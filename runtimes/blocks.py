@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-_AHEAD = 2
+_AHEAD = 1
 """Blocks that may be launched before an earlier one is done: its memory is free for others only then."""
 
 
@@ -52,8 +52,9 @@ class Blocks:
         self.most = 0
         """Blocks that were on the device at once, at most."""
         for number, block in enumerate(found):
-            block.register_forward_pre_hook(lambda *_, number=number: self._enter(number))
-            block.register_forward_hook(lambda *_, number=number: self._leave(number))
+            enter, leave = torch.compiler.disable(self._enter), torch.compiler.disable(self._leave)
+            block.register_forward_pre_hook(lambda *_, number=number, enter=enter: enter(number))
+            block.register_forward_hook(lambda *_, number=number, leave=leave: leave(number))
 
     @property
     def count(self) -> int:

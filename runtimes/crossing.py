@@ -55,12 +55,18 @@ class Crossing:
         """Return a tensor on the device, after `make` has given it the dtype and layout that it needs there."""
 
         def crossed() -> Tensor:
-            if self._pins and tensor.device.type == "cpu":
-                return make(tensor.pin_memory().to(self.device, non_blocking=True))
-            return make(tensor.to(self.device))
+            return make(self._pinned(tensor).to(self.device, non_blocking=self._pins))
 
         found: Tensor = self.same.get(name, tensor, crossed)
         return found
+
+    def fill(self, own: Tensor, tensor: Tensor) -> Tensor:
+        """Copy a tensor, wherever it lies, into one of the device's; return that."""
+        return own.copy_(self._pinned(tensor), non_blocking=self._pins)
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        """Return a tensor that can cross by itself: one of the host's is copied to memory that stays in its place."""
+        return tensor.pin_memory() if self._pins and tensor.device.type == "cpu" else tensor
 
     def bring_home(self, tensors: Sequence[Tensor], home: torch.device) -> list[Tensor]:
         """Return the device's tensors contiguous: there, or finished in host memory, from where others fetch them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .crossing import Crossing, home_of
@@ -49,7 +50,8 @@ class DeviceBinding:
     def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         slot = self._slot(inputs, outputs)
         for name, tensor in inputs.items():
-            self._crossing.to_device(f"{slot.number}/{name}", tensor, slot.inputs[name].copy_)
+            fill = partial(self._crossing.fill, slot.inputs[name], tensor)
+            self.same.get(f"{slot.number}/{name}", tensor, fill)
         self._crossing.finish()
         self._session.run_with_iobinding(slot.binding, self._run_options(slot))
         made = [tensor.clone() for tensor in slot.outputs.values()]

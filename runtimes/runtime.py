@@ -90,8 +90,6 @@ class Runtime(ABC):
     """Precision -> bytes at the peak of a run for an element of a convolutional part's largest feature map; 16 unless said."""
     widens: ClassVar[bool] = False
     """Whether weights of two bytes are widened, and float32 is computed with them."""
-    wide_norms: ClassVar[bool] = False
-    """Whether norms take, compute and give float32, whatever the part computes in."""
 
     @classmethod
     def relative_time(cls, precision: str) -> float:  # noqa: ARG003

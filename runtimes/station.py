@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _FLOATS = ("fp32", "bf16", "fp16")
 _BLOCKS_SHARE = 0.15
-"""Of a part's weights, what lies on a device at once where they come a block at a time: two blocks, and what is in none."""
+"""Of a part's weights, what lies on a device at once where they come a block at a time: some blocks, and what is in none."""
 
 
 class Station:

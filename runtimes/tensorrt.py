@@ -56,7 +56,6 @@ class TensorRTRuntime(Runtime):
 
     options: ClassVar[frozenset[str]] = frozenset({"cuda_graphs"})
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
-    wide_norms: ClassVar[bool] = True
 
     @classmethod
     def probe(cls) -> Availability:
@@ -227,15 +226,17 @@ class TensorRTRuntime(Runtime):
     def _run(self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         import torch
 
-        pieces = [self._execute(*piece) for piece in self._pieces(inputs, outputs)]
+        home = home_of(inputs.values())
+        pieces = [self._brought_home(self._execute(*piece), home) for piece in self._pieces(inputs, outputs)]
+        if not pieces[1:]:
+            return pieces[0]
+        return {name: torch.cat([each[name] for each in pieces]) for name in pieces[0]}
+
+    def _brought_home(self, results: dict[str, Tensor], home: torch.device) -> dict[str, Tensor]:
+        if home.type != "cpu":
+            return {name: self._device.hand_over(tensor) for name, tensor in results.items()}
         with self._device.working():
-            results = {
-                name: torch.cat([each[name] for each in pieces]) if pieces[1:] else made
-                for name, made in pieces[0].items()
-            }
-            if home_of(inputs.values()).type == "cpu":
-                return dict(zip(results, self._crossing.to_host([*results.values()]), strict=True))
-        return {name: self._device.hand_over(tensor) for name, tensor in results.items()}
+            return dict(zip(results, self._crossing.to_host([*results.values()]), strict=True))
 
     def _pieces(
         self, inputs: dict[str, Tensor], outputs: dict[str, tuple[int, ...]]
@@ -356,6 +357,7 @@ class TensorRTRuntime(Runtime):
         self._crossing.same.active = same
 
     def synchronize(self) -> None:
+        self._crossing.finish()
         self._device.finish()
 
     def close(self) -> None:

@@ -21,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from diffusers import ModelMixin
@@ -45,6 +47,7 @@ from bakeoff.exporters import onnx_typed, tensorrt_build, tensorrt_progress
 from bakeoff.exporters.capture import module_on_hollow, on_hollow
 from bakeoff.exporters.exporter import Subject
 from bakeoff.exporters.onnx import hollow_graph
+from bakeoff.exporters.onnx_memory import peak_bytes
 from bakeoff.exporters.tensorrt import ABOUT, PLAN, TensorRTExporter
 from bakeoff.exporters.tensorrt_settings import DEFAULTS, Settings
 from bakeoff.hardware import Availability
@@ -405,6 +408,23 @@ def test_activations_are_predicted_from_the_graph_at_the_largest_sizes(lower, pr
     assert large["predicted"]["build_bytes"] > taken[64]
 
 
+def test_weights_that_are_widened_are_no_activations(tmp_path):
+    """As the graphs of codes have them: before the first product, one for each."""
+    count, width = 20, 64
+    tensor = onnx.TensorProto
+    nodes = [onnx.helper.make_node("DequantizeLinear", [f"w{i}", "s"], [f"wide{i}"]) for i in range(count)]
+    nodes += [onnx.helper.make_node("MatMul", [f"x{i}", f"wide{i}"], [f"x{i + 1}"]) for i in range(count)]
+    weights = [onnx.numpy_helper.from_array(np.ones((width, width), np.int8), f"w{i}") for i in range(count)]
+    ports = [onnx.helper.make_tensor_value_info(name, tensor.FLOAT, ["batch", width]) for name in ("x0", f"x{count}")]
+    scale = onnx.numpy_helper.from_array(np.float32(0.5), "s")
+    graph = onnx.helper.make_graph(nodes, "g", ports[:1], ports[1:], [*weights, scale])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    onnx.save(model, tmp_path / "inline.onnx")
+    onnx.save(model, tmp_path / "beside.onnx", save_as_external_data=True, location="weights", size_threshold=0)
+    for file in ("inline.onnx", "beside.onnx"):
+        assert peak_bytes(tmp_path / file, {"x0": (3, width)}) == 2 * 3 * width * 4, "what a product takes and gives"
+
+
 def test_a_failing_build_names_the_node_and_keeps_the_log(lower, simulation):
     simulation.build_fails_at = "node_conv2d"
     with pytest.raises(LoweringError, match="at node node_conv2d: .*could not find any implementation") as raised:
@@ -577,7 +597,7 @@ def test_a_run_waits_for_the_caller_before_it_is_launched_and_the_caller_for_it(
         with monkeypatch.context() as patch:
             patch.setattr(tensorrt_runtime, "home_of", lambda _: torch.device("cuda"))
             runtime._run(inputs, {"hidden": (2, 5, 64), "taken": (2, 64, 8, 12)})
-        assert order == [*3 * ["wait"], "launch", "wait", *2 * ["hand over"]]
+        assert order == [*3 * ["wait"], "launch", *2 * ["hand over"]]
         order.clear()
         runtime.run(inputs)
         assert order == [*3 * ["wait"], "launch", "wait"]  # the last one around the way back to the host

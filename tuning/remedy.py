@@ -198,11 +198,11 @@ def rank_here(
     flat = found.component.flat(found.component.load(origin.path(found.module), torch.float32))
     config, baked, entry = origin.config(found.module), artifact.folder / part, artifact.manifest.parts[part]
     mixture, scales = as_baked(entry, baked), scales_of(baked)
-    possible = plugins.exporter(entry.backend).layer_precisions.get(entry.precision, ())
+    exporter = plugins.exporter(entry.backend)
+    possible, wide_norms = exporter.layer_precisions.get(entry.precision, ()), getattr(exporter, "wide_norms", False)
     computed = entry.key_fields["recipe"].get("options", {}).get(_COMPUTE)
     beside = computed if computed in possible else "bf16"
-    runtime = plugins.runtime(entry.backend)
-    stored = runtime.widens and computed != _HALF
+    stored = plugins.runtime(entry.backend).widens and computed != _HALF
     cases = recorded(artifact, part).cases
     errors, widths, coded = {}, {}, []
     for path, name in names_in(flat, origin.checkpoint(found.module)).items():
@@ -211,7 +211,7 @@ def rank_here(
         wide = beside if has_codes else "fp32"
         shapes = [weight.shape for weight in layer.parameters(recurse=False)]
         is_norm = all(len(shape) == 1 for shape in shapes)
-        if wide not in possible or not shapes or (is_norm and runtime.wide_norms):
+        if wide not in possible or not shapes or (is_norm and wide_norms):
             continue
         alone = _alone(flat, path, name, mixture, scales, beside=beside, stored=stored)
         if alone is None:

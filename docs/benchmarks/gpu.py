@@ -46,7 +46,9 @@ _BUDGETS = {None: 60.0, "regional": 120.0, "full": 180.0}
 _PREPARING = 0.3
 """Share of the time that may go by before anything is timed."""
 _CORES, _JOB_BYTES, _JOB_DEVICE_BYTES = 2, 4_000_000_000, 8_000_000_000
-"""Cores of a job that is done beside others, and memory that it may take of the host and of the device."""
+"""Cores of a job that is done beside others, and memory that most take of the host and of the device, about."""
+_UNKNOWN_GPU = 2
+"""Jobs at once on a GPU of which nothing is told."""
 _GRACE_S = 20.0
 """What an item may take beyond its budget before its process is ended."""
 PACKAGES = (
@@ -84,8 +86,6 @@ class Model:
 
     name: str
     steps: int
-    guidance: float | None = None
-    """None: the pipeline's own."""
 
 
 MODELS = {
@@ -170,12 +170,11 @@ def _picture(model: Model, arm: str, common: dict[str, Any], *, tiny: bool) -> I
         "model": model.name,
         "precision": precision,
         "placement": placement,
-        "guidance": model.guidance,
         **_work(model, tiny=tiny),
     }
     chores: tuple[Item, ...] = ()
     if placement.get("compile") == "regional":
-        taken = {name: value for name, value in arguments.items() if name not in {"steps", "guidance", "pictures"}}
+        taken = {name: value for name, value in arguments.items() if name not in {"steps", "pictures"}}
         taken["placement"] = {"compile": "regional"}
         chores = (Item(f"{model.name}, compiling {precision}", "compiled", 180, taken),)
     return Item(f"{model.name}, {arm}", "picture", _BUDGETS[placement.get("compile")], arguments, chores)
@@ -225,7 +224,8 @@ def end(process: subprocess.Popen[str] | None) -> None:
 def kill(process: subprocess.Popen[str]) -> None:
     """Kill a process, with those that it started; who waits for it learns that it ended."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode is None:  # else its number may be another's by now
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def is_installed() -> bool:
@@ -372,7 +372,8 @@ def _jobs_at_once(device: str) -> int:
     """Return how many jobs the cores, the host's memory and the device's are enough for."""
     counts = [len(os.sched_getaffinity(0)) // _CORES, footprint.usable_bytes() // _JOB_BYTES]
     if device != "cpu":
-        counts += [gpu["memory_bytes"] // _JOB_DEVICE_BYTES for gpu in nvidia.describe()[:1]]
+        gpus = nvidia.describe()
+        counts.append(gpus[0]["memory_bytes"] // _JOB_DEVICE_BYTES if gpus else _UNKNOWN_GPU)
     return max(1, min(counts))
 
 
@@ -454,12 +455,14 @@ def main() -> int:
     work = (options.work or options.record.parent / "gpu-work").resolve()
     work.mkdir(parents=True, exist_ok=True)
     record = open_record(options.record, options.device, tiny=options.tiny)
-    due = [
-        item
-        for item in items(options.device, work, tiny=options.tiny)
-        if (not options.only or any(word in item.name for word in options.only))
-        and not is_done(record["items"].get(item.name), record["versions"])
-    ]
+    known = items(options.device, work, tiny=options.tiny)
+    wanted = [item for item in known if not options.only or any(word in item.name for word in options.only)]
+    if not wanted:
+        print(f"nothing is called {' or '.join(options.only)}; there are:", file=sys.stderr)
+        print(*(f"  {item.name}" for item in known), sep="\n", file=sys.stderr)
+        return 2
+    due = [item for item in wanted if not is_done(record["items"].get(item.name), record["versions"])]
+    write(options.record, record)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes end with this one
     prepared = prepare(due, _PREPARING * 60 * options.minutes, work, options.device)
     for item, outcome in _outcomes(due, ends, work):
