@@ -82,13 +82,19 @@ class QwenImageTransformer2D(Component):
 
 
 @lru_cache(4)
-def _places(rows: int, columns: int, sequence: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (rows * columns, 3) and (sequence, 3) float32: frame, row and column of each token; the same in each step."""
+def _places_on(device: torch.device, rows: int, columns: int, sequence: int) -> tuple[Tensor, Tensor]:
+    """Return what `_places` does on a device: in each step of a picture the same tensors."""
+    image, text = _places(rows, columns, sequence)
+    return image.to(device), text.to(device)
+
+
+def _places(rows: int, columns: int, sequence: int) -> tuple[Tensor, Tensor]:
+    """Return (rows * columns, 3) and (sequence, 3) float32: frame, row and column of each token."""
     down, across = torch.arange(rows) - (rows - rows // 2), torch.arange(columns) - (columns - columns // 2)
     row, column = torch.meshgrid(down, across, indexing="ij")
     image = torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3)
     text = torch.arange(sequence) + max(rows // 2, columns // 2)
-    return image.float().to(device), text[:, None].expand(-1, 3).float().contiguous().to(device)
+    return image.float(), text[:, None].expand(-1, 3).float().contiguous()
 
 
 class _FlatTransformer(nn.Module):
@@ -184,7 +190,7 @@ class _TransformerStandIn(StandIn):
 
         (frames, rows, columns), *others = img_shapes[0]
         refuse("transformer", {"pictures beside the one that is made": bool(others) or frames > 1, **options})
-        img_ids, txt_ids = _places(rows, columns, encoder_hidden_states.shape[1], hidden_states.device)
+        img_ids, txt_ids = _places_on(hidden_states.device, rows, columns, encoder_hidden_states.shape[1])
         mask = encoder_hidden_states_mask
         if mask is None:
             mask = torch.ones(encoder_hidden_states.shape[:2], device=hidden_states.device)
