@@ -46,8 +46,8 @@ _WIDENED = f"{OVERFLOWS}: layers of w8a8 are multiplied in floats"
 _HALF = {"bf16", "fp16"}
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _TORCH_NAMES = {"rocm": "cuda"}
-_HOMES = {"cuda", "rocm", "xpu"}
-"""Devices on which a pipeline's tensors may lie; the others' may lack dtypes that schedulers use."""
+_HOMES = {"cuda", "rocm"}
+"""Devices on which a pipeline's tensors may lie; the others may lack float64, which some schedulers use."""
 _CODED = (".SCB", ".absmax", "._weight_qdata", SCALE)
 """What some names of tensors end in where there are codes of bitsandbytes, torchao or our own."""
 _WITHOUT_BFLOAT16 = {"w8a8": 0.2, "int8": 0.74, "w8a8-dynamic": 2.0}
