@@ -490,6 +490,8 @@ def test_diffusers_computes_from_quantized_folders_what_we_do(trying, tmp_path, 
     told = trying["tried"](trying["Trial"](tmp_path, "cpu"), "torchao_folders")
     assert told["outcome"] == "passed", told
     assert all(told[precision][part] > 25 for precision in ("w8a8-dynamic", "fp8") for part in ("unet", "text_encoder"))
+    told = trying["tried"](trying["Trial"](tmp_path, "cpu"), "bitsandbytes_folders")
+    assert (told["outcome"], "on a GPU alone" in told["reason"]) == ("skipped", True)
     monkeypatch.setitem(trying["in_diffusers"].__globals__, "LEAST_DB", 300.0)
     with pytest.raises(RuntimeError, match="computes something else"):
         trying["in_diffusers"](trying["Trial"](tmp_path, "cpu"), "w8a8-dynamic")

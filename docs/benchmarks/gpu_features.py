@@ -34,6 +34,7 @@ LEAST_DB = 25.0
 _QUIET = "TensorRT"
 """What features' names begin with whose engines' kernels are timed as they are built."""
 _STEPS, _SIZE = 4, 64
+_ASKS_FOR_A_GPU = "No GPU found"
 _LARGE = 512
 """Bytes from which a copy is one of latents, token ids or pictures."""
 _LEAST_S = 20.0
@@ -285,7 +286,13 @@ def large_copies(events: list[dict[str, Any]]) -> int:
 
 def bitsandbytes_folders(trial: Trial) -> dict[str, Any]:
     """Open what bitsandbytes multiplies with Diffusers and Transformers alone."""
-    return {precision: in_diffusers(trial, precision) for precision in ("nf4", "int8")}
+    try:
+        return {precision: in_diffusers(trial, precision) for precision in ("nf4", "int8")}
+    except RuntimeError as error:
+        if _ASKS_FOR_A_GPU not in str(error):
+            raise
+        message = f"Diffusers opens them on a GPU alone: {error}"
+        raise Skipped(message) from error
 
 
 def torchao_folders(trial: Trial) -> dict[str, Any]:
