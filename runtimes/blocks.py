@@ -7,6 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from .crossing import pins
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +36,7 @@ class Blocks:
         found = blocks_of(module)
         _refuse(part, module, found)
         self._device = device
-        self._pinned = device.type in {"cuda", "xpu"}
+        self._pinned = pins(device)
         self._stream: Any = torch.Stream(device) if self._pinned else None
         inside = {id(tensor) for block in found for tensor in _tensors(block)}
         for layer in module.modules():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import torch
     from torch import Tensor
@@ -43,13 +43,18 @@ def home_of(tensors: Iterable[Tensor]) -> torch.device:
     return next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), torch.device("cpu"))
 
 
+def pins(device: torch.device) -> bool:
+    """Say whether copies between the host and a device are from pinned memory, and asynchronous."""
+    return device.type in {"cuda", "xpu"}
+
+
 class Crossing:
     """The way to a torch device and back."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.same = Same()
-        self._pins = device.type in {"cuda", "xpu"}
+        self._pins = pins(device)
 
     def to_device(self, name: str, tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
         """Return a tensor on the device, after `make` has given it the dtype and layout that it needs there."""
@@ -68,9 +73,9 @@ class Crossing:
         """Return a tensor that can cross by itself: one of the host's is copied to memory that stays in its place."""
         return tensor.pin_memory() if self._pins and tensor.device.type == "cpu" else tensor
 
-    def bring_home(self, tensors: Sequence[Tensor], home: torch.device) -> list[Tensor]:
-        """Return the device's tensors contiguous: there, or finished in host memory, from where others fetch them."""
-        if home.type == self.device.type:
+    def bring_home(self, tensors: Sequence[Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return results contiguous: on the device, if that is their inputs' home, or finished in host memory."""
+        if home_of(inputs.values()).type == self.device.type:
             return [tensor.contiguous() for tensor in tensors]
         return self.to_host(tensors)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .crossing import Crossing, home_of
+from .crossing import Crossing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,7 +55,7 @@ class DeviceBinding:
         self._crossing.finish()
         self._session.run_with_iobinding(slot.binding, self._run_options(slot))
         made = [tensor.clone() for tensor in slot.outputs.values()]
-        return dict(zip(slot.outputs, self._crossing.bring_home(made, home_of(inputs.values())), strict=True))
+        return dict(zip(slot.outputs, self._crossing.bring_home(made, inputs), strict=True))
 
     def finish(self) -> None:
         """Wait for what torch's stream was asked for: copies of inputs and results."""

@@ -16,7 +16,7 @@ from ..sources.lora import added
 from ..weights import Checkpoint
 from . import acceleration, aoti, attention, few_rows, float8, float32
 from .blocks import Blocks
-from .crossing import Crossing, home_of
+from .crossing import Crossing
 from .islands import keep_wide
 from .runtime import PartFiles, Runtime
 from .torch_graph import Recording, layers_of
@@ -258,7 +258,7 @@ class TorchRuntime(Runtime):
         arguments = self._arguments(inputs)
         with torch.no_grad(), float32.plain(), _threads(self._threads), self._slicing:
             results = acceleration.heal(lambda: self._call(*arguments))
-        return dict(zip(outputs, self._crossing.bring_home(results, home_of(inputs.values())), strict=True))
+        return dict(zip(outputs, self._crossing.bring_home(results, inputs), strict=True))
 
     def _arguments(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         return [

@@ -74,20 +74,15 @@ def picture(
     tiny: bool,
 ) -> dict[str, Any]:
     """Time pictures of a full-size model whose weights are drawn on the device, first one apart."""
-    from bakeoff.models.drawn import drawn
-    from bakeoff.runtimes.engine import Engine
-    from bakeoff.runtimes.opening import read_folder
-
     deadline = Deadline(time.monotonic() + budget_s)
     folder = _hollow(model, work, precision, tiny=tiny)
     weights = _weight_bytes(folder, precision)
     placement = {**placement, **_room(weights, device)}
     if "skipped" in placement:
         return placement
-    chosen = Placement(device, **placement)
-    asked = {"steps": steps, "size": size}
+    opened = partial(_opened, folder, precision, Placement(device, **placement))
     return {
-        **_timed(lambda: Engine(drawn(read_folder(folder), precision, device), chosen), pictures, deadline, **asked),
+        **_timed(opened, pictures, deadline, steps=steps, size=size),
         "weight_bytes": sum(weights.values()),
         "offload": placement.get("offload", "none"),
     }
@@ -105,15 +100,20 @@ def compiled(
     tiny: bool,
 ) -> dict[str, Any]:
     """Compile a model's blocks for later processes: draw with one of its widths that has few of each."""
+    folder = _hollow(model, work, precision, tiny=tiny, depth=_FEW)
+    started = time.perf_counter()
+    with _opened(folder, precision, Placement(device, offload="none", **placement)) as engine:
+        engine.generate(PROMPT, steps=max(2, engine.family.fewest_steps), size=(size, size), seeds=1)
+    return {"compiled_s": round(time.perf_counter() - started, 1)}
+
+
+def _opened(folder: Path, precision: str, placement: Placement) -> Engine:
+    """Open a model whose weights are drawn where they run."""
     from bakeoff.models.drawn import drawn
     from bakeoff.runtimes.engine import Engine
     from bakeoff.runtimes.opening import read_folder
 
-    folder = _hollow(model, work, precision, tiny=tiny, depth=_FEW)
-    started, chosen = time.perf_counter(), Placement(device, offload="none", **placement)
-    with Engine(drawn(read_folder(folder), precision, device), chosen) as engine:
-        engine.generate(PROMPT, steps=max(2, engine.family.fewest_steps), size=(size, size), seeds=1)
-    return {"compiled_s": round(time.perf_counter() - started, 1)}
+    return Engine(drawn(read_folder(folder), precision, placement.device), placement)
 
 
 def _hollow(model: str, work: str, precision: str, *, tiny: bool, depth: int | None = None) -> Path:
