@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .opening import Opener
     from .process import Process
 
-_OTHER_BATCHES = (3, 2)
-"""Prompts in a batch of the floor of fp32: the first that isn't the experiment's own."""
+_LEAST_BATCH = 3
+"""Prompts in a batch of the floor of fp32, where the experiment has fewer in one: else it is one less."""
 _TRACED = 4
 """Prompts whose latents are kept after each step."""
 _AGAIN = 3
@@ -49,7 +49,7 @@ def _quality(opener: Opener, entry: Entry, process: Process) -> dict[str, Any]:
 
     count, file, batch = opener.declared.quality_prompts, opener.file(entry), entry.experiment.batch
     if entry.arm.name == FLOOR_FP32:
-        batch = next(other for other in _OTHER_BATCHES if other != batch)
+        batch = batch - 1 if batch >= _LEAST_BATCH else _LEAST_BATCH
     batches = []
     for first in range(0, count, batch):
         process.ask("generate", rows=list(range(first, min(first + batch, count))))

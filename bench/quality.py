@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnavailableError
@@ -20,11 +21,13 @@ def figures_of_all(
     prompts: list[str],
     scorer: bool,  # noqa: FBT001 - called by name, from JSON
     metrics: dict[str, str],
+    threads: int,
 ) -> list[dict[str, Any]]:
     """Return the figures of each pair, reference and arm: files of pictures and of latents after each step.
 
     Runs in a child process. `metrics` are names and weights.
     """
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # before what counts cores is imported
     import numpy as np
 
     opened = [open_metric(name, weights) for name, weights in metrics.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import hardware
 from ..artifact import MANIFEST, Artifact
 from ..errors import BakeoffError, UsageError
+from ..hardware import usable_cores
 from ..memory import in_child
 from ..reports.record import REFERENCE
 from . import measurements
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str, int, int], None]
     """Called with what is being done, how many jobs are done, and of how many."""
+
+
+_FIGURES = "bakeoff.bench.quality:figures_of_all"
+_PICTURES_A_CHILD = 512
+"""Fewer are judged sooner than another process has started."""
 
 
 def run(experiment: Experiment, folder: Path, progress: Progress = lambda *_: None) -> dict[str, Any]:
@@ -180,7 +187,7 @@ class _Run:
         self._progress(f"{entry.name} failed: {error.reason}")
 
     def _judge(self) -> None:
-        """Compare each entry's pictures with the reference's, and with what their prompts say; all in one child."""
+        """Compare each entry's pictures with the reference's, and with what their prompts say."""
         reference = {entry.point: self._own(entry) for entry in self._entries if entry.arm.name == REFERENCE}
         pending = [
             entry
@@ -193,14 +200,31 @@ class _Run:
         if not pending:
             return
         self._progress(f"judging the pictures of {len(pending)} arms")
-        pairs = [[self._files(each) for each in (reference[entry.point], entry)] for entry in pending]
-        texts = [prompt["text"] for prompt in self._record["prompts"][: self._declared.quality_prompts]]
-        scorer = self._declared.model == "shapes"
-        arguments = {"pairs": pairs, "prompts": texts, "scorer": scorer, "metrics": self._declared.metrics}
-        found, _ = in_child("bakeoff.bench.quality:figures_of_all", arguments)
+        found = self._figures([[self._files(each) for each in (reference[entry.point], entry)] for entry in pending])
         for entry, figures in zip(pending, found, strict=True):
             self._about(entry)["quality"]["figures"] = figures
         self._write()
+
+    def _figures(self, pairs: list[list[dict[str, str | None]]]) -> list[dict[str, Any]]:
+        """Return each pair's figures, from a child on every core where there are enough pictures for that."""
+        texts = [prompt["text"] for prompt in self._record["prompts"][: self._declared.quality_prompts]]
+        cores = usable_cores()
+        worth = 1 if self._declared.metrics else len(pairs) * len(texts) // _PICTURES_A_CHILD  # weights are opened once
+        count = max(1, min(cores, len(pairs), worth))
+        common = {
+            "prompts": texts,
+            "scorer": self._declared.model == "shapes",
+            "metrics": self._declared.metrics,
+            "threads": cores // count,
+        }
+
+        def judge(some: list[Any]) -> list[dict[str, Any]]:
+            figures: list[dict[str, Any]] = in_child(_FIGURES, {**common, "pairs": some})[0]
+            return figures
+
+        with ThreadPoolExecutor(count) as pool:
+            dealt = list(pool.map(judge, [pairs[number::count] for number in range(count)]))
+        return [dealt[number % count][number // count] for number in range(len(pairs))]
 
     def _files(self, entry: Entry) -> dict[str, str | None]:
         """Return where an entry's pictures lie, and its latents after each step if it could tell them."""

@@ -137,6 +137,29 @@ def test_a_finished_experiment_run_again_changes_nothing(measured):
     assert again["blocks"] == json.loads(before)["blocks"] == record["blocks"]
 
 
+def test_pictures_are_judged_alike_by_one_process_and_by_several(measured, tmp_path, monkeypatch):
+    folder, declared, _, _ = measured
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    stripped = json.loads((copy / "record.json").read_text())
+    for sharing in ("baseline again", "reference"):
+        stripped["arms"][sharing]["entries"] = {}
+    entries = [entry for arm in stripped["arms"].values() for entry in arm["entries"].values()]
+    judged = [entry["quality"] for entry in entries if entry.get("quality", {}).pop("figures", None)]
+    assert len(judged) > 2
+    (copy / "record.json").write_text(json.dumps(stripped))
+    monkeypatch.setattr(runner, "_PICTURES_A_CHILD", 1)
+    monkeypatch.setattr(runner, "usable_cores", lambda: 2)
+    asked = []
+    in_child = runner.in_child
+    monkeypatch.setattr(runner, "in_child", lambda *given: asked.append(given) or in_child(*given))
+    runner.run(declared, copy)
+    assert read_record(copy)["arms"] == read_record(folder)["arms"]
+    dealt = [len(given["pairs"]) for function, given in asked if function.endswith("figures_of_all")]
+    assert len(dealt) == 2
+    assert max(dealt) - min(dealt) <= 1
+
+
 def test_an_interrupted_experiment_goes_on_at_the_next_block(tmp_path):
     declared = experiment(drawing("one"), drawing("two"))
 

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
 PROMPT = "a large red circle on a white background"
 _REPETITIONS = 3
-_ARM_S = 8.0
-"""A guess of what an arm takes besides pictures: its export, and two processes that open it."""
-_SMALLER = ((3, 128), (3, 64), (3, 32), (2, 32), (2, 16), (2, 8))
+_ARM_S = 14.0
+"""A guess of what an arm takes besides pictures: two processes that open it."""
+_BATCHES, _BLOCK_BATCHES = 10, _REPETITIONS + 4
+"""Batches of an arm that are neither judged nor a block's: of memory, stages, the first one; and those of a block."""
+_SMALLER = ((3, 512), (3, 256), (3, 128), (3, 64), (3, 32), (2, 32), (2, 16), (2, 8))
 """Blocks and judged prompts that are tried, largest first."""
 _HUNG_S = 150.0
 _CALIBRATION = {"count": 16, "steps": 10}
@@ -39,7 +41,7 @@ class _TimeUpError(BaseException):
 
 
 def shapes(
-    work: str, device: str, arms: list[str], blocks: int, prompts: int, steps: int, budget_s: float
+    work: str, device: str, arms: list[str], blocks: int, prompts: int, batch: int, steps: int, budget_s: float
 ) -> dict[str, Any]:
     """Run an experiment on the embedded model, or go on with it, as far as the seconds reach."""
     from bakeoff.bench.runner import run
@@ -51,7 +53,7 @@ def shapes(
     ends = time.monotonic() + budget_s
     try:
         declared = _again(folder / FILE) or _declared(
-            Path(work), found, arms[0], device, budget_s, blocks=blocks, prompts=prompts, steps=steps
+            Path(work), found, arms[0], device, budget_s, blocks=blocks, prompts=prompts, batch=batch, steps=steps
         )
         run(declared, folder, _until(ends))
     except _TimeUpError:
@@ -119,14 +121,24 @@ def _again(record: Path) -> Experiment | None:
 
 
 def _declared(
-    work: Path, found: list[str], reference: str, device: str, seconds: float, *, blocks: int, prompts: int, steps: int
+    work: Path,
+    found: list[str],
+    reference: str,
+    device: str,
+    seconds: float,
+    *,
+    blocks: int,
+    prompts: int,
+    batch: int,
+    steps: int,
 ) -> Experiment:
     from bakeoff.bench.experiment import from_dict
 
     started = time.monotonic()
     calibration = _calibration(work, found)
-    pace = _pace(device, steps)
-    blocks, prompts = fitting(blocks, prompts, len(found), pace, seconds - (time.monotonic() - started))
+    pace = _pace(device, steps, batch)
+    left = seconds - (time.monotonic() - started)
+    blocks, prompts = fitting(blocks, prompts, batch, len(found), pace, left)
     return from_dict(
         {
             "model": "shapes",
@@ -137,8 +149,10 @@ def _declared(
             "prove": False,
             "blocks": blocks,
             "repetitions": _REPETITIONS,
+            "prompts": "shapes-1024",
             "quality_prompts": prompts,
-            "timed_prompts": min(8, prompts),
+            "timed_prompts": min(2 * batch, prompts),
+            "batch": min(batch, prompts),
             "steps": steps,
             "guidance_scale": 3.0,
             "timeout_s": _HUNG_S,
@@ -147,26 +161,30 @@ def _declared(
     )
 
 
-def fitting(blocks: int, prompts: int, arms: int, pace_s: float, seconds: float) -> tuple[int, int]:
-    """Return the most blocks and prompts, up to those asked for, that fit the seconds; the fewest if none do."""
+def fitting(blocks: int, prompts: int, batch: int, arms: int, pace_s: float, seconds: float) -> tuple[int, int]:
+    """Return the most blocks and prompts, up to those asked for, that fit the seconds; the fewest if none do.
+
+    `pace_s` are a batch's.
+    """
     possible = [(blocks, prompts), *(each for each in _SMALLER if each[0] <= blocks and each[1] < prompts)]
     fits = [
         (some, many)
         for some, many in possible
-        if arms * (_ARM_S + pace_s * (many + some * (_REPETITIONS + 1) + _REPETITIONS)) <= seconds
+        if arms * (_ARM_S + pace_s * (many / batch + _BATCHES + some * _BLOCK_BATCHES)) <= seconds
     ]
     return (fits or possible[-1:])[0]
 
 
-def _pace(device: str, steps: int) -> float:
-    """Return the seconds of a picture of torch's float32, once it is open."""
+def _pace(device: str, steps: int, batch: int) -> float:
+    """Return the seconds of a batch of torch's float32, once it is open."""
     from bakeoff.runtimes.engine import load
     from bakeoff.sources.source import Source
 
+    asked = {"seeds": range(batch), "steps": steps, "max_batch": batch}
     with load(Source.open("shapes").folder, device=device) as engine:
-        engine.generate(PROMPT, seeds=1, steps=steps)
+        engine.generate([PROMPT] * batch, **asked)
         started = time.perf_counter()
-        engine.generate(PROMPT, seeds=2, steps=steps)
+        engine.generate([PROMPT] * batch, **asked)
         return time.perf_counter() - started
 
 
