@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import struct
+import time
 import warnings
 from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
@@ -71,6 +72,10 @@ def compile_module(module: nn.Module, how: bool | str) -> tuple[Any, Any]:  # no
     return module, {"regional": dict(counts)}
 
 
+_LINKING_S = 60.0
+"""Seconds since its last byte for which a part of a library may be one that another process is writing."""
+
+
 def drop_cut_off(cache: Path) -> None:
     """Remove libraries of which the cache has the beginning alone; torch compiles them again.
 
@@ -81,7 +86,8 @@ def drop_cut_off(cache: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # another process's, for a moment
             with library.open("rb") as stream:
                 header = stream.read(_ELF_HEADER.size)
-            if _is_cut_off(header, library.stat().st_size):
+            there = library.stat()
+            if _is_cut_off(header, there.st_size) and time.time() - there.st_mtime > _LINKING_S:
                 library.unlink()
 
 

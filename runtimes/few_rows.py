@@ -1,6 +1,8 @@
-"""Integer products of few rows on GPUs: CUDA's take more than 16, so layers that get fewer are given rows of noughts, too.
+"""torchao's integer products on NVIDIA GPUs: of few rows, and without a wait for each.
 
-Embeddings of timesteps and what modulates a block come as one row a picture.
+They take more than 16 rows, so layers that get fewer, such as embeddings of timesteps, are given rows of noughts, too. And where
+nothing is compiled torchao writes each tensor out as text to learn what it is, which waits for the GPU, and copies the whole
+weight: here it does neither.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 LEAST_ROWS = 32
 """`torch._int_mm` asks for 17 or more on CUDA; a whole tile's costs no more."""
+_FEWEST_ROWS, _MULTIPLE = 16, 8
+"""More rows than these, and multiples of this, are what CUDA's integer product takes."""
 
 
 def fill_up(module: nn.Module) -> int:
@@ -22,10 +26,36 @@ def fill_up(module: nn.Module) -> int:
     their `forward`: a compiled block would be compiled anew for every other function.
     """
     layers = [layer for layer in module.modules() if type(getattr(layer, "weight", None)).__name__ == "Int8Tensor"]
+    if layers:
+        multiply_plainly()
     for layer in layers:
         kind: Any = type(layer)
         layer.__class__ = _filled_up(kind)
     return len(layers)
+
+
+@cache
+def multiply_plainly() -> None:
+    """Have torchao's layers call torch's integer product, for the rest of the process, where its shapes are torch's."""
+    import torch
+    from torchao.kernel import intmm
+
+    careful: Any = intmm.safe_int_mm
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        """Multiply int8 codes (rows, inner) and (inner, columns); return int32."""
+        if torch.compiler.is_compiling() or not fits(left, right):
+            found: Tensor = careful(left, right)
+            return found
+        return torch._int_mm(left, right)  # noqa: SLF001 - torch has no other name for it
+
+    intmm.safe_int_mm = product
+
+
+def fits(left: Tensor, right: Tensor) -> bool:
+    """Say whether torch multiplies codes of these shapes on NVIDIA GPUs."""
+    rows, inner = left.shape
+    return rows > _FEWEST_ROWS and not inner % _MULTIPLE and not right.shape[1] % _MULTIPLE
 
 
 @cache

@@ -62,3 +62,29 @@ def test_blocks_that_are_alike_are_compiled_once(blocks):
             block.compile(backend=counting)
         assert torch.equal(blocks(given), before)
     assert len(graphs) == 1
+
+
+def test_integers_are_multiplied_without_a_look_at_them(blocks, monkeypatch):
+    from torchao.kernel import intmm
+
+    few_rows.fill_up(blocks)
+
+    def look(_):
+        message = "it waits for the GPU"
+        raise AssertionError(message)
+
+    monkeypatch.setattr(torch.Tensor, "__repr__", look)
+    left = torch.randint(-128, 128, (32, 64), dtype=torch.int8)
+    right = torch.randint(-128, 128, (16, 64), dtype=torch.int8).t()
+    assert torch.equal(intmm.safe_int_mm(left, right), left.int() @ right.int())
+
+
+def test_shapes_that_torch_does_not_multiply_are_left_to_torchao(blocks):
+    from torchao.kernel import intmm
+
+    few_rows.fill_up(blocks)
+    for shape in ((16, 64, 16), (32, 60, 16), (32, 64, 15)):
+        left = torch.randint(-128, 128, shape[:2], dtype=torch.int8)
+        right = torch.randint(-128, 128, shape[1:], dtype=torch.int8)
+        assert not few_rows.fits(left, right)
+        assert torch.equal(intmm.safe_int_mm(left, right), left.int() @ right.int())

@@ -225,6 +225,22 @@ def test_chores_end_with_the_script(script, chores, tmp_path, monkeypatch):
         process.stdout.close()
 
 
+def test_what_an_item_had_found_outlives_its_process(script, tmp_path):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    (folder / "done.json").write_text(json.dumps({"channels_last": {"outcome": "passed", "seconds": 1.0}}))
+    item = script["Item"]("features", "features", 60.0, {"work": str(tmp_path), "device": "nowhere", "only": [1]})
+    told = script["run"](item, script["start"](item, tmp_path), 30.0, tmp_path)
+    assert told["failed"]
+    assert told["features"]["channels_last"]["outcome"] == "passed"
+    assert "channels_last" in "\n".join(script["_features"](told))
+
+
+def test_a_result_is_found_whatever_is_printed_after_it(script):
+    assert script["_result"]('loading\n{"seconds": 1}\n3\nnccl says goodbye\n') == {"seconds": 1}
+    assert script["_result"]("killed") is None
+
+
 def test_compiled_rows_say_what_was_compiled_before(script):
     outcome = {"median_picture_s": 3.0, "prepared": {"sdxl, compiling bf16": {"compiled_s": 61.2}}}
     assert "compiled before, in 61 s" in script["_row"]("sdxl, compiled blocks", outcome)

@@ -362,8 +362,11 @@ def test_a_library_that_was_cut_off_leaves_the_cache_and_a_whole_one_stays(cache
     for name, content in {"whole": whole, "half": whole[: len(whole) // 2], "none": b"", "start": whole[:40]}.items():
         (cache / f"{name}.so").write_bytes(content)
     (cache / "a.dylib").write_bytes(b"")
+    for file in cache.iterdir():
+        os.utime(file, (1, 1))
+    (cache / "linking.so").write_bytes(whole[:40])  # another process is still at it
     drop_cut_off(cache)
-    assert {file.name for file in cache.iterdir()} == {"whole.so", "a.dylib"}
+    assert {file.name for file in cache.iterdir()} == {"whole.so", "a.dylib", "linking.so"}
 
 
 def test_what_cannot_be_loaded_from_the_cache_is_compiled_again_once(cache, tmp_path):

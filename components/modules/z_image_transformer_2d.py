@@ -98,8 +98,11 @@ class _BatchedZImage(nn.Module):
             block.attention.set_processor(_RealRotaryAttention())
         rope = module.rope_embedder
         tables = rope.precompute_freqs_cis(rope.axes_dims, rope.axes_lens, theta=rope.theta)
-        self._cosines = [table.real.contiguous() for table in tables]
-        self._sines = [table.imag.contiguous() for table in tables]
+        host = torch.device("cpu")
+        self._tables = {
+            host: ([table.real.contiguous() for table in tables], [table.imag.contiguous() for table in tables])
+        }
+        """Cosines and sines of each axis, on each device that they were asked for on."""
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor
@@ -173,10 +176,20 @@ class _BatchedZImage(nn.Module):
         rows = places[0].shape[0]
 
         def look_up(tables: list[Tensor]) -> Tensor:
-            found = [table.to(place.device)[place] for table, place in zip(tables, places, strict=True)]
+            found = [table[place] for table, place in zip(tables, places, strict=True)]
             return torch.cat([each.expand(rows, -1, -1) for each in found], dim=-1).unsqueeze(2)
 
-        return look_up(self._cosines), look_up(self._sines)
+        cosines, sines = self._tables_on(first.device)
+        return look_up(cosines), look_up(sines)
+
+    def _tables_on(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        """Return cosines and sines on a device; they cross once, what is compiled or captured has copies of its own."""
+        if device in self._tables:
+            return self._tables[device]
+        cosines, sines = ([table.to(device) for table in tables] for tables in self._tables[torch.device("cpu")])
+        if not torch.compiler.is_compiling():
+            self._tables[device] = (cosines, sines)
+        return cosines, sines
 
 
 class _RealRotaryAttention:

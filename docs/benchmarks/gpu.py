@@ -200,6 +200,7 @@ def start(item: Item, logs: Path, cores: list[int] | None = None) -> subprocess.
             stdout=subprocess.PIPE,
             stderr=stream,
             text=True,
+            errors="replace",
             start_new_session=True,
         )
 
@@ -213,12 +214,33 @@ def run(item: Item, process: subprocess.Popen[str], seconds: float, logs: Path) 
         end(process)
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
-        return {"failed": f"took longer than {seconds + _GRACE_S:.0f} s", "wall_s": round(seconds + _GRACE_S, 1)}
+        late = {"failed": f"took longer than {seconds + _GRACE_S:.0f} s", "wall_s": round(seconds + _GRACE_S, 1)}
+        return _so_far(item) | late
     wall = {"wall_s": round(time.monotonic() - started, 1)}
-    lines = output.splitlines()
-    if process.returncode or not lines:
-        return {"failed": _log(item, logs).read_text()[-1500:], "exit_code": process.returncode, **wall}
-    return {**json.loads(lines[-1]), **wall}
+    told = _result(output)
+    if process.returncode or told is None:
+        said = _log(item, logs).read_text(errors="replace")[-1500:]
+        return _so_far(item) | {"failed": said, "exit_code": process.returncode, **wall}
+    return {**told, **wall}
+
+
+def _result(output: str) -> dict[str, Any] | None:
+    """Return the last line that is an item's result: libraries may print after it, as they end."""
+    for line in reversed(output.splitlines()):
+        with contextlib.suppress(json.JSONDecodeError):
+            if isinstance(told := json.loads(line), dict):
+                return told
+    return None
+
+
+def _so_far(item: Item) -> dict[str, Any]:
+    """Return what an item had found before its process ended, if it keeps that."""
+    if item.kind not in _OWN_TABLES:
+        return {}
+    found: dict[str, Any] = runpy.run_path(str(ITEMS_SCRIPT.with_name(f"gpu_{item.kind}.py")))["so_far"](
+        item.arguments["work"]
+    )
+    return found
 
 
 def end(process: subprocess.Popen[str] | None) -> None:

@@ -61,6 +61,14 @@ def shapes(
     return told | _summed_up(folder / FILE)
 
 
+def so_far(work: str) -> dict[str, Any]:
+    """Sum up what the experiment recorded before its process ended; nothing if it hadn't begun."""
+    from bakeoff.reports.record import FILE
+
+    records = sorted(Path(work).glob(f"shapes-*/{FILE}"), key=lambda file: file.stat().st_mtime)
+    return _summed_up(records[-1]) if records else {}
+
+
 def bake(work: str, device: str, arms: list[str], budget_s: float) -> dict[str, Any]:  # noqa: ARG001 - an item's arguments
     """Bake arms beforehand, where the experiment will look for them; the calibration, too, if they take one."""
     from bakeoff.bench import work as arms_work
