@@ -83,6 +83,13 @@ def add_bench(commands: Any) -> argparse.ArgumentParser:  # noqa: ANN401 - argpa
         default=None,
         help="keep the arms' processes alive between blocks, where loading outweighs the timed work",
     )
+    command.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="arms that draw their judged pictures at once, before anything is timed: for a GPU, or many cores (1)",
+    )
     command.set_defaults(run=_bench)
     return command
 
@@ -95,7 +102,7 @@ def _bench(options: argparse.Namespace) -> None:
 
     declared = _declared(options)
     with Display() as display:
-        record = run(declared, options.output, display)
+        record = run(declared, options.output, display, options.jobs)
     summary = summarize(record)
     print(as_json(summary) if options.json else markdown(summary))
     say(f"report: bakeoff report {options.output}")

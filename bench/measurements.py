@@ -25,13 +25,17 @@ _TRACED = 4
 _AGAIN = 3
 
 
-def profile(opener: Opener, entry: Entry) -> dict[str, Any]:
-    """Take memory, then stages, then pictures in one worker; the timed runs know nothing of it. Its load is a cold one."""
+def profile(opener: Opener, entry: Entry, *, is_drawn: bool = False) -> dict[str, Any]:
+    """Take memory, then stages, then pictures, unless these are drawn, in one worker; the timed runs know nothing of it.
+
+    Its load is a cold one.
+    """
     folder = opener.options(entry).get("folder")
     evicted = _evict(Path(folder)) if folder else False
     with opener.started(entry, "profile") as process:
         memory = _memory(opener, entry, process) | {"page_cache_evicted": evicted}
-        return {"memory": memory, "stages": _stages(entry, process), "quality": _quality(opener, entry, process)}
+        told = {"memory": memory, "stages": _stages(entry, process)}
+        return told if is_drawn else told | {"quality": _quality(opener, entry, process)}
 
 
 def pictures(opener: Opener, entry: Entry) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,25 +39,36 @@ _PICTURES_A_CHILD = 512
 """Fewer are judged sooner than another process has started."""
 
 
-def run(experiment: Experiment, folder: Path, progress: Progress = lambda *_: None) -> dict[str, Any]:
+def run(experiment: Experiment, folder: Path, progress: Progress = lambda *_: None, jobs: int = 1) -> dict[str, Any]:
     """Run an experiment, or go on with it, and return its record; `record.json` and the pictures are in `folder`.
+
+    Args:
+        experiment: what was declared.
+        folder: where its record is, or will be.
+        progress: told of each step.
+        jobs: with more than one, so many arms draw their judged pictures at once, which are judged before anything is
+            timed. For machines that have room for so many: each arm has the experiment's threads.
 
     Raises:
         UsageError: the folder holds another experiment, or the experiment can't be meant.
     """
+    if jobs < 1:
+        message = f"got {jobs} jobs, expected 1 or more"
+        raise UsageError(message, fix="--jobs 2")
     folder.mkdir(parents=True, exist_ok=True)
     record = open_record(folder, experiment)
     with Opener(experiment, folder, record) as opener:
-        return _Run(opener, record, progress).all()
+        return _Run(opener, record, progress, jobs).all()
 
 
 class _Run:
-    def __init__(self, opener: Opener, record: dict[str, Any], progress: Progress) -> None:
+    def __init__(self, opener: Opener, record: dict[str, Any], progress: Progress, jobs: int = 1) -> None:
         self._opener = opener
         self._declared = opener.declared
         self._folder = opener.folder
         self._record = record
         self._report = progress
+        self._jobs = jobs
         self._entries = entries(self._declared)
         self._timed = [entry for entry in self._entries if entry.arm.name not in UNTIMED]
         self._arms = lineup(self._declared)
@@ -73,6 +85,9 @@ class _Run:
         self._draw_latents()
         for arm in self._arms:
             self._bake(arm)
+        if self._jobs > 1:
+            self._draw_at_once()
+            self._judge()
         for entry in self._entries:
             self._profile(entry)
         self._judge()
@@ -156,20 +171,46 @@ class _Run:
     def _failed(self, entry: Entry) -> bool:
         return "failure" in self._record["arms"][entry.arm.name] or "failure" in self._about(entry)
 
+    def _draw_at_once(self) -> None:
+        """Draw the judged pictures of several arms at a time, each in a worker of its own."""
+        pending = [entry for entry in self._entries if not (entry.shares or self._failed(entry) or self._drawn(entry))]
+        with ThreadPoolExecutor(self._jobs) as pool:
+            drawing = {pool.submit(measurements.pictures, self._opener, entry): entry for entry in pending}
+            try:
+                self._progress(f"pictures of {len(pending)} arms, {self._jobs} at once")
+                for future in as_completed(drawing):
+                    self._progress(f"pictures: {drawing[future].name}")
+                    self._take(drawing[future], "pictures", future.result)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # those that are being drawn end by themselves
+                raise
+
     def _profile(self, entry: Entry) -> None:
-        """Take all but the timed runs, unless the record has it; a failure is the entry's own."""
+        """Take all but the timed runs, unless the record has it."""
         self._done += 1
-        if entry.shares or self._failed(entry) or "quality" in self._about(entry):
+        if entry.shares or self._failed(entry) or self._profiled(entry):
             return
-        self._progress(
-            f"pictures: {entry.name}" if entry.arm.name in UNTIMED else f"memory, stages, pictures: {entry.name}"
-        )
-        take = measurements.pictures if entry.arm.name in UNTIMED else measurements.profile
+        if entry.arm.name in UNTIMED:
+            self._progress(f"pictures: {entry.name}")
+            self._take(entry, "pictures", partial(measurements.pictures, self._opener, entry))
+            return
+        drawn = self._drawn(entry)
+        self._progress(f"{'memory, stages' if drawn else 'memory, stages, pictures'}: {entry.name}")
+        self._take(entry, "profile", partial(measurements.profile, self._opener, entry, is_drawn=drawn))
+
+    def _take(self, entry: Entry, what: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """Keep what is measured of an entry; a failure is the entry's own."""
         try:
-            self._about(entry).update(take(self._opener, entry))
+            self._about(entry).update(measure())
         except ArmFailedError as error:
-            self._fail(entry, "profile", error)
+            self._fail(entry, what, error)
         self._write()
+
+    def _drawn(self, entry: Entry) -> bool:
+        return "quality" in self._about(entry)
+
+    def _profiled(self, entry: Entry) -> bool:
+        return self._drawn(entry) and (entry.arm.name in UNTIMED or "memory" in self._about(entry))
 
     def _own(self, entry: Entry) -> Entry:
         """Return the entry that makes an entry's pictures: most often itself."""

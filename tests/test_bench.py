@@ -160,6 +160,25 @@ def test_pictures_are_judged_alike_by_one_process_and_by_several(measured, tmp_p
     assert max(dealt) - min(dealt) <= 1
 
 
+def test_arms_may_draw_at_once_and_are_judged_before_anything_is_timed(tmp_path):
+    arms = (drawing("one"), drawing("two"), drawing("crash", at_call=1, kind="crash"))
+    lines = []
+    declared = experiment(*arms, repetitions=1)
+    record = runner.run(declared, tmp_path, lambda text, *_: lines.append(text), jobs=3)
+    assert lines.index("judging the pictures of 3 arms") < lines.index("memory, stages: one")
+    assert record["arms"]["crash"]["entries"]["crash"]["failure"]["during"] == "pictures"
+    for name in ("one", "two"):
+        about = record["arms"][name]["entries"][name]
+        assert about["memory"]["cold_load_s"] > 0
+        assert len(about["quality"]["figures"]["psnr_db"]) == 3
+    assert len(record["blocks"]) == 2
+    again = []
+    runner.run(declared, tmp_path, lambda text, *_: again.append(text), jobs=3)
+    assert not any(line.startswith(("memory", "judging", "pictures: ")) for line in again)
+    with pytest.raises(UsageError, match="got 0 jobs"):
+        runner.run(declared, tmp_path, jobs=0)
+
+
 def test_an_interrupted_experiment_goes_on_at_the_next_block(tmp_path):
     declared = experiment(drawing("one"), drawing("two"))
 

@@ -358,10 +358,11 @@ def test_arms_that_cannot_run_are_left_out_with_the_reason(shapes):
 
 def test_the_embedded_models_item_does_as_much_as_fits(shapes):
     fitting = shapes["fitting"]
-    assert fitting(3, 1024, 32, arms=12, pace_s=0.15, seconds=400) == (3, 1024)
-    assert fitting(3, 1024, 32, arms=12, pace_s=0.4, seconds=400) == (3, 512)
-    assert fitting(3, 128, 1, arms=15, pace_s=5.0, seconds=240) == (2, 8)
-    assert fitting(2, 2, 1, arms=1, pace_s=9.0, seconds=1) == (2, 2)
+    assert fitting(1024, 32, arms=12, jobs=8, pace_s=0.14, seconds=90) == 1024
+    assert fitting(1024, 32, arms=12, jobs=4, pace_s=0.14, seconds=90) == 256
+    assert fitting(1024, 32, arms=12, jobs=8, pace_s=5.0, seconds=90) == 64
+    assert fitting(1024, 32, arms=18, jobs=1, pace_s=5.0, seconds=90) == 8
+    assert fitting(2, 1, arms=1, jobs=1, pace_s=9.0, seconds=1) == 2
 
 
 def test_what_is_there_when_the_time_is_up_is_summed_up(shapes, tmp_path, monkeypatch):
@@ -381,7 +382,7 @@ def test_what_is_there_when_the_time_is_up_is_summed_up(shapes, tmp_path, monkey
     monkeypatch.setattr("bakeoff.bench.runner.run", endless)
     monkeypatch.setitem(shapes["shapes"].__globals__, "_pace", lambda *_: 0.01)
     for _ in range(2):  # the second goes on with the first one's record
-        told = shapes["shapes"](str(tmp_path), "cpu", ARMS, blocks=2, prompts=2, batch=1, steps=2, budget_s=3.0)
+        told = shapes["shapes"](str(tmp_path), "cpu", ARMS, blocks=2, prompts=2, batch=1, steps=2, jobs=1, budget_s=3.0)
         assert "run it again" in told["unfinished"]
         assert "no room" in told["markdown"]
         assert told["left_out"]
@@ -406,7 +407,7 @@ def test_the_model_is_calibrated_once_for_the_recipes_that_take_it(shapes, tmp_p
 @pytest.mark.slow
 def test_the_embedded_models_item_judges(shapes, tmp_path, monkeypatch):
     monkeypatch.setenv("BAKEOFF_HOME", str(tmp_path / "home"))
-    told = shapes["shapes"](str(tmp_path), "cpu", ARMS, blocks=2, prompts=4, batch=2, steps=2, budget_s=600.0)
+    told = shapes["shapes"](str(tmp_path), "cpu", ARMS, blocks=2, prompts=4, batch=2, steps=2, jobs=2, budget_s=600.0)
     assert "unfinished" not in told
     assert [row["arm"] for row in told["arms"]["rows"] if "null" in row["arm"]]
     assert "null:fp32@cpu" in told["markdown"]

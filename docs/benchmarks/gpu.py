@@ -135,7 +135,7 @@ def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
     """Return all that there is to run, most telling first."""
     common = {"work": str(work), "device": device}
     arms = [f"{arm}@{device}" for arm in (TRIED_ARMS if tiny else SHAPES_ARMS)]
-    judged = {"arms": arms, **(_TRIED if tiny else _JUDGED)}
+    judged = {"arms": arms, "jobs": _jobs_at_once(device), **(_TRIED if tiny else _JUDGED)}
     pictures = {(name, arm): _picture(model, arm, common, tiny=tiny) for name, model in MODELS.items() for arm in ARMS}
     first = [pictures.pop(("flux.1-dev", arm)) for arm in ("eager bf16", "compiled blocks", "fp8, compiled blocks")]
     second = [pictures.pop(("sdxl", arm)) for arm in ("eager bf16", "compiled blocks")]
@@ -147,7 +147,7 @@ def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
     return [
         *first,
         *second,
-        Item("shapes", "shapes", 420, {**common, **judged}, _bakes(arms, common)),
+        Item("shapes", "shapes", 360, {**common, **judged}, _bakes(arms, common)),
         Item(
             "features", "features", 180, common, (Item("features beside", "features", 180, {**common, "beside": True}),)
         ),

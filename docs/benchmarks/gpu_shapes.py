@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
 PROMPT = "a large red circle on a white background"
 _REPETITIONS = 3
-_ARM_S = 14.0
-"""A guess of what an arm takes besides pictures: two processes that open it."""
-_BATCHES, _BLOCK_BATCHES = 10, _REPETITIONS + 4
-"""Batches of an arm that are neither judged nor a block's: of memory, stages, the first one; and those of a block."""
-_SMALLER = ((3, 512), (3, 256), (3, 128), (3, 64), (3, 32), (2, 32), (2, 16), (2, 8))
-"""Blocks and judged prompts that are tried, largest first."""
+_OPEN_S, _SLOWER, _JUDGE_S = 10.0, 2.5, 0.02
+"""Guesses: seconds in which a process opens an arm, what a batch takes of float32's on average, seconds of a picture's judge."""
+_ADDED = 3
+"""Entries that draw besides the arms: floors, and the reference."""
+_FEWER = (512, 256, 128, 64, 32, 16, 8)
+"""Judged prompts that are tried, if more don't fit."""
+_DRAWING = 0.5
+"""Share of the time in which pictures are to be drawn and judged; timing goes on when it is run again."""
 _HUNG_S = 150.0
 _CALIBRATION = {"count": 16, "steps": 10}
 
@@ -41,9 +43,17 @@ class _TimeUpError(BaseException):
 
 
 def shapes(
-    work: str, device: str, arms: list[str], blocks: int, prompts: int, batch: int, steps: int, budget_s: float
+    work: str,
+    device: str,
+    arms: list[str],
+    blocks: int,
+    prompts: int,
+    batch: int,
+    steps: int,
+    jobs: int,
+    budget_s: float,
 ) -> dict[str, Any]:
-    """Run an experiment on the embedded model, or go on with it, as far as the seconds reach."""
+    """Run an experiment on the embedded model, or go on with it, as far as the seconds reach; `jobs` arms draw at once."""
     from bakeoff.bench.runner import run
     from bakeoff.reports.record import FILE
 
@@ -53,9 +63,18 @@ def shapes(
     ends = time.monotonic() + budget_s
     try:
         declared = _again(folder / FILE) or _declared(
-            Path(work), found, arms[0], device, budget_s, blocks=blocks, prompts=prompts, batch=batch, steps=steps
+            Path(work),
+            found,
+            arms[0],
+            device,
+            budget_s,
+            blocks=blocks,
+            prompts=prompts,
+            batch=batch,
+            steps=steps,
+            jobs=jobs,
         )
-        run(declared, folder, _until(ends))
+        run(declared, folder, _until(ends), jobs)
     except _TimeUpError:
         told["unfinished"] = f"{budget_s:.0f} s were too few; run it again, and it goes on"
     return told | _summed_up(folder / FILE)
@@ -139,14 +158,15 @@ def _declared(
     prompts: int,
     batch: int,
     steps: int,
+    jobs: int,
 ) -> Experiment:
     from bakeoff.bench.experiment import from_dict
 
     started = time.monotonic()
     calibration = _calibration(work, found)
     pace = _pace(device, steps, batch)
-    left = seconds - (time.monotonic() - started)
-    blocks, prompts = fitting(blocks, prompts, batch, len(found), pace, left)
+    left = _DRAWING * seconds - (time.monotonic() - started)
+    prompts = fitting(prompts, batch, len(found), jobs, pace, left)
     return from_dict(
         {
             "model": "shapes",
@@ -169,16 +189,16 @@ def _declared(
     )
 
 
-def fitting(blocks: int, prompts: int, batch: int, arms: int, pace_s: float, seconds: float) -> tuple[int, int]:
-    """Return the most blocks and prompts, up to those asked for, that fit the seconds; the fewest if none do.
+def fitting(prompts: int, batch: int, arms: int, jobs: int, pace_s: float, seconds: float) -> int:
+    """Return the most prompts, up to those asked for, whose pictures can be drawn and judged in the seconds; at least the fewest.
 
-    `pace_s` are a batch's.
+    `pace_s` are a batch's in float32.
     """
-    possible = [(blocks, prompts), *(each for each in _SMALLER if each[0] <= blocks and each[1] < prompts)]
+    possible = [prompts, *(each for each in _FEWER if each < prompts)]
     fits = [
-        (some, many)
-        for some, many in possible
-        if arms * (_ARM_S + pace_s * (many / batch + _BATCHES + some * _BLOCK_BATCHES)) <= seconds
+        many
+        for many in possible
+        if (arms + _ADDED) * (_OPEN_S + many * (_SLOWER * pace_s / batch + _JUDGE_S)) <= jobs * seconds
     ]
     return (fits or possible[-1:])[0]
 
