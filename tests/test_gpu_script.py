@@ -233,7 +233,7 @@ def test_what_an_item_had_found_outlives_its_process(script, tmp_path):
     told = script["run"](item, script["start"](item, tmp_path), 30.0, tmp_path)
     assert told["failed"]
     assert told["features"]["channels_last"]["outcome"] == "passed"
-    assert "channels_last" in "\n".join(script["_features"](told))
+    assert "channels_last" in "\n".join(script["PAGE"]["_features"](told))
 
 
 def test_a_result_is_found_whatever_is_printed_after_it(script):
@@ -243,7 +243,7 @@ def test_a_result_is_found_whatever_is_printed_after_it(script):
 
 def test_compiled_rows_say_what_was_compiled_before(script):
     outcome = {"median_picture_s": 3.0, "prepared": {"sdxl, compiling bf16": {"compiled_s": 61.2}}}
-    assert "compiled before, in 61 s" in script["_row"]("sdxl, compiled blocks", outcome)
+    assert "compiled before, in 61 s" in script["PAGE"]["_row"]("sdxl, compiled blocks", outcome)
     items = script["items"]("cuda", Path("work"), tiny=False)
     compiled = [item for item in items if item.arguments.get("placement", {}).get("compile") == "regional"]
     assert compiled
@@ -459,7 +459,7 @@ def test_a_feature_that_ends_the_process_fails_and_the_others_go_on(trying, tmp_
         "reason": "the process ended while it ran, or the time was up",
     }
     assert told["features"]["two"]["outcome"] == "passed"
-    lines = script["_features"](told)
+    lines = script["PAGE"]["_features"](told)
     assert "| one | failed | – | the process ended while it ran, or the time was up |" in lines
     assert any(line.startswith("| two | passed |") and "db 60.0" in line for line in lines)
 
@@ -582,8 +582,8 @@ def test_a_layer_is_quantized_before_the_next_one_is_drawn(hollow, precision, mo
 
 def test_each_kind_of_memory_has_a_column_of_its_own(script):
     memory = {"allocator_peak_bytes": 3e9, "reserved_peak_bytes": 4e9, "process_bytes": 5e9}
-    assert "| 3.00 | 4.00 | 5.00 |" in script["_row"]("x", {"memory": memory})
-    assert "| – | – | 5.00 |" in script["_row"]("x", {"memory": {"process_bytes": 5e9}})
+    assert "| 3.00 | 4.00 | 5.00 |" in script["PAGE"]["_row"]("x", {"memory": memory})
+    assert "| – | – | 5.00 |" in script["PAGE"]["_row"]("x", {"memory": {"process_bytes": 5e9}})
 
 
 def test_8_bit_floats_are_refused_without_a_gpu_that_has_them(hollow):
