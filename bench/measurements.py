@@ -40,7 +40,7 @@ def profile(opener: Opener, entry: Entry, *, is_drawn: bool = False) -> dict[str
 
 def pictures(opener: Opener, entry: Entry) -> dict[str, Any]:
     """Take pictures alone."""
-    with opener.opened(entry, "pictures") as (process, _):
+    with opener.drawing(entry) as process:
         return {"quality": _quality(opener, entry, process)}
 
 

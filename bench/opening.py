@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..hardware import usable_cores
 from ..reports.record import FLOOR_FP32
+from .lineup import UNTIMED
 from .process import Process
 from .work import local, seed_of
 
@@ -54,17 +55,32 @@ class Opener:
 
     @contextmanager
     def timed(self, entry: Entry) -> Iterator[tuple[Process, dict[str, Any] | None]]:
-        """As `opened`; but resident workers stay alive and idle between blocks, and tell of opening in their first."""
+        """As `opened`; but resident workers stay alive and idle between blocks, and tell of opening in their first.
+
+        Those that drew the judged pictures beside others tell nothing of it.
+        """
         if not self.declared.resident:
             with self.opened(entry, "timed") as opened:
                 yield opened
         elif entry.name in self._resident:
             yield self._resident[entry.name], None
         else:
-            process = self._kept.enter_context(self.started(entry, "timed"))
-            told = self.open(process, entry)
-            self._resident[entry.name] = process
-            yield process, told
+            yield self._staying(entry, "timed")
+
+    @contextmanager
+    def drawing(self, entry: Entry) -> Iterator[Process]:
+        """As `opened`, for judged pictures; a resident entry's worker stays, if it is to be timed."""
+        if self.declared.resident and entry.arm.name not in UNTIMED:
+            yield self._staying(entry, "pictures")[0]
+        else:
+            with self.opened(entry, "pictures") as (process, _):
+                yield process
+
+    def _staying(self, entry: Entry, purpose: str) -> tuple[Process, dict[str, Any]]:
+        process = self._kept.enter_context(self.started(entry, purpose))
+        told = self.open(process, entry)
+        self._resident[entry.name] = process
+        return process, told
 
     def open(self, process: Process, entry: Entry) -> dict[str, Any]:
         """Open an entry in its worker and give it the work; return what opening told."""

@@ -212,7 +212,7 @@ def _row(record: dict[str, Any], arm: str, name: str, point: str, verdict: Verdi
         cold_load_s=memory and memory["cold_load_s"],
         first_s=_median([run["first_s"] for run in runs]),
         export_s=artifact.get("export_s"),
-        break_even=_break_even(runs, others, batch),
+        break_even=_break_even(_Timed(runs, memory), _Timed(others, _memory(record, baseline, point)), batch),
         memory=memory,
         stages=stages.get("seconds"),
         disk_bytes=artifact.get("bytes"),
@@ -222,6 +222,11 @@ def _row(record: dict[str, Any], arm: str, name: str, point: str, verdict: Verdi
         figures=figures,
         floor_flip=float(np.mean(floor["flip"])) if floor and "flip" in floor else None,
     )
+
+
+def _memory(record: dict[str, Any], arm: str, point: str) -> dict[str, Any] | None:
+    memory: dict[str, Any] | None = record["arms"][arm]["entries"].get(entry_name(arm, point), {}).get("memory")
+    return memory
 
 
 def _joules(runs: list[dict[str, Any]], batch: int, *, gpus: bool) -> float | None:
@@ -257,17 +262,28 @@ def _median(values: list[float | None]) -> float | None:
     return float(np.median(measured)) if measured else None
 
 
-def _break_even(runs: list[dict[str, Any]], others: list[dict[str, Any]], batch: int) -> float | None:
-    if not runs or not others:
+def _break_even(arm: _Timed, baseline: _Timed, batch: int) -> float | None:
+    if not arm.runs or not baseline.runs or arm.setup_s is None or baseline.setup_s is None:
         return None
-    (base_setup, base_image), (arm_setup, arm_image) = (
-        (
-            float(np.median([run["load_s"] + run["first_s"] for run in some if run["load_s"] is not None])),
-            float(np.median([second for run in some for second in run["samples_s"]])) / batch,
-        )
-        for some in (others, runs)
-    )
-    return break_even_images(base_setup, base_image, arm_setup, arm_image)
+    return break_even_images(baseline.setup_s, baseline.batch_s / batch, arm.setup_s, arm.batch_s / batch)
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """An entry's timed runs, and its memory run."""
+
+    runs: list[dict[str, Any]]
+    memory: dict[str, Any] | None
+
+    @property
+    def setup_s(self) -> float | None:
+        """Seconds to a first picture: of runs that told of opening, else of the memory run, whose load is a cold one."""
+        told = _median([run["load_s"] + run["first_s"] for run in self.runs if run["load_s"] is not None])
+        return self.memory["cold_load_s"] + self.memory["first_image_s"] if told is None and self.memory else told
+
+    @property
+    def batch_s(self) -> float:
+        return float(np.median([second for run in self.runs for second in run["samples_s"]]))
 
 
 def _sentence(row: Row, baseline: str) -> str:

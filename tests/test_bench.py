@@ -392,6 +392,21 @@ def test_resident_arms_are_opened_once(tmp_path):
     assert "SIGSEGV" in found["two"].failure
 
 
+def test_resident_arms_that_drew_at_once_stay_to_be_timed(tmp_path, monkeypatch):
+    started = []
+    own = Opener.started
+    monkeypatch.setattr(Opener, "started", lambda *given: started.append((given[1].name, given[2])) or own(*given))
+    declared = experiment(drawing("one", sleep=0.05), drawing("two"), resident=True)
+    record = runner.run(declared, tmp_path, jobs=2)
+    assert started.count(("one", "pictures")) == started.count(("one", "profile")) == 1
+    assert ("one", "timed") not in started
+    assert ("baseline again", "timed") in started  # which draws nothing of its own
+    assert [block["runs"]["one"]["load_s"] for block in record["blocks"]] == [None, None]
+    row = {row.name: row for row in summarize(record).rows}["two"]
+    assert row.load_s is None
+    assert row.break_even is not None  # by the memory run's load
+
+
 def test_floors_are_measured_beside_the_arms(measured):
     quality = measured[2]["arms"]["fp32 floor"]["entries"]["fp32 floor"]["quality"]
     timed = measured[2]["blocks"][0]["runs"]["plain"]

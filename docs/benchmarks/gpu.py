@@ -142,7 +142,7 @@ def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
     return [
         *first,
         *second,
-        Item("shapes", "shapes", 360, {**common, **judged}, _bakes(arms, common)),
+        Item("shapes", "shapes", 420, {**common, **judged}, _bakes(arms, common)),
         Item(
             "features", "features", 180, common, (Item("features beside", "features", 180, {**common, "beside": True}),)
         ),
