@@ -32,6 +32,8 @@ class Opener:
         self.declared = declared
         self._record = record
         self._resident: dict[str, Process] = {}
+        self._started: list[Process] = []
+        self._ended = False
         self._kept = ExitStack()
         for name in ("pictures", "latents", "logs"):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -95,7 +97,17 @@ class Opener:
         adapter = shipped if shipped.is_file() else Path(arm.adapter or _ADAPTERS / "bakeoff_engine.py").resolve()
         log = self.folder / "logs" / f"{_file_name(entry.name)}-{purpose}.txt"
         python = arm.python or sys.executable
-        return Process(python, adapter, log, self._threads(entry), self.declared.timeout_s)
+        process = Process(python, adapter, log, self._threads(entry), self.declared.timeout_s)
+        self._started.append(process)
+        if self._ended:  # another thread was about to start it
+            process.kill()
+        return process
+
+    def kill(self) -> None:
+        """End every worker at once, whatever it is at, and those to come; who waits for one learns that it died."""
+        self._ended = True
+        for process in self._started:
+            process.kill()
 
     def _threads(self, entry: Entry) -> int:
         threads = entry.experiment.threads or usable_cores()

@@ -77,6 +77,10 @@ class Process:
             raise ArmFailedError(answer["error"], self._said())
         return answer
 
+    def kill(self) -> None:
+        """End the worker, if it hasn't ended."""
+        self._process.kill()
+
     def _said(self) -> str:
         self._stderr.flush()
         return self._log.read_text(errors="replace")[-_STDERR_KEPT:]

@@ -182,7 +182,8 @@ class _Run:
                     self._progress(f"pictures: {drawing[future].name}")
                     self._take(drawing[future], "pictures", future.result)
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # those that are being drawn end by themselves
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._opener.kill()
                 raise
 
     def _profile(self, entry: Entry) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -390,6 +391,21 @@ def test_resident_arms_are_opened_once(tmp_path):
     assert len(found["one"].blocks) == 3
     assert found["one"].load_s
     assert "SIGSEGV" in found["two"].failure
+
+
+def test_arms_that_draw_at_once_end_where_the_run_does(tmp_path):
+    def interrupt(line, *_):
+        if line == "pictures: quick":
+            raise KeyboardInterrupt
+
+    declared = experiment(
+        drawing("quick"), *(drawing(f"slow {each}", sleep=60.0) for each in range(3)), timeout_s=600.0
+    )
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(declared, tmp_path, interrupt, jobs=2)
+    assert time.monotonic() - began < 60
+    assert not any("failure" in arm["entries"].get(name, {}) for name, arm in read_record(tmp_path)["arms"].items())
 
 
 def test_resident_arms_that_drew_at_once_stay_to_be_timed(tmp_path, monkeypatch):

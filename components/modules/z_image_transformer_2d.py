@@ -183,7 +183,7 @@ class _BatchedZImage(nn.Module):
         return look_up(cosines), look_up(sines)
 
     def _tables_on(self, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-        """Return cosines and sines on a device; they cross once, what is compiled or captured has copies of its own."""
+        """Return cosines and sines on a device; they cross once. What torch compiles or exports has copies of its own."""
         if device in self._tables:
             return self._tables[device]
         cosines, sines = ([table.to(device) for table in tables] for tables in self._tables[torch.device("cpu")])
