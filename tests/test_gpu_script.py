@@ -366,7 +366,7 @@ def test_the_embedded_models_item_does_as_much_as_fits(shapes):
 
 
 def test_what_is_there_when_the_time_is_up_is_summed_up(shapes, tmp_path, monkeypatch):
-    def endless(declared, folder, say):
+    def endless(declared, folder, say, jobs):
         folder.mkdir()
         about = {"entries": {}, "failure": {"during": "export", "reason": "no room", "stderr": ""}}
         machine = {"cpu": "x", "usable_cores": 1, "memory_bytes": 1e9}
@@ -386,7 +386,7 @@ def test_what_is_there_when_the_time_is_up_is_summed_up(shapes, tmp_path, monkey
         assert "run it again" in told["unfinished"]
         assert "no room" in told["markdown"]
         assert told["left_out"]
-        monkeypatch.setattr("bakeoff.bench.runner.run", lambda *given: go_on(given[-1]))
+        monkeypatch.setattr("bakeoff.bench.runner.run", lambda *given: go_on(given[2]))
 
 
 def test_the_model_is_calibrated_once_for_the_recipes_that_take_it(shapes, tmp_path, monkeypatch):
