@@ -45,7 +45,7 @@ def script():
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     file = tmp_path_factory.mktemp("gpu") / "record.json"
-    return file, tried(file, "sdxl, eager", "sdxl, CUDA graphs")
+    return file, tried(file, "sdxl, eager", "sdxl, CUDA graphs", "sdxl, Diffusers alone, eager")
 
 
 def test_an_item_has_seconds_and_says_on_what(record):
@@ -64,6 +64,15 @@ def test_an_item_has_seconds_and_says_on_what(record):
     assert "no figure here means anything" in page
     assert "5.58" in page
     assert "not measured here" in page
+
+
+def test_diffusers_alone_does_the_same_work(record):
+    _, found = record
+    ours, theirs = (found["items"][f"sdxl, {name}"] for name in ("eager bf16", "Diffusers alone, eager"))
+    assert theirs["configuration"] == {"class": "StableDiffusionXLPipeline", "device": "cpu", "compile": False}
+    assert theirs["pixels_std"] == pytest.approx(ours["pixels_std"], rel=0.05)  # the same weights, latents and steps
+    assert theirs["step_s"] is None
+    assert theirs["median_picture_s"] > 0
 
 
 def test_what_cannot_run_is_skipped_with_the_reason(record):

@@ -138,6 +138,11 @@ def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
     sdxl = MODELS["sdxl"]
     onnx = {**common, "model": sdxl.name, "recipe": recipe}
     exported = Item("sdxl, exporting to ONNX", "onnx_export", 240, {**onnx, "tiny": tiny})
+    alone = [
+        _alone(MODELS[name], common, tiny=tiny, compiled=each)
+        for name in ("flux.1-dev", "sdxl")
+        for each in (False, True)
+    ]
     eager = [pictures.pop((name, "eager bf16")) for name, arm in [*pictures] if arm == "eager bf16"]
     return [
         *first,
@@ -146,6 +151,7 @@ def items(device: str, work: Path, *, tiny: bool) -> list[Item]:
         Item(
             "features", "features", 180, common, (Item("features beside", "features", 180, {**common, "beside": True}),)
         ),
+        *alone,
         *eager,
         Item(
             "sdxl, UNet in ONNX Runtime, float16", "onnx_picture", 240, {**onnx, **_work(sdxl, tiny=tiny)}, (exported,)
@@ -163,6 +169,13 @@ def _bakes(arms: list[str], common: dict[str, Any]) -> tuple[Item, ...]:
 def _work(model: Model, *, tiny: bool) -> dict[str, Any]:
     pictures = {"steps": 2, "size": 64, "pictures": 2} if tiny else {"steps": model.steps, "size": 1024, "pictures": 3}
     return {**pictures, "tiny": tiny}
+
+
+def _alone(model: Model, common: dict[str, Any], *, tiny: bool, compiled: bool) -> Item:
+    """Return the item of Diffusers by itself, which others are to be compared with."""
+    arguments = {**common, "model": model.name, "compiled": compiled, **_work(model, tiny=tiny)}
+    name = f"{model.name}, Diffusers alone, {'compiled' if compiled else 'eager'}"
+    return Item(name, "diffusers", _BUDGETS["regional" if compiled else None], arguments)
 
 
 def _picture(model: Model, arm: str, common: dict[str, Any], *, tiny: bool) -> Item:

@@ -16,7 +16,8 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Self
 
 from bakeoff import nvidia, plugins
 from bakeoff.bench import energy, guard
@@ -88,6 +89,79 @@ def picture(
     }
 
 
+def diffusers_alone(
+    model: str,
+    work: str,
+    device: str,
+    steps: int,
+    size: int,
+    pictures: int,
+    budget_s: float,
+    *,
+    compiled: bool,
+    tiny: bool,
+) -> dict[str, Any]:
+    """Time pictures of Diffusers' own pipeline, in bfloat16 with weights that are drawn as ours are."""
+    deadline = Deadline(time.monotonic() + budget_s)
+    folder = _hollow(model, work, "bf16", tiny=tiny)
+    room = _room(_weight_bytes(folder, "bf16"), device)
+    if room.get("offload") != "none":
+        return {"skipped": room.get("skipped", "its parts don't fit on the device together")}
+    opened = partial(_DiffusersAlone, folder, device, compiled=compiled)
+    return _timed(opened, pictures, deadline, steps=steps, size=size)
+
+
+class _DiffusersAlone:
+    """Diffusers' own pipeline, asked for pictures as an engine is."""
+
+    def __init__(self, folder: Path, device: str, *, compiled: bool) -> None:
+        import torch
+        from diffusers import DiffusionPipeline
+
+        from bakeoff.models.drawn import draw
+
+        self._pipeline = DiffusionPipeline.from_pretrained(
+            folder, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True
+        )
+        self._pipeline.set_progress_bar_config(disable=True)
+        for module in self._pipeline.components.values():
+            if isinstance(module, torch.nn.Module):
+                draw(module, device, "bf16")
+        if compiled:
+            (getattr(self._pipeline, "unet", None) or self._pipeline.transformer).compile_repeated_blocks()
+        name = type(self._pipeline).__name__
+        self.configuration = {"class": name, "device": str(self._pipeline.device), "compile": compiled}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        del self._pipeline
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        steps: int,
+        size: tuple[int, int],
+        seeds: int,
+        stages: bool = False,  # noqa: ARG002 - an engine's
+    ) -> SimpleNamespace:
+        import torch
+
+        started = time.perf_counter()
+        images = self._pipeline(
+            [prompt],
+            num_inference_steps=steps,
+            height=size[0],
+            width=size[1],
+            generator=torch.Generator().manual_seed(seeds),
+            output_type="np",
+        ).images
+        pixels = (images * 255).round().astype("uint8")
+        return SimpleNamespace(images=pixels, seconds={"total": time.perf_counter() - started}, notes=())
+
+
 def compiled(
     model: str,
     work: str,
@@ -130,7 +204,7 @@ def _hollow(model: str, work: str, precision: str, *, tiny: bool, depth: int | N
 
 
 def _timed(
-    open_engine: Callable[[], Engine],
+    open_engine: Callable[[], Engine | _DiffusersAlone],
     pictures: int,
     deadline: Deadline,
     *,
@@ -156,20 +230,20 @@ def _timed(
                 timed.append(engine.generate(PROMPT, **asked))
             spent = energy.between(counted, energy.read(gpu))
         told, memory = engine.configuration, device_memory()
-    denoiser = next(name for name in staged.seconds if name in DENOISERS)
+    denoiser = next((name for name in staged.seconds if name in DENOISERS), None)
     seconds = [result.seconds["total"] for result in timed]
     others = sum(each for name, each in staged.seconds.items() if name not in {denoiser, "total"})
     return {
         "first_picture_s": round(first_s, 3),
         "picture_s": [round(each, 4) for each in seconds],
         "median_picture_s": round(statistics.median(seconds), 4),
-        "step_s": round((statistics.median(seconds) - others) / steps, 5),  # not the stage's, which waits in between
+        "step_s": denoiser and round((statistics.median(seconds) - others) / steps, 5),  # the stage's waits in between
         "stages_s": {name: round(value, 4) for name, value in staged.seconds.items()},
         "pixels_std": round(float(timed[-1].images.std()), 3),
         "memory": memory,
         "energy_j_per_picture": {name: round(each / len(timed), 2) for name, each in (spent or {}).items()} or None,
         "guard": watch.told(),
-        "configuration": told[denoiser],
+        "configuration": told[denoiser] if denoiser else told,
         "notes": list(timed[-1].notes),
         "versions": {"torch": torch.__version__},
     }
@@ -293,7 +367,13 @@ def _plain(text: str) -> str:
     return "".join(each if each.isalnum() else "-" for each in text)
 
 
-KINDS = {"picture": picture, "compiled": compiled, "onnx_picture": onnx_picture, "onnx_export": onnx_export}
+KINDS = {
+    "picture": picture,
+    "diffusers": diffusers_alone,
+    "compiled": compiled,
+    "onnx_picture": onnx_picture,
+    "onnx_export": onnx_export,
+}
 """Other kinds have files of their own: `shapes` is the function of that name in `gpu_shapes.py`, `shapes.bake` its `bake`."""
 
 
