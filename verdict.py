@@ -45,6 +45,11 @@ class Ratio:
         """Half of the interval, as a share of the ratio."""
         return (self.high / self.low) ** 0.5 - 1
 
+    @property
+    def effect(self) -> float:
+        """How far the ratio is from 1, either way, as a share."""
+        return max(self.ratio, 1 / self.ratio) - 1
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -97,17 +102,17 @@ def verdicts(ratios: Mapping[str, Ratio], floor: Ratio | None) -> dict[str, Verd
     """Say of each arm what its ratio shows, corrected for how many arms are judged.
 
     `faster` or `slower` needs three things: Holm's test rejects equality, the interval excludes 1, and the effect
-    exceeds both 2 % and half of the interval of the baseline against itself (`floor`, where it was run).
+    exceeds 2 %, and both half of the interval of the baseline against itself (`floor`, where it was run) and how far that
+    is from 1: as much comes of a process's luck, which resident ones keep.
     """
-    least = max(LEAST_EFFECT, floor.half_width if floor else 0.0)
+    least = max(LEAST_EFFECT, floor.half_width, floor.effect) if floor else LEAST_EFFECT
     rejected = _holm({name: ratio.p for name, ratio in ratios.items()})
     return {name: _verdict(ratio, least, certain=name in rejected) for name, ratio in ratios.items()}
 
 
 def _verdict(ratio: Ratio, least: float, *, certain: bool) -> Verdict:
     excludes = not ratio.low <= 1 <= ratio.high
-    effect = max(ratio.ratio, 1 / ratio.ratio) - 1
-    called = certain and excludes and effect > least
+    called = certain and excludes and ratio.effect > least
     word = ("faster" if ratio.ratio < 1 else "slower") if called else "no difference shown"
     return Verdict(ratio, word, max(least, ratio.half_width))
 

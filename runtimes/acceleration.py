@@ -72,8 +72,8 @@ def compile_module(module: nn.Module, how: bool | str) -> tuple[Any, Any]:  # no
     return module, {"regional": dict(counts)}
 
 
-_LINKING_S = 60.0
-"""Seconds since its last byte for which a part of a library may be one that another process is writing."""
+_LINKING_S = 2.0
+"""Seconds since its last byte for which a part of a library may be one that another process is writing. No more: it would be loaded."""
 
 
 def drop_cut_off(cache: Path) -> None:

@@ -382,6 +382,15 @@ def test_a_budget_is_held_by_the_fixture(bakeoff):
 
 
 @pytest.mark.slow
+def test_what_an_adapter_imports_is_part_of_its_load(tmp_path):
+    slow = tmp_path / "slow.py"
+    slow.write_text(f"import time\ntime.sleep(1.5)\n{Path(ADAPTER).read_text()}")
+    arms = (drawing("plain"), Arm("slow to import", adapter=str(slow)))
+    record = runner.run(experiment(*arms, repetitions=1), tmp_path / "run")
+    told = {name: about["entries"][name]["memory"]["cold_load_s"] for name, about in list(record["arms"].items())[:2]}
+    assert told["slow to import"] > 1.5 > told["plain"]
+
+
 def test_resident_arms_are_opened_once(tmp_path):
     declared = experiment(drawing("one"), drawing("two", at_call=9, kind="crash"), resident=True, blocks=3)
     record = runner.run(declared, tmp_path)

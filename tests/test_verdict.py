@@ -85,6 +85,15 @@ def test_a_small_effect_is_not_a_verdict_however_sure():
     assert verdicts(clear, Ratio(1.0, 0.9, 1.1, 10, 1.0))["arm"].word == "no difference shown"
 
 
+@pytest.mark.parametrize("itself", [1.08, 1 / 1.08])
+def test_no_difference_is_called_that_the_baseline_has_from_itself(itself):
+    clear = {"arm": Ratio(1.05, 1.04, 1.06, 10, 1e-9)}
+    lucky = Ratio(itself, itself / 1.01, itself * 1.01, 10, 1e-9)  # a process that is quicker than its twin, for good
+    (verdict,) = verdicts(clear, lucky).values()
+    assert verdict.word == "no difference shown"
+    assert verdict.smallest_effect == pytest.approx(0.08)
+
+
 @given(st.lists(st.floats(0.001, 1000), min_size=2, max_size=8), st.floats(0.1, 10))
 def test_the_ratio_is_exact_where_nothing_is_noisy(times, factor):
     ratio = paired_ratio([[t] for t in times], [[t * factor] for t in times])
