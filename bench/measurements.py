@@ -28,10 +28,10 @@ _AGAIN = 3
 def profile(opener: Opener, entry: Entry, *, is_drawn: bool = False) -> dict[str, Any]:
     """Take memory, then stages, then pictures, unless these are drawn, in one worker; the timed runs know nothing of it.
 
-    Its load is a cold one.
+    Its load is a cold one, unless resident workers hold the files that it reads.
     """
     folder = opener.options(entry).get("folder")
-    evicted = _evict(Path(folder)) if folder else False
+    evicted = _evict(Path(folder)) if folder and not opener.holds_workers else False
     with opener.started(entry, "profile") as process:
         memory = _memory(opener, entry, process) | {"page_cache_evicted": evicted}
         told = {"memory": memory, "stages": _stages(entry, process)}

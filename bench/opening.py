@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ..hardware import usable_cores
 from ..reports.record import FLOOR_FP32
 from .lineup import UNTIMED
-from .process import Process
+from .process import ArmFailedError, Process
 from .work import local, seed_of
 
 if TYPE_CHECKING:
@@ -80,9 +80,22 @@ class Opener:
 
     def _staying(self, entry: Entry, purpose: str) -> tuple[Process, dict[str, Any]]:
         process = self._kept.enter_context(self.started(entry, purpose))
-        told = self.open(process, entry)
         self._resident[entry.name] = process
-        return process, told
+        try:
+            return process, self.open(process, entry)
+        except ArmFailedError:
+            self.drop(entry)
+            raise
+
+    @property
+    def holds_workers(self) -> bool:
+        return bool(self._resident)
+
+    def drop(self, entry: Entry) -> None:
+        """End an entry's resident worker, if there is one: a failed one keeps its memory from others."""
+        process = self._resident.pop(entry.name, None)
+        if process is not None:
+            process.kill()
 
     def open(self, process: Process, entry: Entry) -> dict[str, Any]:
         """Open an entry in its worker and give it the work; return what opening told."""

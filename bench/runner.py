@@ -225,6 +225,7 @@ class _Run:
             self._write()
 
     def _fail(self, entry: Entry, during: str, error: ArmFailedError) -> None:
+        self._opener.drop(entry)
         self._about(entry)["failure"] = {"during": during, "reason": error.reason, "stderr": error.stderr}
         self._progress(f"{entry.name} failed: {error.reason}")
 

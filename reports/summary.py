@@ -263,9 +263,15 @@ def _median(values: list[float | None]) -> float | None:
 
 
 def _break_even(arm: _Timed, baseline: _Timed, batch: int) -> float | None:
-    if not arm.runs or not baseline.runs or arm.setup_s is None or baseline.setup_s is None:
+    """Return after how many pictures an arm is ahead, by setups measured alike: by runs if those of both tell of opening."""
+    if not arm.runs or not baseline.runs:
         return None
-    return break_even_images(baseline.setup_s, baseline.batch_s / batch, arm.setup_s, arm.batch_s / batch)
+    setups = [each.warm_s for each in (baseline, arm)]
+    if None in setups:
+        setups = [each.cold_s for each in (baseline, arm)]
+    if setups[0] is None or setups[1] is None:
+        return None
+    return break_even_images(setups[0], baseline.batch_s / batch, setups[1], arm.batch_s / batch)
 
 
 @dataclass(frozen=True)
@@ -276,10 +282,14 @@ class _Timed:
     memory: dict[str, Any] | None
 
     @property
-    def setup_s(self) -> float | None:
-        """Seconds to a first picture: of runs that told of opening, else of the memory run, whose load is a cold one."""
-        told = _median([run["load_s"] + run["first_s"] for run in self.runs if run["load_s"] is not None])
-        return self.memory["cold_load_s"] + self.memory["first_image_s"] if told is None and self.memory else told
+    def warm_s(self) -> float | None:
+        """Seconds to a first picture, of runs that told of opening."""
+        return _median([run["load_s"] + run["first_s"] for run in self.runs if run["load_s"] is not None])
+
+    @property
+    def cold_s(self) -> float | None:
+        """Seconds to a first picture, of the memory run."""
+        return self.memory["cold_load_s"] + self.memory["first_image_s"] if self.memory else None
 
     @property
     def batch_s(self) -> float:

@@ -309,6 +309,13 @@ def test_figures_are_kept_where_another_try_came_to_nothing(script):
     assert kept(figures, {"failed": "out of memory"}) is figures
     assert kept(figures, {"arms": [1]}) == {"arms": [1]}
     assert kept({"failed": "hung"}, {"skipped": "no room"}) == {"skipped": "no room"}
+    salvaged = {"failed": "killed", "arms": [1]}
+    assert kept(salvaged, {"not_run": "0 s were left"}) is salvaged
+    assert kept({"features": [1], "unfinished": "too few"}, {"features": [1, 2], "failed": "killed"})["features"] == [
+        1,
+        2,
+    ]
+    assert kept({"features": [1, 2]}, {"features": [1], "failed": "killed"})["features"] == [1, 2]
     assert kept(None, {"failed": "hung"}) == {"failed": "hung"}
 
 

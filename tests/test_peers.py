@@ -41,6 +41,13 @@ def test_diffusers_itself_makes_the_same_pictures(tiny, tmp_path, family, schedu
     assert np.array_equal(their_steps, our_steps)
 
 
+def test_a_negative_prompt_that_diffusers_would_leave_out_is_refused(tiny):
+    work = {"steps": 1, "guidance_scale": 3.0, "negative_prompt": "noise", "scheduler": None, "height": 64, "width": 64}
+    adapter = diffusers_pipeline.Adapter({"folder": str(tiny("flux")), "threads": 1})
+    with pytest.raises(ValueError, match="FluxPipeline has its guidance built in"):
+        adapter.generate(PROMPTS, np.zeros((2, 16, 64), np.float32), work)
+
+
 @pytest.mark.slow
 def test_diffusers_itself_is_an_arm(shapes, tmp_path):
     theirs = Arm("Diffusers", adapter="diffusers_pipeline", options={"folder": str(shapes)}, precision="fp32")

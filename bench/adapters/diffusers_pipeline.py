@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,6 +53,11 @@ class Adapter:
     def device_memory(self) -> dict[str, int]:
         return {"allocator_peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
 
+    def gpu(self) -> str | None:
+        if not torch.cuda.is_initialized() or torch.version.hip:
+            return None
+        return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+
     def configuration(self) -> dict[str, Any]:
         return {"pipeline": {"class": type(self.pipeline).__name__, "threads": torch.get_num_threads(), **self.config}}
 
@@ -59,6 +65,10 @@ class Adapter:
         self, prompts: list[str], latents: np.ndarray, work: dict[str, Any], callback: Callable[..., Any] | None = None
     ) -> np.ndarray:
         self._use(work["scheduler"])
+        guided = inspect.signature(self.pipeline.__call__).parameters.get("true_cfg_scale")
+        if work["negative_prompt"] and guided is not None and guided.default <= 1:
+            message = f"{type(self.pipeline).__name__} has its guidance built in: leave out the negative prompt"
+            raise ValueError(message)
         dtype = getattr(torch, self.config["precision"])
         given = {
             "negative_prompt": work["negative_prompt"] and [work["negative_prompt"]] * len(prompts),

@@ -39,6 +39,8 @@ PAGE = runpy.run_path(str(ITEMS_SCRIPT.with_name("gpu_page.py")))
 SCHEMA = 1
 _UNDONE = {"failed", "not_run", "unfinished"}
 _WITHOUT_FIGURES = {"failed", "not_run", "skipped"}
+_FIGURES = {"arms", "features", "median_picture_s"}
+"""Words of outcomes: what runs again, what tells that a try came to nothing, and what one came to."""
 _LEAST_S = 15.0
 """Less than this isn't worth starting a process for."""
 _BUDGETS = {None: 60.0, "regional": 120.0, "full": 180.0}
@@ -227,6 +229,8 @@ def run(item: Item, process: subprocess.Popen[str], seconds: float, logs: Path) 
     wall = {"wall_s": round(time.monotonic() - started, 1)}
     told = _result(output)
     if process.returncode or told is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it had started
         said = _log(item, logs).read_text(errors="replace")[-1500:]
         return _so_far(item) | {"failed": said, "exit_code": process.returncode, **wall}
     return {**told, **wall}
@@ -246,7 +250,7 @@ def _so_far(item: Item) -> dict[str, Any]:
     if item.kind not in _TOLD_APART:
         return {}
     found: dict[str, Any] = runpy.run_path(str(ITEMS_SCRIPT.with_name(f"gpu_{item.kind}.py")))["so_far"](
-        item.arguments["work"]
+        **{name: item.arguments[name] for name in ("work", "device", "arms") if name in item.arguments}
     )
     return found
 
@@ -286,9 +290,11 @@ def is_done(outcome: dict[str, Any] | None, versions: dict[str, str]) -> bool:
 
 
 def kept(before: dict[str, Any] | None, outcome: dict[str, Any]) -> dict[str, Any]:
-    """Return what the record keeps: figures that it has aren't given for a try that came to nothing."""
-    has_figures = before is not None and not _WITHOUT_FIGURES & set(before)
-    return before if before is not None and has_figures and _WITHOUT_FIGURES & set(outcome) else outcome
+    """Return what the record keeps: figures that it has aren't given for a try that came to nothing, or to less."""
+    if before is None or not _FIGURES & set(before):
+        return outcome
+    came_to_less = _WITHOUT_FIGURES & set(outcome) and not _UNDONE & set(before)
+    return before if came_to_less or not _FIGURES & set(outcome) else outcome
 
 
 def open_record(file: Path, device: str, *, tiny: bool) -> dict[str, Any]:

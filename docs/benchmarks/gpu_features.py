@@ -140,7 +140,7 @@ def features(
     return _told(done)
 
 
-def so_far(work: str) -> dict[str, Any]:
+def so_far(work: str, device: str) -> dict[str, Any]:  # noqa: ARG001 - an item's arguments
     """Return what was found before the process ended; nothing if it hadn't begun."""
     file = Path(work) / "features" / "done.json"
     return _told(json.loads(file.read_text())) if file.is_file() else {}

@@ -58,7 +58,7 @@ def shapes(
     from bakeoff.reports.record import FILE
 
     found, left_out = _possible(arms, device)
-    folder = Path(work) / f"shapes-{hashlib.sha256(' '.join(found).encode()).hexdigest()[:8]}"
+    folder = _folder(work, found)
     told: dict[str, Any] = {"left_out": left_out}
     ends = time.monotonic() + budget_s
     try:
@@ -80,12 +80,16 @@ def shapes(
     return told | _summed_up(folder / FILE)
 
 
-def so_far(work: str) -> dict[str, Any]:
+def so_far(work: str, device: str, arms: list[str]) -> dict[str, Any]:
     """Sum up what the experiment recorded before its process ended; nothing if it hadn't begun."""
     from bakeoff.reports.record import FILE
 
-    records = sorted(Path(work).glob(f"shapes-*/{FILE}"), key=lambda file: file.stat().st_mtime)
-    return _summed_up(records[-1]) if records else {}
+    found, left_out = _possible(arms, device)
+    return {"left_out": left_out} | _summed_up(_folder(work, found) / FILE)
+
+
+def _folder(work: str, arms: list[str]) -> Path:
+    return Path(work) / f"shapes-{hashlib.sha256(' '.join(arms).encode()).hexdigest()[:8]}"
 
 
 def bake(work: str, device: str, arms: list[str], budget_s: float) -> dict[str, Any]:  # noqa: ARG001 - an item's arguments
