@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from ..hardware import usable_cores
 from ..reports.record import FLOOR_FP32
 from .lineup import UNTIMED
-from .process import ArmFailedError, Process
+from .process import Process
 from .work import local, seed_of
 
 if TYPE_CHECKING:
@@ -81,11 +81,7 @@ class Opener:
     def _staying(self, entry: Entry, purpose: str) -> tuple[Process, dict[str, Any]]:
         process = self._kept.enter_context(self.started(entry, purpose))
         self._resident[entry.name] = process
-        try:
-            return process, self.open(process, entry)
-        except ArmFailedError:
-            self.drop(entry)
-            raise
+        return process, self.open(process, entry)
 
     @property
     def holds_workers(self) -> bool:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,14 +24,13 @@ class Adapter:
             "precision": options.get("dtype", "float32"),
             "compile": options.get("compile", False),
         }
-        self.pipeline = DiffusionPipeline.from_pretrained(
+        self.pipeline = diffusers.DiffusionPipeline.from_pretrained(
             options["folder"],
             dtype=getattr(torch, self.config["precision"]),
             use_safetensors=True,
             local_files_only=True,
         ).to(self.config["device"])
         self.pipeline.set_progress_bar_config(disable=True)
-        self.schedulers = {type(self.pipeline.scheduler).__name__: self.pipeline.scheduler}
         if self.config["compile"]:
             (getattr(self.pipeline, "unet", None) or self.pipeline.transformer).compile_repeated_blocks()
         if torch.cuda.is_available():
@@ -88,9 +87,5 @@ class Adapter:
 
     def _use(self, name: str | None) -> None:
         """Use a scheduler class by its name; by default the model's own."""
-        if name and name not in self.schedulers:
-            import diffusers
-
-            self.schedulers[name] = getattr(diffusers, name).from_config(self.pipeline.scheduler.config)
-        if name:
-            self.pipeline.scheduler = self.schedulers[name]
+        if name and type(self.pipeline.scheduler).__name__ != name:
+            self.pipeline.scheduler = getattr(diffusers, name).from_config(self.pipeline.scheduler.config)

@@ -62,9 +62,11 @@ ANCHORS = {
     "seconds": {"Diffusers": 5.58, "Diffusers, compiled": 4.32, "Diffusers, compiled, FlashAttention 3": 3.73},
     "label": "published by others for the real weights on their machine; not measured here",
 }
-_BATCH, _GUIDED_BATCH = 32, 64
-"""Pictures of the embedded model in a batch: one by one they would keep no GPU busy; and rows of its UNet's, with guidance."""
-_PROFILES = f"profiles=batch:1:{_GUIDED_BATCH}:{_GUIDED_BATCH}/height:8:16:16/width:8:16:16"
+_BATCH = 32
+"""Pictures of the embedded model in a batch: one by one they would keep no GPU busy."""
+_PROFILES = (
+    f"profiles=batch:1:{2 * _BATCH}:{2 * _BATCH}/height:8:16:16/width:8:16:16"  # guidance doubles its UNet's rows
+)
 SHAPES_ARMS = (
     "torch:fp32", "torch:bf16", "torch:fp16", "torch:bf16+cuda_graphs", "torch:int8", "torch:nf4", "torch:int4",
     "torch:w8a8-dynamic", "torch:w8a8", "torch:fp8", "onnx:fp32", "onnx:fp16+compute=half",
@@ -79,9 +81,6 @@ TRIED_ARMS = ("torch:fp32", "torch:bf16", "torch:bf16+cuda_graphs", "torch:nf4",
 _JUDGED = {"blocks": 3, "prompts": 1024, "batch": _BATCH, "steps": 10}
 _TRIED = {"blocks": 2, "prompts": 2, "batch": 1, "steps": 2}
 """What the embedded model draws, and with `--tiny`: gates of quantized recipes take 1,024 prompts."""
-
-_TOLD_APART = {"shapes", "features"}
-"""Items that keep what they find as they go on."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ def _result(output: str) -> dict[str, Any] | None:
 
 def _so_far(item: Item) -> dict[str, Any]:
     """Return what an item had found before its process ended, if it keeps that."""
-    if item.kind not in _TOLD_APART:
+    if item.kind not in PAGE["OWN_TABLES"]:
         return {}
     found: dict[str, Any] = runpy.run_path(str(ITEMS_SCRIPT.with_name(f"gpu_{item.kind}.py")))["so_far"](
         **{name: item.arguments[name] for name in ("work", "device", "arms") if name in item.arguments}

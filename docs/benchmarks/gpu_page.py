@@ -10,7 +10,8 @@ _COMMANDS = (
     'Each row of its own: `python docs/benchmarks/gpu.py RECORD.json --only "ROW"`, with its first column for ROW; '
     "`--only shapes` and `--only features` for what stands below the table."
 )
-_OWN_TABLES = {"shapes", "features"}
+OWN_TABLES = {"shapes", "features"}
+"""Items of many results, which they keep as they go on."""
 _SAID_APART = {"outcome", "seconds"}
 _MEMORY = ("allocator_peak_bytes", "reserved_peak_bytes", "process_bytes")
 
@@ -28,7 +29,7 @@ def page(record: dict[str, Any]) -> str:
         "| model, arm | a picture, s | a step, ms | first picture, s | tensors | reserved | process | GPU, J | processor, J | |"
     ]
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-    lines += [_row(name, outcome) for name, outcome in record["items"].items() if name not in _OWN_TABLES]
+    lines += [_row(name, outcome) for name, outcome in record["items"].items() if name not in OWN_TABLES]
     anchors = record["anchors"]
     lines += ["", f"Anchors: {anchors['model']}: "]
     lines[-1] += ", ".join(f"{name} {each} s" for name, each in anchors["seconds"].items()) + f" ({anchors['label']})."
